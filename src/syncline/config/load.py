@@ -1,0 +1,140 @@
+"""YAML + `a.b=c` → `RunConfig`, with every fault in one error."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from syncline.config.rules import broken_rules
+from syncline.config.schema import RunConfig
+from syncline.errors import ConfigError
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file, applies `a.b=c` overrides in order, validates. Raises `ConfigError` with all faults."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]) from error
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: not valid YAML: {error}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            [f"{path}: holds a {type(values).__name__}; a run file is a mapping with the keys run, model, …"]
+        )
+    faults = [fault for override in overrides for fault in _apply(values, override)]
+    if faults:
+        raise ConfigError(faults)
+    return resolve(values)
+
+
+def resolve(values: dict[str, Any]) -> RunConfig:
+    """Validates plain values. Raises `ConfigError` listing every fault, field faults and cross-section faults alike."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_explain(e) for e in error.errors()]) from error
+    faults = broken_rules(config)
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def _apply(values: dict[str, Any], override: str) -> list[str]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        return [f"override {override!r}: write it as section.field=value, such as run.seed=1"]
+    *parents, last = key.split(".")
+    here: Any = values
+    for part in parents:
+        here = _child(here, part)
+        if here is None:
+            return [f"override {override!r}: {part!r} is not a section with fields"]
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        return [f"override {override!r}: {text!r} is not a YAML value; quote it"]
+    if isinstance(here, list):
+        if not last.isdigit() or int(last) >= len(here):
+            return [f"override {override!r}: {last!r} is not an index below {len(here)}"]
+        here[int(last)] = value
+    else:
+        here[last] = value
+    return []
+
+
+def _child(here: Any, part: str) -> Any:
+    """The mapping or list under `part`, made when a mapping lacks it; `None` when there is none."""
+    if isinstance(here, list):
+        found = here[int(part)] if part.isdigit() and int(part) < len(here) else None
+    else:
+        if here.get(part) is None:
+            here[part] = {}
+        found = here[part]
+    return found if isinstance(found, dict | list) else None
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "(top level)"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key (value {error['input']!r}); {_nearest(error['loc'])}"
+    if error["type"] == "missing":
+        return f"{where}: required, but missing; add it"
+    if error["type"] == "value_error":
+        return f"{where}: {error['ctx']['error']}"
+    remedy = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where}: {error['input']!r} is not usable: {remedy}"
+
+
+def _nearest(loc: tuple[str | int, ...]) -> str:
+    import difflib
+
+    fields = _fields_at(loc[:-1])
+    close = difflib.get_close_matches(str(loc[-1]), fields, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
+
+
+def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
+    from typing import get_args
+
+    from pydantic import BaseModel
+
+    model: Any = RunConfig
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key written twice, and reads `1e-6` as the number people mean."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _register_scientific_floats() -> None:
+    import re
+
+    pattern = re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$")
+    _StrictLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    for first in "-+.0123456789":
+        _StrictLoader.yaml_implicit_resolvers.setdefault(first, []).insert(0, ("tag:yaml.org,2002:float", pattern))
+
+
+_register_scientific_floats()

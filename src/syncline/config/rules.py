@@ -1,0 +1,103 @@
+"""Rules between fields: each finds a fault and says field, value and remedy. All are reported together."""
+
+from collections.abc import Iterator
+
+from syncline.config.schema import RunConfig
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def broken_rules(config: RunConfig) -> list[str]:
+    """Every cross-field fault of a config whose fields are each valid; an empty list when there is none."""
+    return [fault for rule in _RULES for fault in rule(config)]
+
+
+def _lengths(config: RunConfig) -> Iterator[str]:
+    if config.sampling.max_tokens >= config.model.max_length:
+        yield (
+            f"sampling.max_tokens: {config.sampling.max_tokens} leaves no room for a prompt in "
+            f"model.max_length = {config.model.max_length}; lower the one or raise the other"
+        )
+    if config.learner.token_budget < config.model.max_length:
+        yield (
+            f"learner.token_budget: {config.learner.token_budget} cannot hold one sequence of "
+            f"model.max_length = {config.model.max_length}; a micro-batch never splits a sequence, so raise it"
+        )
+    if config.parity.max_tokens >= config.model.max_length:
+        yield (
+            f"parity.max_tokens: {config.parity.max_tokens} leaves no room for a prompt in "
+            f"model.max_length = {config.model.max_length}; lower it"
+        )
+
+
+def _distribution(config: RunConfig) -> Iterator[str]:
+    """The learner scores the whole vocabulary, so the sampler has to draw from it."""
+    if config.sampling.top_p != 1.0:
+        yield f"sampling.top_p: {config.sampling.top_p} cuts the distribution the learner scores; set it to 1.0"
+    if config.sampling.top_k != 0:
+        yield f"sampling.top_k: {config.sampling.top_k} cuts the distribution the learner scores; set it to 0"
+
+
+def _loss(config: RunConfig) -> Iterator[str]:
+    loss = config.learner.loss
+    if loss.importance.clip_min >= loss.importance.clip_max:
+        yield (
+            f"learner.loss.importance.clip_min: {loss.importance.clip_min} is not below "
+            f"clip_max = {loss.importance.clip_max}; lower it"
+        )
+    if loss.old_logprobs == "sampler" and loss.importance.level != "none":
+        yield (
+            f"learner.loss.importance.level: {loss.importance.level!r} would correct twice, because "
+            "learner.loss.old_logprobs = 'sampler' already divides by the sampler's probabilities; set it to none"
+        )
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    optimizer = config.learner.optimizer
+    if optimizer.num_warmup_steps >= config.run.num_steps:
+        yield (
+            f"learner.optimizer.num_warmup_steps: {optimizer.num_warmup_steps} is not below "
+            f"run.num_steps = {config.run.num_steps}; lower it"
+        )
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        yield (
+            f"learner.optimizer.min_learning_rate: {optimizer.min_learning_rate} is above "
+            f"learning_rate = {optimizer.learning_rate}; lower it"
+        )
+
+
+def _environments(config: RunConfig) -> Iterator[str]:
+    names = [e.name or e.task for e in config.environments]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield f"environments.{i}.name: {name!r} is taken by environments.{names.index(name)}; give it another name"
+
+
+def _devices(config: RunConfig) -> Iterator[str]:
+    for section in ("engine", "learner"):
+        devices = getattr(config, section).devices
+        if len(devices) != 1:
+            yield f"{section}.devices: {list(devices)} names {len(devices)} GPUs; this version uses one, so name one"
+    if "cpu" in (config.engine.device, config.learner.device) and "cuda" in (
+        config.engine.device,
+        config.learner.device,
+    ):
+        yield (
+            f"learner.device: {config.learner.device!r} differs from engine.device = {config.engine.device!r}, and vLLM "
+            "is installed for one of them; set both alike"
+        )
+
+
+def _ports(config: RunConfig) -> Iterator[str]:
+    if config.engine.port and config.engine.port == config.trajectory.port:
+        yield f"trajectory.port: {config.trajectory.port} is engine.port too; set one of them to 0 or another number"
+    for section in ("engine", "trajectory"):
+        host = getattr(config, section).host
+        if host not in LOOPBACK:
+            yield (
+                f"{section}.host: {host!r} would open the port to the network, and this version has no access "
+                "token; use 127.0.0.1"
+            )
+
+
+_RULES = (_lengths, _distribution, _loss, _schedule, _environments, _devices, _ports)

@@ -1,0 +1,198 @@
+"""The run's configuration: every field, its unit and its default, written once.
+
+Frozen, unknown keys refused. Field rules live here; rules between sections live in `rules.py`, which lists
+every fault at once. Nothing rewrites a value after loading.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    dir: str
+    """Everything the run writes: `runs/demo`."""
+    seed: NonNegativeInt = 0
+    num_steps: PositiveInt
+    groups_per_step: PositiveInt
+    """Tasks an optimizer step learns from."""
+    rollouts_per_group: Annotated[int, Field(ge=2)] = 8
+    """Attempts at each task: the G of GRPO."""
+    max_staleness: NonNegativeInt = 0
+    """Oldest policy a token may come from, in versions behind the one being trained. 0 is on-policy."""
+    deterministic: bool = False
+    """Asks torch for deterministic kernels, so that a resumed run repeats bit for bit."""
+
+
+class Lora(Section):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+
+
+class Model(Section):
+    path: str
+    """A local folder or a Hugging Face hub name."""
+    tokenizer: str | None = None
+    """Default: the model's own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU. The engine samples in the same type."""
+    lora: Lora | None = None
+    """Absent: every parameter is trained."""
+    max_length: PositiveInt = 2048
+    """Prompt and completion together, in tokens: the engine's context."""
+
+
+class Sampling(Section):
+    max_tokens: PositiveInt
+    """Longest completion."""
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
+
+
+class Engine(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: tuple[NonNegativeInt, ...] = (0,)
+    """GPU indices of the engine; ignored on a CPU."""
+    host: str = "127.0.0.1"
+    port: Port = 0
+    """0 leases a free port."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Of each GPU, for weights and KV cache together. Ignored on a CPU."""
+    kv_cache_bytes: PositiveInt = 256 << 20
+    """On a CPU only."""
+    max_num_seqs: PositiveInt = 128
+    enforce_eager: bool | None = None
+    """Absent: CUDA graphs on a GPU, eager on a CPU."""
+    num_threads: NonNegativeInt = 0
+    """CPU threads; 0 shares the machine's cores with the learner."""
+    start_timeout_seconds: PositiveFloat = 300.0
+    request_timeout_seconds: PositiveFloat = 600.0
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """vLLM's own options, passed through and checked by vLLM: `{max_num_batched_tokens: 8192}`."""
+
+
+class Environment(Section):
+    task: str
+    """A built-in (`arithmetic`, `gsm8k`) or an import path: `my_package.my_module:MyEnvironment`."""
+    name: str | None = None
+    """Default: the task's. Must differ between environments of one run."""
+    weight: PositiveFloat = 1.0
+    """Share of the groups, relative to the other environments."""
+    concurrency: PositiveInt = 64
+    """Groups in flight at once."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the environment's constructor."""
+
+
+class Trajectory(Section):
+    host: str = "127.0.0.1"
+    port: Port = 0
+    lease_seconds: PositiveFloat = 600.0
+    """How long a learner may hold groups, and an environment a permit, without a word."""
+    wait_timeout_seconds: PositiveFloat = 600.0
+    """How long the learner waits for a full batch before it names who did not deliver."""
+    max_request_bytes: PositiveInt = 256 << 20
+
+
+class Importance(Section):
+    """Corrects for the gap between the sampler's and the learner's probabilities (TIS, MIS)."""
+
+    level: Literal["none", "token", "sequence"] = "token"
+    mode: Literal["truncate", "mask"] = "truncate"
+    clip_min: NonNegativeFloat = 0.0
+    clip_max: PositiveFloat = 2.0
+
+
+class Loss(Section):
+    name: Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo"] = "grpo"
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: PositiveFloat = 0.2
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the k3 estimate of KL(policy || reference). 0: no reference model is loaded."""
+    old_logprobs: Literal["learner", "sampler"] = "learner"
+    """What the PPO ratio divides by: the learner's own at the start of the step, or the sampler's."""
+    scale_advantages: Literal["group", "batch", "none"] = "group"
+    """Divide by the standard deviation of the group's rewards, of the batch's, or not at all (Dr. GRPO)."""
+    mask_truncated: bool = False
+    """Leaves completions cut off by the length limit out of the loss."""
+    importance: Importance = Importance()
+
+
+class Optimizer(Section):
+    learning_rate: PositiveFloat = 1e-6
+    min_learning_rate: NonNegativeFloat = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    num_warmup_steps: NonNegativeInt = 0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class Learner(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: tuple[NonNegativeInt, ...] = (0,)
+    num_threads: NonNegativeInt = 0
+    token_budget: PositiveInt = 8192
+    """Tokens of a micro-batch; peak memory follows it, not the group."""
+    logprob_chunk_tokens: PositiveInt = 1024
+    """Rows of logits alive at once."""
+    gradient_checkpointing: bool = False
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    checkpoint_interval: PositiveInt = 10
+    """Steps between checkpoints."""
+    num_checkpoints: PositiveInt = 2
+    """Checkpoints kept."""
+
+
+class Bridge(Section):
+    name: Literal["restart"] = "restart"
+    restart: Literal["in_place", "process"] = "in_place"
+    """Reload the running engine's weights, or replace its process."""
+    in_flight: Literal["drain", "abort"] = "drain"
+    """What happens to running requests when the weights move."""
+    timeout_seconds: PositiveFloat = 300.0
+
+
+class Parity(Section):
+    """Learner and engine logprobs compared on fixed prompts; above a threshold the run stops."""
+
+    interval: NonNegativeInt = 20
+    """Steps between checks; 0 checks before the first step only."""
+    prompts: tuple[str, ...] = ("The capital of France is", "def fibonacci(n):", "2 + 2 =", "Once upon a time")
+    max_tokens: PositiveInt = 32
+    max_mean_abs_diff: PositiveFloat = 0.05
+    max_k3_kl: PositiveFloat = 0.005
+
+
+class Evaluation(Section):
+    """Accuracy on the environments' held-out tasks, before and after training."""
+
+    num_tasks: NonNegativeInt = 0
+    """Per environment; 0: no evaluation."""
+    temperature: NonNegativeFloat = 0.0
+
+
+class RunConfig(Section):
+    run: Run
+    model: Model
+    sampling: Sampling
+    environments: Annotated[tuple[Environment, ...], Field(min_length=1)]
+    engine: Engine = Engine()
+    trajectory: Trajectory = Trajectory()
+    learner: Learner = Learner()
+    bridge: Bridge = Bridge()
+    parity: Parity = Parity()
+    evaluation: Evaluation = Evaluation()

@@ -1,0 +1,56 @@
+"""Every error a user can meet.
+
+SynclineError
+├── ConfigError            a value the user gave, with field, value and remedy
+├── EngineError            the inference engine answered wrongly, or not at all
+│   └── EngineTimeout      ... not before the deadline
+├── TrajectoryError        the trajectory server answered wrongly, or not at all
+├── SyncError              learner and engine could not be proved to hold the same weights
+│   └── ParityError        ... their log-probabilities differ by more than the run allows
+├── CheckpointError        a checkpoint is missing, half-written or of another run
+└── ProcessDied            a supervised process ended when it should not have
+"""
+
+
+class SynclineError(Exception):
+    """Base of all; the command line prints its message without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(SynclineError):
+    """A value the user gave cannot be used. `faults` lists every one found, not the first alone."""
+
+    exit_code = 2
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = faults
+        super().__init__("\n".join(faults))
+
+
+class EngineError(SynclineError):
+    exit_code = 3
+
+
+class EngineTimeout(EngineError):
+    pass
+
+
+class TrajectoryError(SynclineError):
+    exit_code = 4
+
+
+class SyncError(SynclineError):
+    exit_code = 5
+
+
+class ParityError(SyncError):
+    exit_code = 6
+
+
+class CheckpointError(SynclineError):
+    exit_code = 7
+
+
+class ProcessDied(SynclineError):
+    exit_code = 8

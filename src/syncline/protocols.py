@@ -1,0 +1,192 @@
+"""The seams: one `Protocol` for each thing that varies. Everything else is one implementation.
+
+Who calls whom: environments hold a `Policy` (sampling and text) and a `RolloutSink`; the learner holds a
+`RolloutSource`, a `WeightBridge` and a `MetricSink`; a bridge holds an `EngineControl`. They never see each other.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from syncline.types import Completion, Message, Rollout, RolloutGroup, SamplingParams
+
+
+class Generate(Protocol):
+    """Tokens in, tokens out."""
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, num_completions: int = 1
+    ) -> list[Completion]:
+        """Samples `num_completions` sequences of one prompt. Raises `EngineError`, `EngineTimeout`."""
+        ...
+
+
+class Policy(Protocol):
+    """What an environment sees of the model: messages in, rollout-ready completions out."""
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Prompt tokens of a conversation, generation prompt included."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of sampled tokens, special tokens left out."""
+        ...
+
+    async def sample(self, prompt_token_ids: Sequence[int], *, num_completions: int) -> list[Completion]:
+        """Samples with the run's `SamplingParams`."""
+        ...
+
+
+class Environment(Protocol):
+    """A task family: hands out tasks by index, attempts and scores them.
+
+    `task(i)` is a pure function of the environment's own configuration and `i`, so that a lost task can be
+    handed out again. `score` never raises for a wrong answer; whatever escapes becomes `RolloutStatus.ERROR`.
+    """
+
+    name: str
+
+    def task(self, index: int, *, split: str = "train") -> Any:
+        """The task with this index; `split` is `"train"` (endless) or `"heldout"` (disjoint from train)."""
+        ...
+
+    async def rollouts(self, task: Any, num_rollouts: int, policy: Policy) -> list[Rollout]:
+        """Attempts the task `num_rollouts` times and scores each attempt."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """The trajectory server's leave to sample one group: the back-pressure. Expires on the server's clock."""
+
+    permit_id: str
+    task_index: int
+
+
+class RolloutSink(Protocol):
+    """Where an environment takes permits and puts finished groups."""
+
+    async def permits(self, environment: str, num_permits: int, *, timeout_seconds: float) -> list[Permit]:
+        """Waits for up to `num_permits` permits; an empty list after the timeout. Raises `TrajectoryError`."""
+        ...
+
+    async def put(self, group: RolloutGroup, permit: Permit) -> None:
+        """Returns once the group is stored durably. Putting the same permit twice stores one group."""
+        ...
+
+    async def give_back(self, permit: Permit, reason: str) -> None:
+        """The group could not be sampled; its task is handed out again."""
+        ...
+
+
+class RolloutSource(Protocol):
+    """Where the learner takes whole groups. Leased groups stay the server's until a checkpoint holds their effect."""
+
+    def start(self, *, policy_version: int, step: int) -> None:
+        """Declares the policy now served and the step the learner (re)starts from.
+
+        Groups consumed by steps after `step` (lost with the process that trained on them) are handed out again.
+        """
+        ...
+
+    def next_batch(self, num_groups: int) -> list[RolloutGroup]:
+        """Waits for `num_groups` groups, oldest first, and leases them. Raises `TrajectoryError` at the deadline."""
+        ...
+
+    def acknowledge(self, groups: Sequence[RolloutGroup], *, step: int, policy_version: int) -> None:
+        """These groups were trained on in `step`; `policy_version` is served from now on."""
+        ...
+
+    def commit(self, *, step: int) -> None:
+        """A checkpoint holds `step`: groups it or an earlier step consumed will never be handed out again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one party holds: the policy version and the digest of the weights."""
+
+    policy_version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """One publish: the proved receipt, what it moved and how long each part took."""
+
+    receipt: Receipt
+    num_bytes: int
+    seconds: float
+    pause_seconds: float
+    parts_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class EngineControl(Protocol):
+    """What a bridge needs of an engine. Every call has a deadline and raises `EngineError` or `EngineTimeout`."""
+
+    name: str
+
+    def wait_until_ready(self, *, timeout_seconds: float) -> None: ...
+
+    def pause(self, *, mode: str, timeout_seconds: float) -> None:
+        """Stops sampling at a token boundary. `mode`: `"drain"` (finish running requests) or `"abort"`."""
+        ...
+
+    def resume(self) -> None: ...
+
+    def receipt(self) -> Receipt:
+        """Version and digest of the weights the engine would sample from now. Version -1: never published."""
+        ...
+
+    def parameters(self) -> Mapping[str, str]:
+        """Checkpoint name → dtype, shape and digest of each parameter, to name what differs."""
+        ...
+
+    def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
+        """Loads a safetensors checkpoint in place (paused engines only) and answers with what it then holds."""
+        ...
+
+    def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
+        """Replaces the engine process by one that loads `path`; returns when the new one is ready, paused."""
+        ...
+
+    def adopt(self, *, policy_version: int) -> Receipt:
+        """Names the weights already held: the version moves, the caches are dropped, nothing is loaded."""
+        ...
+
+
+class WeightBridge(Protocol):
+    """Keeps the engine on the learner's policy. `model` is a `torch.nn.Module` with Hugging Face parameter names.
+
+    Contract: after `publish(v)` returns, the engine samples from `v` and holds the digest the learner computed;
+    versions only grow; when it raises, the engine is paused, so nothing is sampled from an unproved state.
+    """
+
+    def attach(self, model: Any) -> None:
+        """Once, before the optimizer exists. Refuses a model the engine does not serve, naming the parameter."""
+        ...
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Surrounds whatever may change what the engine reads. Leaves the engine paused if the body raises."""
+        ...
+
+    def publish(self, model: Any, *, policy_version: int) -> SyncReport:
+        """Makes the engine serve `model` as `policy_version`, proved. Raises `SyncError`, `EngineError`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class MetricSink(Protocol):
+    """Where a step's metrics go. Keys follow TRL's names where TRL has one, `room/what/stat` elsewhere."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log_rollouts(
+        self, step: int, groups: Iterable[RolloutGroup], advantages: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Keeps a few rollouts for people to read; `advantages` by group id, one a rollout."""
+        ...
+
+    def close(self) -> None: ...

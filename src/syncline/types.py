@@ -1,0 +1,220 @@
+"""The one data type: what a rollout is, the same in memory, on the wire and on disk.
+
+`RolloutGroup` (siblings of one task: the unit queued, leased, trained on, dropped)
+  > `Rollout` (one attempt: reward or `None`, status, reward parts, messages for people)
+    > `TrainingSample` (one token sequence, with the policy version of every sampled token).
+
+Every class checks itself when built, so a value that exists is a valid value; a fault is a
+`ValueError` naming the field. Tensors live in the learner only.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class RolloutStatus(StrEnum):
+    """How an attempt ended. Only `ERROR` and `ABORTED` carry the reward `None`."""
+
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    ABORTED = "aborted"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens `[start, end)` of a sample were sampled under `policy_version`."""
+
+    policy_version: int
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if self.policy_version < 0:
+            raise ValueError(f"policy_version must be >= 0, got {self.policy_version}")
+        if not 0 <= self.start < self.end:
+            raise ValueError(f"version span needs 0 <= start < end, got [{self.start}, {self.end})")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat turn, as people read it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the engine samples. `max_tokens` bounds the completion, not the whole sequence."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    """Beside the model's own end-of-sequence tokens."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be >= 1, got {self.max_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0, got {self.top_k}")
+
+
+class FinishReason(StrEnum):
+    """Why the engine stopped: an end token, the length limit, or an abort."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine answers for one sampled sequence (prompt excluded).
+
+    `logprobs[i]` is the log-probability of `token_ids[i]` under the distribution it was drawn from
+    (temperature applied). `versions` are spans over `token_ids`; an engine that has not had a policy
+    published yet answers with an empty tuple.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} token_ids but {len(self.logprobs)} logprobs")
+        _check_finite("logprobs", self.logprobs)
+        if self.versions:
+            _check_cover(self.versions, [0] * len(self.token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSample:
+    """One token sequence the learner can train on.
+
+    `loss_mask[i]` is true where `token_ids[i]` was sampled by the policy. `logprobs[i]` is the sampler's
+    log-probability there and 0.0 elsewhere. `versions` cover exactly the sampled tokens, in order;
+    a span may not cross a token that was not sampled.
+    """
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[VersionSpan, ...]
+
+    def __post_init__(self) -> None:
+        n = len(self.token_ids)
+        if n == 0:
+            raise ValueError("token_ids must not be empty")
+        for name, values in (("loss_mask", self.loss_mask), ("logprobs", self.logprobs)):
+            if len(values) != n:
+                raise ValueError(f"{n} token_ids but {len(values)} {name}")
+        if min(self.token_ids) < 0:
+            raise ValueError(f"token_ids must be >= 0, got {min(self.token_ids)}")
+        if self.loss_mask[0]:
+            raise ValueError("loss_mask[0] must be false: the first token of a sequence has no prediction")
+        _check_finite("logprobs", self.logprobs)
+        _check_cover(self.versions, [0 if m else None for m in self.loss_mask])
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(self.loss_mask)
+
+    @classmethod
+    def from_completion(cls, prompt_token_ids: tuple[int, ...], completion: Completion) -> "TrainingSample":
+        """The single-turn sample: the prompt, then what was sampled. The one way tokens enter a sample."""
+        prompt = len(prompt_token_ids)
+        return cls(
+            token_ids=(*prompt_token_ids, *completion.token_ids),
+            loss_mask=(False,) * prompt + (True,) * len(completion.token_ids),
+            logprobs=(0.0,) * prompt + completion.logprobs,
+            versions=tuple(
+                VersionSpan(s.policy_version, s.start + prompt, s.end + prompt) for s in completion.versions
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One attempt at a task. An error has a status and the reward `None`: never reward 0."""
+
+    samples: tuple[TrainingSample, ...]
+    reward: float | None
+    status: RolloutStatus
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    messages: tuple[Message, ...] = ()
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        scored = self.status in (RolloutStatus.COMPLETED, RolloutStatus.TRUNCATED)
+        if scored and not self.samples:
+            raise ValueError(f"a rollout with status {self.status} needs at least one sample")
+        if scored and self.reward is None:
+            raise ValueError(f"a rollout with status {self.status} needs a reward")
+        if not scored and self.reward is not None:
+            raise ValueError(f"a rollout with status {self.status} must have reward None, got {self.reward}")
+        if self.reward is not None and not math.isfinite(self.reward):
+            raise ValueError(f"reward must be finite, got {self.reward}")
+        for name, value in self.reward_parts.items():
+            if not math.isfinite(value):
+                raise ValueError(f"reward_parts[{name!r}] must be finite, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The attempts at one task. `task_index` counts the environment's tasks from 0."""
+
+    group_id: str
+    environment: str
+    task_index: int
+    rollouts: tuple[Rollout, ...]
+
+    def __post_init__(self) -> None:
+        if not self.group_id:
+            raise ValueError("group_id must not be empty")
+        if self.task_index < 0:
+            raise ValueError(f"task_index must be >= 0, got {self.task_index}")
+        if not self.rollouts:
+            raise ValueError("rollouts must not be empty")
+
+    @property
+    def oldest_policy_version(self) -> int | None:
+        """The smallest version any token was sampled under; `None` when nothing was sampled."""
+        return min(self._versions(), default=None)
+
+    @property
+    def newest_policy_version(self) -> int | None:
+        """The largest version any token was sampled under; `None` when nothing was sampled."""
+        return max(self._versions(), default=None)
+
+    def _versions(self) -> list[int]:
+        return [v.policy_version for r in self.rollouts for s in r.samples for v in s.versions]
+
+
+def _check_finite(name: str, values: tuple[float, ...]) -> None:
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}[{i}] must be finite, got {value}")
+
+
+def _check_cover(versions: tuple[VersionSpan, ...], sampled: list[int | None]) -> None:
+    """Spans cover every sampled position (0) once, in order, and no other position (`None`)."""
+    covered = [i for span in versions for i in range(span.start, span.end)]
+    expected = [i for i, mark in enumerate(sampled) if mark is not None]
+    if covered != expected:
+        raise ValueError(
+            f"versions must cover the {len(expected)} sampled tokens exactly and in order, "
+            f"but cover {len(covered)} tokens: {[(s.start, s.end) for s in versions]}"
+        )
