@@ -1,0 +1,175 @@
+"""The two ends of an engine's wire that others hold: `EngineClient` samples, `EngineController` moves weights.
+
+Every call has a deadline. A refused connection or a 503 within it means a starting or restarting engine, and is tried
+again; whatever is still wrong at the deadline becomes an `EngineError` that names the engine and the last answer.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import httpx
+
+from syncline.errors import EngineError, EngineTimeout
+from syncline.protocols import Receipt
+from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
+
+RETRY_SECONDS = 0.2
+_STARTING = (httpx.ConnectError, httpx.ConnectTimeout)
+
+
+class EngineClient:
+    """`Generate` over HTTP. Use as an async context manager.
+
+    `unpublished_version` names the tokens of an engine that still holds the weights it was started with, for callers
+    such as an evaluation; without it they carry no version and cannot be trained on.
+    """
+
+    def __init__(
+        self, url: str, *, timeout_seconds: float, max_connections: int = 512, unpublished_version: int | None = None
+    ) -> None:
+        self.url = url
+        self._unpublished_version = unpublished_version
+        self._timeout_seconds = timeout_seconds
+        limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+        self._http = httpx.AsyncClient(base_url=url, timeout=timeout_seconds, limits=limits)
+
+    async def __aenter__(self) -> "EngineClient":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._http.aclose()
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, num_completions: int = 1
+    ) -> list[Completion]:
+        body = {
+            "prompt_token_ids": list(prompt_token_ids),
+            "sampling": asdict(sampling),
+            "num_completions": num_completions,
+        }
+        answer = await self._post("/syncline/generate", body)
+        return [_completion(c, self._unpublished_version) for c in answer["completions"]]
+
+    async def _post(self, path: str, body: dict[str, Any]) -> Any:
+        deadline = time.monotonic() + self._timeout_seconds
+        while True:
+            try:
+                response = await self._http.post(path, json=body)
+                if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    return _json(response)
+                fault: object = response.text
+            except _STARTING as error:
+                fault = error
+            except httpx.TimeoutException as error:
+                raise EngineTimeout(
+                    f"engine {self.url} did not answer {path} in {self._timeout_seconds:g} s"
+                ) from error
+            except httpx.HTTPError as error:
+                raise EngineError(f"engine {self.url} broke off {path}: {error!r}") from error
+            if time.monotonic() > deadline:
+                raise EngineTimeout(
+                    f"engine {self.url} was not ready for {path} in {self._timeout_seconds:g} s: {fault}"
+                )
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+class EngineController:
+    """`EngineControl` over HTTP."""
+
+    def __init__(self, url: str, *, name: str = "engine", start_timeout_seconds: float) -> None:
+        self.name = f"{name} at {url}"
+        self._start_timeout_seconds = start_timeout_seconds
+        self._http = httpx.Client(base_url=url)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def wait_until_ready(self, *, timeout_seconds: float) -> None:
+        """Polls `/health` until it is 200. Raises `EngineTimeout` with the last answer."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            fault = self._health_fault()
+            if fault is None:
+                return
+            if time.monotonic() > deadline:
+                raise EngineTimeout(f"{self.name} was not ready after {timeout_seconds:g} s: {fault}")
+            time.sleep(RETRY_SECONDS)
+
+    def pause(self, *, mode: str, timeout_seconds: float) -> None:
+        self._post("/syncline/pause", {"mode": mode, "timeout_seconds": timeout_seconds}, 2 * timeout_seconds)
+
+    def resume(self) -> None:
+        self._post("/syncline/resume", {}, self._start_timeout_seconds)
+
+    def receipt(self) -> Receipt:
+        return _receipt(self._parameters())
+
+    def parameters(self) -> Mapping[str, str]:
+        return self._parameters()["parameters"]
+
+    def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
+        body = {"path": path, "policy_version": policy_version}
+        return _receipt(self._post("/syncline/reload", body, timeout_seconds))
+
+    def adopt(self, *, policy_version: int) -> Receipt:
+        return _receipt(self._post("/syncline/adopt", {"policy_version": policy_version}, self._start_timeout_seconds))
+
+    def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
+        deadline = time.monotonic() + timeout_seconds
+        self._post("/syncline/restart", {"path": path, "policy_version": policy_version}, timeout_seconds)
+        self._wait_until_gone(deadline, timeout_seconds)
+        self.wait_until_ready(timeout_seconds=max(0.0, deadline - time.monotonic()))
+        return self.receipt()
+
+    def _wait_until_gone(self, deadline: float, timeout_seconds: float) -> None:
+        while self._health_fault() is None:
+            if time.monotonic() > deadline:
+                raise EngineTimeout(f"{self.name} was asked to restart and still answers after {timeout_seconds:g} s")
+            time.sleep(RETRY_SECONDS)
+
+    def _health_fault(self) -> str | None:
+        try:
+            response = self._http.get("/health", timeout=10.0)
+        except httpx.HTTPError as error:
+            return repr(error)
+        return None if response.status_code == httpx.codes.OK else response.text
+
+    def _parameters(self) -> Any:
+        return self._call("GET", "/syncline/parameters", None, self._start_timeout_seconds)
+
+    def _post(self, path: str, body: dict[str, Any], timeout_seconds: float) -> Any:
+        return self._call("POST", path, body, timeout_seconds)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float) -> Any:
+        try:
+            return _json(self._http.request(method, path, json=body, timeout=timeout_seconds))
+        except httpx.TimeoutException as error:
+            raise EngineTimeout(f"{self.name} did not answer {path} in {timeout_seconds:g} s") from error
+        except httpx.HTTPError as error:
+            raise EngineError(f"{self.name} broke off {path}: {error!r}") from error
+
+
+def _json(response: httpx.Response) -> Any:
+    if response.is_success:
+        return response.json()
+    raise EngineError(f"engine {response.request.url} answered {response.status_code}: {response.text[:500]}")
+
+
+def _receipt(answer: Any) -> Receipt:
+    return Receipt(answer["policy_version"], answer["digest"])
+
+
+def _completion(answer: Any, unpublished_version: int | None) -> Completion:
+    token_ids = tuple(answer["token_ids"])
+    versions = tuple(VersionSpan(*span) for span in answer["versions"])
+    if token_ids and not versions and unpublished_version is not None:
+        versions = (VersionSpan(unpublished_version, 0, len(token_ids)),)
+    return Completion(
+        token_ids=token_ids,
+        logprobs=tuple(answer["logprobs"]),
+        versions=versions,
+        finish_reason=FinishReason(answer["finish_reason"]),
+    )

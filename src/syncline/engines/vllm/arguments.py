@@ -1,0 +1,100 @@
+"""Our configuration → the options of vLLM's own parser, which checks what is passed through."""
+
+import json
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+from syncline.config import RunConfig
+from syncline.engines.vllm import compat
+from syncline.engines.vllm.plugin import LOAD_FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What the engine process starts from."""
+
+    port: int
+    checkpoint: str | None = None
+    """Weights that differ from the configured model's: the bridge's last version."""
+    policy_version: int = -1
+
+
+def engine_device(config: RunConfig) -> str:
+    """`"cuda"` or `"cpu"`. Raises when CUDA is asked for and absent."""
+    import torch
+
+    from syncline.errors import ConfigError
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.engine.device == "cuda" and found == "cpu":
+        raise ConfigError(["engine.device: 'cuda', but torch sees no NVIDIA GPU; set it to cpu, or mend the driver"])
+    return found if config.engine.device == "auto" else config.engine.device
+
+
+def set_environment(config: RunConfig, device: str) -> None:
+    """Variables vLLM reads at import. Only in the engine's own process, before vLLM is imported."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if device == "cpu":
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("OMP_NUM_THREADS", str(config.engine.num_threads or os.cpu_count() or 1))
+
+
+def parse(config: RunConfig, device: str, start: Start) -> Namespace:
+    """vLLM's argument namespace. An option of `engine.extra` that vLLM does not know ends the process with its message."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parts = compat.server_parts()
+    parser = parts.make_arg_parser(FlexibleArgumentParser(prog="syncline serve"))
+    args = parser.parse_args(_options(config, device, start))
+    parts.validate_args(args)
+    return args
+
+
+def _options(config: RunConfig, device: str, start: Start) -> list[str]:
+    engine = config.engine
+    eager = engine.enforce_eager if engine.enforce_eager is not None else device == "cpu"
+    values: dict[str, Any] = {
+        "model": start.checkpoint or config.model.path,
+        "served_model_name": config.model.path,
+        "tokenizer": config.model.tokenizer or config.model.path,
+        "host": engine.host,
+        "port": start.port,
+        "dtype": engine_dtype(config, device),
+        "max_model_len": config.model.max_length,
+        "max_num_seqs": engine.max_num_seqs,
+        "seed": config.run.seed,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": "syncline.engines.vllm.worker.WorkerExtension",
+        "generation_config": "vllm",
+        "enforce_eager": eager,
+        "disable_uvicorn_access_log": True,
+    }
+    if device == "cpu":
+        values |= {"load_format": LOAD_FORMAT, "kv_cache_memory_bytes": engine.kv_cache_bytes}
+    else:
+        values |= {"gpu_memory_utilization": engine.gpu_memory_utilization}
+    values |= engine.extra
+    return [word for name, value in values.items() for word in _option(name, value)]
+
+
+def engine_dtype(config: RunConfig, device: str) -> str:
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if value is True:
+        return [flag]
+    if value is False:
+        return ["--no-" + name.replace("_", "-")] if name not in _NO_NEGATION else []
+    return [flag, json.dumps(value) if isinstance(value, dict | list) else str(value)]
+
+
+_NO_NEGATION = ("disable_uvicorn_access_log",)

@@ -1,0 +1,210 @@
+"""Our routes beside vLLM's own: sampling with versions, and what the weight bridges ask of an engine.
+
+All bind to the gate (`gate.py`): `generate` passes it, `pause` closes it, the weight routes need it closed.
+"""
+
+import asyncio
+import os
+import signal
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, Literal
+from uuid import uuid4
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from syncline.bridges.receipt import model_digest
+from syncline.engines.vllm import compat
+from syncline.engines.vllm.gate import Gate
+from syncline.errors import EngineError, EngineTimeout
+from syncline.types import SamplingParams
+
+HEALTH_TIMEOUT_SECONDS = 5.0
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GenerateBody(Body):
+    prompt_token_ids: tuple[int, ...] = Field(min_length=1)
+    sampling: SamplingParams
+    num_completions: int = Field(default=1, ge=1)
+
+
+class PauseBody(Body):
+    mode: Literal["drain", "abort"]
+    timeout_seconds: float = Field(gt=0)
+
+
+class WeightsBody(Body):
+    path: str
+    policy_version: int = Field(ge=0)
+
+
+class AdoptBody(Body):
+    policy_version: int = Field(ge=0)
+
+
+@dataclass(slots=True)
+class Served:
+    """The engine behind the routes and what is proved of its weights."""
+
+    engine: Any
+    gate: Gate
+    about: dict[str, str]
+    parameters: dict[str, str] = field(default_factory=dict)
+    restart_from: WeightsBody | None = None
+
+    async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
+        [self.parameters] = await self.engine.collective_rpc(method, args=args)
+
+    def receipt(self) -> dict[str, Any]:
+        return {
+            "policy_version": self.gate.policy_version,
+            "digest": model_digest(self.parameters),
+            "paused": not self.gate.is_open,
+        }
+
+
+def add_routes(app: FastAPI, served: Served) -> None:
+    """Adds `/syncline/*` and puts our `/health` before vLLM's."""
+    app.include_router(_router(served))
+    health = [route for route in app.router.routes if getattr(route, "path", None) == "/health"]
+    app.router.routes = [health[-1], *(r for r in app.router.routes if r not in health)]
+    app.add_exception_handler(EngineError, _answer_error)
+
+
+async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+    status = HTTPStatus.GATEWAY_TIMEOUT if isinstance(error, EngineTimeout) else HTTPStatus.CONFLICT
+    return JSONResponse({"error": str(error)}, status_code=status)
+
+
+def _router(served: Served) -> APIRouter:
+    from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> JSONResponse:
+        fault = await _fault(served.engine)
+        body = {"status": fault or "ok", **served.about, **served.receipt()}
+        return JSONResponse(body, status_code=HTTPStatus.SERVICE_UNAVAILABLE if fault else HTTPStatus.OK)
+
+    @router.post("/syncline/generate")
+    @with_cancellation
+    async def generate(body: GenerateBody, raw_request: Request) -> JSONResponse:
+        del raw_request
+        async with served.gate.request() as policy_version:
+            return JSONResponse(await _sample(served.engine, body, policy_version))
+
+    @router.get("/syncline/parameters")
+    async def parameters() -> dict[str, Any]:
+        return {**served.receipt(), "parameters": served.parameters}
+
+    @router.post("/syncline/pause")
+    async def pause(body: PauseBody) -> dict[str, Any]:
+        await served.gate.close()
+        if body.mode == "drain":
+            await served.gate.wait_until_empty(timeout_seconds=body.timeout_seconds)
+        await served.engine.pause_generation(mode="wait" if body.mode == "drain" else "abort")
+        await served.gate.wait_until_empty(timeout_seconds=body.timeout_seconds)
+        return served.receipt()
+
+    @router.post("/syncline/resume")
+    async def resume() -> dict[str, Any]:
+        await served.engine.resume_generation()
+        await served.gate.open()
+        return served.receipt()
+
+    @router.post("/syncline/reload")
+    async def reload(body: WeightsBody) -> dict[str, Any]:
+        _need_paused(served, "reload")
+        await served.remeasure("syncline_reload", body.path)
+        return await _name(served, body.policy_version)
+
+    @router.post("/syncline/adopt")
+    async def adopt(body: AdoptBody) -> dict[str, Any]:
+        _need_paused(served, "adopt")
+        await served.remeasure()
+        return await _name(served, body.policy_version)
+
+    @router.post("/syncline/restart", status_code=HTTPStatus.ACCEPTED)
+    async def restart(body: WeightsBody) -> dict[str, Any]:
+        _need_paused(served, "restart")
+        served.restart_from = body
+        asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)
+        return served.receipt()
+
+    return router
+
+
+async def _fault(engine: Any) -> str | None:
+    """What is wrong with the engine; a round trip to its core proves that it answers."""
+    try:
+        await asyncio.wait_for(engine.check_health(), HEALTH_TIMEOUT_SECONDS)
+        await asyncio.wait_for(engine.is_paused(), HEALTH_TIMEOUT_SECONDS)
+    except TimeoutError:
+        return f"the engine core did not answer within {HEALTH_TIMEOUT_SECONDS:g} s"
+    except Exception as error:  # the engine boundary: whatever vLLM raises here means it cannot sample
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _need_paused(served: Served, action: str) -> None:
+    if served.gate.is_open or served.gate.num_inside:
+        raise EngineError(
+            f"{action} needs a paused engine, and {served.gate.num_inside} requests may be sampling; pause it first"
+        )
+
+
+async def _name(served: Served, policy_version: int) -> dict[str, Any]:
+    if policy_version < served.gate.policy_version:
+        raise EngineError(
+            f"policy_version {policy_version} is older than {served.gate.policy_version}, which this engine has served"
+        )
+    await compat.drop_caches(served.engine)
+    await compat.name_weights(served.engine, policy_version)
+    served.gate.policy_version = policy_version
+    return {**served.receipt(), "parameters": served.parameters}
+
+
+async def _sample(engine: Any, body: GenerateBody, policy_version: int) -> dict[str, Any]:
+    from vllm import SamplingParams as VllmSamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    asked = body.sampling
+    params = VllmSamplingParams(
+        n=body.num_completions,
+        max_tokens=asked.max_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k or -1,
+        seed=asked.seed,
+        stop_token_ids=list(asked.stop_token_ids) or None,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    final: Any = None
+    try:
+        async for output in engine.generate(
+            {"prompt_token_ids": list(body.prompt_token_ids)}, params, f"syncline-{uuid4().hex}"
+        ):
+            final = output
+    except ValueError as error:
+        raise EngineError(f"vLLM refused the request: {error}") from error
+    return {"completions": [_completion(output, policy_version) for output in final.outputs]}
+
+
+def _completion(output: Any, policy_version: int) -> dict[str, Any]:
+    token_ids = list(output.token_ids)
+    versions = [[policy_version, 0, len(token_ids)]] if token_ids and policy_version >= 0 else []
+    return {
+        "token_ids": token_ids,
+        "logprobs": [row[token].logprob for token, row in zip(token_ids, output.logprobs, strict=True)],
+        "versions": versions,
+        "finish_reason": output.finish_reason,
+    }

@@ -1,0 +1,106 @@
+"""`syncline serve`: vLLM's own OpenAI server with our routes and worker extension, in this process.
+
+The process may replace itself: asked to restart, it shuts vLLM down and executes its own command again with the new
+checkpoint, so its pid, and whoever watches it, stay the same.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from syncline.config import RunConfig
+from syncline.engines.vllm import compat
+from syncline.engines.vllm.arguments import Start, engine_device, parse, set_environment
+from syncline.engines.vllm.gate import Gate
+from syncline.engines.vllm.routes import Served, WeightsBody, add_routes
+
+WATCH_SECONDS = 0.5
+
+
+def serve(config: RunConfig, start: Start, *, run_dir: Path | None, argv: list[str]) -> int:
+    """Serves until SIGTERM; returns the exit code. `argv` is this process's command, for a restart."""
+    device = engine_device(config)
+    set_environment(config, device)
+    args = parse(config, device, start)
+    about = {
+        "name": "vllm",
+        "version": compat.vllm_version(),
+        "device": _device_name(device),
+        "model": config.model.path,
+    }
+    listen_address, sock = compat.server_parts().setup_server(args, reuse_port=False)
+    try:
+        restart, died = asyncio.run(_serve(args, sock, start, about, run_dir))
+    finally:
+        sock.close()
+    if restart is not None:
+        os.execv(sys.executable, _restarted(argv, restart))
+    if died:
+        print(f"engine at {listen_address} died: {died}", file=sys.stderr, flush=True)
+        return 3
+    return 0
+
+
+async def _serve(
+    args: Namespace, sock: Any, start: Start, about: dict[str, str], run_dir: Path | None
+) -> tuple[WeightsBody | None, str | None]:
+    parts = compat.server_parts()
+    died: list[str] = []
+    async with parts.build_engine_client(args) as engine:
+        app = parts.build_app(args, await engine.get_supported_tasks(), engine.model_config)
+        await parts.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
+        served = Served(engine, Gate(start.policy_version), about)
+        await served.remeasure()
+        if start.policy_version >= 0:
+            await compat.name_weights(engine, start.policy_version)
+            await served.gate.close()
+        add_routes(app, served)
+        if run_dir is not None:
+            (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))
+        watch = asyncio.create_task(_watch(engine, died))
+        shutdown = await parts.serve_http(
+            app, sock=sock, host=args.host, port=args.port, log_level="warning", access_log=False, timeout_keep_alive=30
+        )
+        watch.cancel()
+    with suppress(asyncio.CancelledError):
+        await shutdown
+    return served.restart_from, died[0] if died else None
+
+
+async def _watch(engine: Any, died: list[str]) -> None:
+    """Ends the process at once when the engine core is gone; vLLM's own watchdog takes five seconds."""
+    import signal
+
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        if engine.errored:
+            died.append(str(getattr(engine, "dead_error", "the engine core ended")))
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+
+def _restarted(argv: list[str], weights: WeightsBody) -> list[str]:
+    """This command again, with the checkpoint to start from in place of any earlier one."""
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in ("--checkpoint", "--policy-version"):
+            next(words)
+        else:
+            kept.append(word)
+    extra = ["--checkpoint", weights.path, "--policy-version", str(weights.policy_version)]
+    return [sys.executable, "-m", "syncline", *kept, *extra]
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name(0)

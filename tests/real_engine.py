@@ -1,0 +1,121 @@
+"""A real vLLM and small random models for tests: nothing here is a mock."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+
+from syncline.engines.client import EngineController
+
+CHARACTERS = "0123456789+-*= abcdefghijklmnopqrstuvwxyz"
+
+
+def make_tiny_model(folder: Path, *, seed: int = 0, hidden_size: int = 128, tied: bool = True) -> Path:
+    """A random Qwen2 of a few hundred thousand parameters, with a character tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=70,  # not a multiple of 64, so vLLM pads it
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.1)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", *CHARACTERS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_values(model: Path, run_dir: Path, **sections) -> dict:
+    """A small run's configuration as plain values; `sections` replace or add whole sections."""
+    return {
+        "run": {"dir": str(run_dir), "num_steps": 3, "groups_per_step": 4, "rollouts_per_group": 4},
+        "model": {"path": str(model), "max_length": 128},
+        "sampling": {"max_tokens": 16},
+        "environments": [{"task": "arithmetic"}],
+        "engine": {"kv_cache_bytes": 64 << 20},
+        "parity": {"prompts": ["12+7=", "the cat"]},
+    } | sections
+
+
+@contextmanager
+def running_engine(values: dict, folder: Path) -> Iterator[EngineController]:
+    """`syncline serve` as its own process, ready; ended by pid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    port = free_port()
+    argv = [sys.executable, "-m", "syncline", "serve", str(folder / "run.yaml"), "--port", str(port)]
+    with (folder / "engine.log").open("w") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    controller = EngineController(url, start_timeout_seconds=120)
+    try:
+        _wait_until_ready(process, controller, folder / "engine.log")
+        controller.process = process  # type: ignore[attr-defined]
+        controller.url = url  # type: ignore[attr-defined]
+        yield controller
+    finally:
+        controller.close()
+        _end(process)
+
+
+def _wait_until_ready(process: subprocess.Popen, controller: EngineController, log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while controller._health_fault() is not None:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"the engine did not start:\n{log.read_text()[-4000:]}")
+        time.sleep(0.5)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """SIGTERM, then SIGKILL to the process group this test started."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait(30)
