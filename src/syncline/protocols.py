@@ -76,7 +76,8 @@ class RolloutSink(Protocol):
         ...
 
     async def give_back(self, permit: Permit, reason: str) -> None:
-        """The group could not be sampled; its task is handed out again."""
+        """No group will come; the task is handed out again. An empty `reason`: nothing went wrong. Any other counts
+        against the task, which is abandoned after a few."""
         ...
 
 

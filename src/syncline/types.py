@@ -9,7 +9,7 @@ Every class checks itself when built, so a value that exists is a valid value; a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -97,7 +97,7 @@ class Completion:
             raise ValueError(f"{len(self.token_ids)} token_ids but {len(self.logprobs)} logprobs")
         _check_finite("logprobs", self.logprobs)
         if self.versions:
-            _check_cover(self.versions, [0] * len(self.token_ids))
+            _check_cover(self.versions, (True,) * len(self.token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class TrainingSample:
         if self.loss_mask[0]:
             raise ValueError("loss_mask[0] must be false: the first token of a sequence has no prediction")
         _check_finite("logprobs", self.logprobs)
-        _check_cover(self.versions, [0 if m else None for m in self.loss_mask])
+        _check_cover(self.versions, self.loss_mask)
 
     @property
     def num_sampled(self) -> int:
@@ -209,12 +209,16 @@ def _check_finite(name: str, values: tuple[float, ...]) -> None:
             raise ValueError(f"{name}[{i}] must be finite, got {value}")
 
 
-def _check_cover(versions: tuple[VersionSpan, ...], sampled: list[int | None]) -> None:
-    """Spans cover every sampled position (0) once, in order, and no other position (`None`)."""
-    covered = [i for span in versions for i in range(span.start, span.end)]
-    expected = [i for i, mark in enumerate(sampled) if mark is not None]
-    if covered != expected:
-        raise ValueError(
-            f"versions must cover the {len(expected)} sampled tokens exactly and in order, "
-            f"but cover {len(covered)} tokens: {[(s.start, s.end) for s in versions]}"
-        )
+def _check_cover(versions: tuple[VersionSpan, ...], sampled: Sequence[bool]) -> None:
+    """Spans cover every sampled position once, in order, and no other position."""
+    position = 0
+    for span in versions:
+        unsampled = sampled[position : span.start]
+        inside = sampled[span.start : span.end]
+        if span.start < position or span.end > len(sampled) or any(unsampled) or not all(inside):
+            raise ValueError(
+                f"version span [{span.start}, {span.end}) must follow the last and hold sampled tokens alone"
+            )
+        position = span.end
+    if any(sampled[position:]):
+        raise ValueError(f"sampled tokens from {position} on have no version span")

@@ -1,0 +1,217 @@
+"""The trajectory server's routes: a request is checked, handed to the store, answered. Decisions are `queue`'s.
+
+Requests run one after another, each in a thread because SQLite waits for the disk. A long poll (`/permits`, `/lease`)
+tries, then sleeps on one condition; every request that changed the queue wakes all sleepers, and so do the next
+expiry and `close`. Nobody sleeps past their own `timeout_seconds`, which is at most 60.
+"""
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from syncline.protocols import Permit
+from syncline.trajectory import wire
+from syncline.trajectory.queue import Refused, TrajectoryQueue
+from syncline.trajectory.shares import Ask
+from syncline.trajectory.status import queue_status, why_no_permit, why_waiting
+from syncline.trajectory.store import TrajectoryStore
+
+RETRY_AFTER_SECONDS = 1
+
+_FAULTS: dict[type[Exception], int | None] = {
+    Refused: 409,
+    wire.Malformed: 422,
+    RequestValidationError: 422,
+    sqlite3.Error: 503,
+    AnyHTTPException: None,
+}
+"""`None`: the fault knows its own status."""
+
+T = TypeVar("T")
+M = TypeVar("M", bound=wire.WireMessage)
+
+
+class Turns:
+    """Gives requests their turn at the store, and wakes those that wait for a change."""
+
+    def __init__(self, store: TrajectoryStore) -> None:
+        self._store = store
+        self._changed = asyncio.Condition()
+        self._closing = False
+
+    async def take(self, action: Callable[[TrajectoryQueue], T]) -> T:
+        async with self._changed:
+            result, _ = await self._run(action)
+            return result
+
+    async def poll(self, action: Callable[[TrajectoryQueue], T], *, timeout_seconds: float, request: Request) -> T:
+        """Repeats `action` after every change until its answer is not empty, the time is up or the caller has gone."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout_seconds
+        async with self._changed:
+            while True:
+                if self._closing or await request.is_disconnected():
+                    raise HTTPException(503, "the trajectory server is shutting down")
+                result, idle_seconds = await self._run(action)
+                remaining = deadline - clock()
+                if result or remaining <= 0:
+                    return result
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(remaining, idle_seconds)):
+                        await self._changed.wait()
+
+    async def close(self) -> None:
+        """Ends all long polls, for a quick shutdown."""
+        async with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    async def _run(self, action: Callable[[TrajectoryQueue], T]) -> tuple[T, float]:
+        """The result, and how long nothing can expire. The caller holds the condition."""
+
+        def in_thread() -> tuple[T, float, bool]:
+            with self._store.transaction() as queue:
+                result = action(queue)
+                return result, queue.ledger.seconds_to_deadline(), queue.ledger.dirty
+
+        result, idle_seconds, changed = await asyncio.to_thread(in_thread)
+        if changed:
+            self._changed.notify_all()
+        return result, idle_seconds
+
+
+def build_app(store: TrajectoryStore, *, host: str, max_request_bytes: int) -> FastAPI:
+    """`app.state.turns.close()` ends the long polls. `host` is the one clients name, beside the loopback names."""
+    app = FastAPI(title="syncline trajectories", docs_url=None, redoc_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "127.0.0.1", "localhost", "[::1]"])
+    app.state.turns = Turns(store)
+    app.state.max_request_bytes = max_request_bytes
+    for fault, status in _FAULTS.items():
+        app.add_exception_handler(fault, _answer_with(status))
+    _add_reports(app, store)
+    _add_environment_routes(app, store)
+    _add_learner_routes(app, store)
+    return app
+
+
+def _add_reports(app: FastAPI, store: TrajectoryStore) -> None:
+    turns: Turns = app.state.turns
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        await asyncio.to_thread(store.check_writable)
+        return {"ok": True, "pid": os.getpid(), "run_id": store.run_id, "wire_version": wire.WIRE_VERSION}
+
+    @app.get("/status")
+    async def status() -> dict[str, Any]:
+        return asdict(await turns.take(queue_status))
+
+
+def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
+    turns: Turns = app.state.turns
+
+    @app.post("/permits")
+    async def permits(request: Request, body: Annotated[wire.PermitsRequest, _body(wire.PermitsRequest)]) -> Response:
+        ask = Ask(body.environment, body.worker, body.num_permits)
+        await turns.take(lambda queue: queue.ask(ask, held=body.held))
+        try:
+            granted = await turns.poll(
+                lambda queue: queue.grant(ask), timeout_seconds=body.timeout_seconds, request=request
+            )
+        finally:
+            await turns.take(lambda queue: queue.withdraw(ask))
+        if not granted:
+            why = await turns.take(why_no_permit)
+            raise HTTPException(429, why, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+        answer = wire.PermitsAnswer(permits=tuple(Permit(t.permit_id, t.task_index) for t in granted))
+        return _json(answer.model_dump_json())
+
+    @app.post("/groups")
+    async def groups(permit_id: str, body: Annotated[bytes, Depends(_read)]) -> Response:
+        group = await asyncio.to_thread(wire.decode_group, body)
+        outcome = await turns.take(lambda queue: store.put(queue, group, permit_id, body=body))
+        return _json(wire.PutAnswer(outcome=outcome).model_dump_json())
+
+    @app.post("/permits/{permit_id}/give_back")
+    async def give_back(
+        permit_id: str, body: Annotated[wire.GiveBackRequest, _body(wire.GiveBackRequest)]
+    ) -> dict[str, Any]:
+        await turns.take(lambda queue: queue.give_back(permit_id, body.reason))
+        return {}
+
+
+def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
+    turns: Turns = app.state.turns
+
+    @app.post("/start")
+    async def start(body: Annotated[wire.StartRequest, _body(wire.StartRequest)]) -> dict[str, Any]:
+        await turns.take(lambda queue: queue.start(**body.model_dump()))
+        return {}
+
+    @app.post("/lease")
+    async def lease(request: Request, body: Annotated[wire.LeaseRequest, _body(wire.LeaseRequest)]) -> Response:
+        def action(queue: TrajectoryQueue) -> list[bytes]:
+            return store.payloads(queue.lease(body.num_groups, learner=body.learner, lease_id=body.lease_id))
+
+        found = await turns.poll(action, timeout_seconds=body.timeout_seconds, request=request)
+        why = "" if found else await turns.take(lambda queue: why_waiting(queue, body.num_groups))
+        return _json(wire.lease_body(found, why))
+
+    @app.post("/acknowledge")
+    async def acknowledge(body: Annotated[wire.AcknowledgeRequest, _body(wire.AcknowledgeRequest)]) -> dict[str, Any]:
+        await turns.take(lambda queue: queue.acknowledge(**body.model_dump()))
+        return {}
+
+    @app.post("/commit")
+    async def commit(body: Annotated[wire.CommitRequest, _body(wire.CommitRequest)]) -> dict[str, Any]:
+        await turns.take(lambda queue: queue.commit(**body.model_dump()))
+        return {}
+
+
+async def _read(request: Request) -> bytes:
+    """The body, refused while it arrives when it is too long. JSON by name only, so that no web page can send one."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise HTTPException(415, "send the body as Content-Type: application/json")
+    limit = request.app.state.max_request_bytes
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise HTTPException(413, f"the body is over trajectory.max_request_bytes = {limit}; raise it or send less")
+    return bytes(body)
+
+
+def _body(model: type[M]) -> Any:
+    async def read(request: Request) -> M:
+        return wire.decode(model, await _read(request))
+
+    return Depends(read)
+
+
+def _json(text: str | bytes) -> Response:
+    return Response(text, media_type="application/json")
+
+
+def _answer_with(status: int | None) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """Every fault is answered as `{"error": message}`."""
+
+    async def answer(_: Request, error: Exception) -> Response:
+        message, headers = str(error), None
+        if isinstance(error, AnyHTTPException):
+            message, headers = error.detail, error.headers
+        if isinstance(error, RequestValidationError):
+            message = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        code = status or getattr(error, "status_code", 500)
+        return JSONResponse(wire.ErrorAnswer(error=message).model_dump(), code, headers)
+
+    return answer

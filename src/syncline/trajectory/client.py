@@ -1,0 +1,211 @@
+"""The two ends that talk to the trajectory server: `TrajectorySink` (environments) and `TrajectorySource` (learner).
+
+Every request can be repeated safely, so a server that is away (refused connection, 5xx) is tried again, ever more
+slowly, until `retry_seconds` have passed; then a `TrajectoryError` says who did not answer and what for.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+
+import httpx
+
+from syncline.errors import TrajectoryError
+from syncline.protocols import Permit
+from syncline.trajectory import wire
+from syncline.types import RolloutGroup
+
+POLL_SECONDS = 20.0
+_ANSWER_SECONDS = 30.0
+_JSON = {"Content-Type": "application/json"}
+
+
+class Patience:
+    """Decides after each try whether to accept, wait and repeat, or give up. Pure: time comes in through `clock`."""
+
+    def __init__(self, what: str, *, retry_seconds: float, clock: Callable[[], float]) -> None:
+        self._what = what
+        self._clock = clock
+        self._retry_seconds = retry_seconds
+        self._deadline = clock() + retry_seconds
+        self._pause = 0.1
+
+    def pause(self, outcome: httpx.Response | httpx.TransportError) -> float | None:
+        """Seconds to wait before the next try; `None` when the answer is good. Raises `TrajectoryError`."""
+        if isinstance(outcome, httpx.Response):
+            if outcome.status_code in (200, 429):
+                return None
+            if outcome.status_code < 500:
+                raise TrajectoryError(f"{self._what}: refused ({outcome.status_code}): {_message(outcome)}")
+            reason = f"status {outcome.status_code}: {_message(outcome)}"
+        else:
+            reason = f"{type(outcome).__name__}: {outcome}"
+        if self._clock() + self._pause > self._deadline:
+            raise TrajectoryError(f"{self._what}: no usable answer within {self._retry_seconds:g} s; last: {reason}")
+        pause, self._pause = self._pause, min(2.0, 2 * self._pause)
+        return pause
+
+
+class TrajectorySink:
+    """`RolloutSink` over HTTP. Use as an async context manager.
+
+    `worker` names this sampling process among those of its environment. A process that starts under the name of a
+    dead one takes its place: permits the dead one still held are handed out again at once.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        worker: str = "0",
+        retry_seconds: float = 60.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._url = url
+        self._worker = worker
+        self._retry_seconds = retry_seconds
+        self._clock, self._sleep = clock, sleep
+        self._http = httpx.AsyncClient(base_url=url, headers=_JSON, timeout=_ANSWER_SECONDS, transport=transport)
+        self._held: dict[str, set[str]] = {}
+        self._asking = asyncio.Lock()
+
+    async def __aenter__(self) -> "TrajectorySink":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def permits(self, environment: str, num_permits: int, *, timeout_seconds: float) -> list[Permit]:
+        """One request at a time: each tells the server which permits arrived, so none is lost with an answer."""
+        async with self._asking:
+            deadline = self._clock() + timeout_seconds
+            while True:
+                remaining = max(0.0, deadline - self._clock())
+                held = self._held.setdefault(environment, set())
+                body = wire.PermitsRequest(
+                    environment=environment,
+                    worker=self._worker,
+                    num_permits=num_permits,
+                    held=tuple(sorted(held)),
+                    timeout_seconds=min(remaining, POLL_SECONDS),
+                )
+                answer = await self._post("/permits", body.model_dump_json(), f"permits for {environment!r}")
+                if answer.status_code == 200:
+                    permits = list(wire.decode(wire.PermitsAnswer, answer.content).permits)
+                    held.update(permit.permit_id for permit in permits)
+                    return permits
+                pause = float(answer.headers.get("Retry-After", 1))
+                if self._clock() + pause >= deadline:
+                    return []
+                await self._sleep(pause)
+
+    async def put(self, group: RolloutGroup, permit: Permit) -> None:
+        what = f"group {group.group_id!r} of {group.environment!r}"
+        path = f"/groups?permit_id={permit.permit_id}"
+        await self._post(path, await asyncio.to_thread(wire.encode_group, group), what)
+        self._release(permit)
+
+    async def give_back(self, permit: Permit, reason: str) -> None:
+        """An empty `reason` says the permit was not used; any other counts as a failure of its task."""
+        body = wire.GiveBackRequest(reason=reason).model_dump_json()
+        await self._post(f"/permits/{permit.permit_id}/give_back", body, f"giving back task {permit.task_index}")
+        self._release(permit)
+
+    def _release(self, permit: Permit) -> None:
+        for held in self._held.values():
+            held.discard(permit.permit_id)
+
+    async def _post(self, path: str, body: str | bytes, what: str) -> httpx.Response:
+        what = f"trajectory server {self._url}: {what}"
+        patience = Patience(what, retry_seconds=self._retry_seconds, clock=self._clock)
+        while True:
+            try:
+                outcome: httpx.Response | httpx.TransportError = await self._http.post(path, content=body)
+            except httpx.TransportError as error:
+                outcome = error
+            pause = patience.pause(outcome)
+            if pause is None and isinstance(outcome, httpx.Response):
+                return outcome
+            await self._sleep(pause or 0.0)
+
+
+class TrajectorySource:
+    """`RolloutSource` over HTTP, for one learner process. Use as a context manager."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        wait_timeout_seconds: float = 600.0,
+        retry_seconds: float = 60.0,
+        transport: httpx.BaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._url = url
+        self._learner = uuid.uuid4().hex
+        self._wait_timeout_seconds = wait_timeout_seconds
+        self._retry_seconds = retry_seconds
+        self._clock, self._sleep = clock, sleep
+        self._http = httpx.Client(base_url=url, headers=_JSON, timeout=_ANSWER_SECONDS, transport=transport)
+
+    def __enter__(self) -> "TrajectorySource":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def start(self, *, policy_version: int, step: int) -> None:
+        body = wire.StartRequest(learner=self._learner, policy_version=policy_version, step=step)
+        self._post("/start", body, f"start after step {step}")
+
+    def next_batch(self, num_groups: int) -> list[RolloutGroup]:
+        deadline = self._clock() + self._wait_timeout_seconds
+        lease_id = uuid.uuid4().hex
+        while True:
+            remaining = max(0.0, deadline - self._clock())
+            body = wire.LeaseRequest(
+                learner=self._learner,
+                lease_id=lease_id,
+                num_groups=num_groups,
+                timeout_seconds=min(remaining, POLL_SECONDS),
+            )
+            answer = wire.decode(wire.LeaseAnswer, self._post("/lease", body, f"a batch of {num_groups}").content)
+            if answer.groups:
+                return list(answer.groups)
+            if self._clock() >= deadline:
+                raise TrajectoryError(
+                    f"trajectory server {self._url}: no batch of {num_groups} groups within "
+                    f"{self._wait_timeout_seconds:g} s (trajectory.wait_timeout_seconds): {answer.why_waiting}"
+                )
+
+    def acknowledge(self, groups: Sequence[RolloutGroup], *, step: int, policy_version: int) -> None:
+        ids = tuple(group.group_id for group in groups)
+        body = wire.AcknowledgeRequest(learner=self._learner, group_ids=ids, step=step, policy_version=policy_version)
+        self._post("/acknowledge", body, f"acknowledging step {step}")
+
+    def commit(self, *, step: int) -> None:
+        self._post("/commit", wire.CommitRequest(learner=self._learner, step=step), f"committing step {step}")
+
+    def _post(self, path: str, body: wire.WireMessage, what: str) -> httpx.Response:
+        what = f"trajectory server {self._url}: {what}"
+        patience = Patience(what, retry_seconds=self._retry_seconds, clock=self._clock)
+        while True:
+            try:
+                outcome: httpx.Response | httpx.TransportError = self._http.post(path, content=body.model_dump_json())
+            except httpx.TransportError as error:
+                outcome = error
+            pause = patience.pause(outcome)
+            if pause is None and isinstance(outcome, httpx.Response):
+                return outcome
+            self._sleep(pause or 0.0)
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return wire.decode(wire.ErrorAnswer, response.content).error
+    except wire.Malformed:
+        return response.text[:200]

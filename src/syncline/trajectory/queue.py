@@ -1,0 +1,274 @@
+"""The trajectory queue: a state machine without I/O; time and names come in from outside.
+
+Environments ask for permits and put groups; the learner starts, leases, acknowledges and commits. What is out
+(permits + queued + leased) never lets a permit exceed `capacity`, the back-pressure: with `max_staleness` 0 the next
+permits appear only with the acknowledgement that names the new policy version, so sampling is strictly on-policy.
+No environment can block another: permits go only to those asking now (`shares`), and what an environment or the
+learner holds comes back by itself after `lease_seconds`. Every method first expires what is overdue.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from enum import StrEnum
+
+from syncline.errors import TrajectoryError
+from syncline.trajectory.ledger import Ledger, QueueLimits
+from syncline.trajectory.shares import Ask, allot, start_tag
+from syncline.trajectory.tickets import HOLDS_GROUP, QueueState, Ticket, TicketState
+from syncline.types import RolloutGroup, RolloutStatus
+
+_SCORED = (RolloutStatus.COMPLETED, RolloutStatus.TRUNCATED)
+
+
+class Refused(TrajectoryError):
+    """The request contradicts the state of the queue. Nothing was changed by it."""
+
+
+class PutOutcome(StrEnum):
+    """What became of a group. Only a group `ACCEPTED` (now or before) is stored."""
+
+    ACCEPTED = "accepted"
+    FAILED = "failed"
+    REWOUND = "rewound"
+
+
+class TrajectoryQueue:
+    def __init__(
+        self,
+        limits: QueueLimits,
+        weights: Mapping[str, float],
+        *,
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+        state: QueueState | None = None,
+        tickets: Iterable[Ticket] = (),
+    ) -> None:
+        """`state` and `tickets` are what a predecessor left; what they hold is granted `lease_seconds` anew."""
+        self.ledger = Ledger(limits, weights, clock=clock, state=state, tickets=tickets)
+        self.limits = limits
+        self.state = self.ledger.state
+        self.clock = clock
+        self.asks: dict[tuple[str, str], Ask] = {}
+        self.last_heard: dict[str, float] = {}
+        self._new_id = new_id
+
+    # Environments
+
+    def ask(self, ask: Ask, *, held: Collection[str]) -> None:
+        """Notes that a worker waits for permits, until `grant` gave it some or `withdraw` says it waits no more.
+
+        Permits it should have but does not hold were lost with an answer or its predecessor, and are taken back.
+        """
+        if ask.environment not in self.ledger.weights:
+            known = sorted(self.ledger.weights)
+            raise Refused(f"environment {ask.environment!r} is not part of this run; known: {known}")
+        self._expire()
+        self.last_heard[ask.environment] = self.clock()
+        for ticket in self.ledger.within(TicketState.PERMITTED):
+            if (ticket.environment, ticket.worker) == ask.key and ticket.permit_id not in held:
+                self.ledger.hand_back(ticket, TicketState.RETURNED)
+        self.asks[ask.key] = ask
+
+    def withdraw(self, ask: Ask) -> None:
+        """Ends an ask, answered or not; what was kept for it is free to others."""
+        if self.asks.get(ask.key) is ask:
+            del self.asks[ask.key]
+            self.ledger.dirty = True
+
+    def grant(self, ask: Ask) -> list[Ticket]:
+        """The asker's fair part of the free capacity; when it gets any, its ask is answered and gone."""
+        self._expire()
+        if self.asks.get(ask.key) is not ask or self.state.policy_version < 0:
+            return []
+        tags = {name: self._start_tag(name) for name, _ in self.asks}
+        parts = allot(list(self.asks.values()), tags, weights=self.ledger.weights, free=self.ledger.num_free)
+        granted = [self._permit(ask) for _ in range(parts[ask.key])]
+        if granted:
+            self.withdraw(ask)
+        return granted
+
+    def put(self, group: RolloutGroup, permit_id: str) -> PutOutcome:
+        """Takes the group sampled under a permit. The same group under the same permit again changes nothing."""
+        ticket = self._ticket(permit_id)
+        if ticket.group_id == group.group_id:
+            outcomes = {TicketState.FAILED: PutOutcome.FAILED, TicketState.REWOUND: PutOutcome.REWOUND}
+            return outcomes.get(ticket.state, PutOutcome.ACCEPTED)
+        self._check_put(group, ticket)
+        ticket.group_id = group.group_id
+        ticket.oldest, ticket.newest = group.oldest_policy_version, group.newest_policy_version
+        if not any(rollout.status in _SCORED for rollout in group.rollouts):
+            self.ledger.hand_back(ticket, TicketState.FAILED, faulty=True)
+            return PutOutcome.FAILED
+        if _above(ticket.newest, ticket.ceiling):
+            self.ledger.hand_back(ticket, TicketState.REWOUND)
+            return PutOutcome.REWOUND
+        self.ledger.enqueue(ticket)
+        return PutOutcome.ACCEPTED
+
+    def give_back(self, permit_id: str, reason: str) -> None:
+        """Ends a permit without a group. An empty `reason` says it was not used; any other counts against the task."""
+        ticket = self._ticket(permit_id)
+        if ticket.group_id is not None:
+            raise Refused(f"permit {permit_id!r} cannot be given back: group {ticket.group_id!r} was put under it")
+        if ticket.state is TicketState.PERMITTED:
+            self.ledger.hand_back(ticket, TicketState.RETURNED, faulty=bool(reason))
+
+    # The learner
+
+    def start(self, *, learner: str, policy_version: int, step: int) -> None:
+        """A learner begins after `step`, serving `policy_version`: what later steps consumed is queued again,
+        in its old order, and what was sampled under later versions is dropped. Only this learner is heard from now on.
+        """
+        self._expire()
+        for ticket in self.ledger.within(*HOLDS_GROUP):
+            if ticket.step is not None and ticket.step <= step:
+                self.ledger.train(ticket)
+            elif _above(ticket.newest, policy_version):
+                self.ledger.hand_back(ticket, TicketState.REWOUND)
+            elif ticket.state is not TicketState.QUEUED:
+                self.ledger.enqueue(ticket)
+        for ticket in self.ledger.within(TicketState.PERMITTED):
+            ticket.ceiling = policy_version if ticket.ceiling is None else min(ticket.ceiling, policy_version)
+            self.ledger.touch(ticket)
+        state = self.state
+        state.learner, state.policy_version, state.step, state.training = learner, policy_version, step, False
+        self.ledger.dirty = True
+
+    def lease(self, num_groups: int, *, learner: str, lease_id: str) -> list[Ticket]:
+        """Exactly `num_groups`, oldest first, or none yet. A lease that is out is answered again, not doubled."""
+        self._expire()
+        self._check_learner(learner)
+        if num_groups > self.limits.capacity:
+            raise Refused(
+                f"num_groups {num_groups} can never be queued at once: capacity is {self.limits.capacity} "
+                "(groups_per_step x (1 + max_staleness)); ask for fewer"
+            )
+        held = [ticket for ticket in self.ledger.within(TicketState.LEASED) if ticket.lease_id == lease_id]
+        if held:
+            return held
+        self._drop_stale()
+        ready = self.ready()[:num_groups]
+        if len(ready) < num_groups:
+            return []
+        for ticket in ready:
+            ticket.lease_id = lease_id
+            self.ledger.move(ticket, TicketState.LEASED)
+        self.state.training = True
+        return ready
+
+    def ready(self) -> list[Ticket]:
+        """What may be leased, oldest first: not groups of a version the learner has not announced yet."""
+        return [t for t in self.ledger.within(TicketState.QUEUED) if not _above(t.newest, self.state.policy_version)]
+
+    def acknowledge(self, group_ids: Collection[str], *, learner: str, step: int, policy_version: int) -> None:
+        """`step` trained on these groups and `policy_version` is served now. Taken also after the lease expired, as
+        long as nobody else leased them: they *were* trained on. Repeating the last acknowledgement changes nothing.
+        """
+        self._expire()
+        self._check_learner(learner)
+        by_group = {ticket.group_id: ticket for ticket in self.ledger.within(*HOLDS_GROUP)}
+        unknown = [group_id for group_id in group_ids if group_id not in by_group]
+        if unknown:
+            raise Refused(
+                f"groups {unknown} are not held for the learner; they were dropped, committed or never leased"
+            )
+        tickets = [by_group[group_id] for group_id in group_ids]
+        if all(ticket.step == step for ticket in tickets):
+            return
+        self._check_progress(tickets, step=step, policy_version=policy_version)
+        for ticket in tickets:
+            ticket.step = step
+            self.ledger.move(ticket, TicketState.CONSUMED)
+        self.state.step, self.state.policy_version, self.state.training = step, policy_version, False
+        self._drop_stale()
+
+    def commit(self, *, learner: str, step: int) -> None:
+        """A checkpoint holds `step`: what it and earlier steps consumed is final."""
+        self._expire()
+        self._check_learner(learner)
+        if step > self.state.step:
+            raise Refused(f"step {step} cannot be committed: the last step acknowledged is {self.state.step}")
+        for ticket in self.ledger.within(TicketState.CONSUMED):
+            if ticket.step is not None and ticket.step <= step:
+                self.ledger.train(ticket)
+
+    # Rules
+
+    def _ticket(self, permit_id: str) -> Ticket:
+        self._expire()
+        ticket = self.ledger.find(permit_id)
+        if ticket is None:
+            raise Refused(f"permit {permit_id!r} is unknown; it was never granted, or too long ago to be remembered")
+        self.last_heard[ticket.environment] = self.clock()
+        return ticket
+
+    def _check_learner(self, learner: str) -> None:
+        if learner != self.state.learner:
+            raise Refused(f"learner {learner!r} is not the one that started last ({self.state.learner!r}); start first")
+
+    def _check_put(self, group: RolloutGroup, ticket: Ticket) -> None:
+        permit = f"permit {ticket.permit_id!r}"
+        if ticket.group_id is not None:
+            raise Refused(f"{permit} is used up: group {ticket.group_id!r} was put under it")
+        if ticket.state is not TicketState.PERMITTED:
+            raise Refused(f"{permit} is {ticket.state}: task {ticket.task_index} is handed out again")
+        if (group.environment, group.task_index) != (ticket.environment, ticket.task_index):
+            raise Refused(
+                f"{permit} is for task {ticket.task_index} of {ticket.environment!r}, "
+                f"but the group holds task {group.task_index} of {group.environment!r}"
+            )
+        size = self.limits.rollouts_per_group
+        if len(group.rollouts) != size:
+            raise Refused(
+                f"group {group.group_id!r} has {len(group.rollouts)} rollouts; run.rollouts_per_group is {size}"
+            )
+        if any(other.group_id == group.group_id for other in self.ledger.live.values()):
+            raise Refused(f"group_id {group.group_id!r} is taken by another group of this run")
+        self._check_versions(group, ticket)
+
+    def _check_versions(self, group: RolloutGroup, ticket: Ticket) -> None:
+        """Only versions served so far, or the one a step in progress is about to announce."""
+        for i, rollout in enumerate(group.rollouts):
+            if rollout.status in _SCORED and not any(sample.versions for sample in rollout.samples):
+                raise Refused(f"rollouts.{i} is {rollout.status} but no token in it carries a policy version")
+        newest, served = group.newest_policy_version, self.state.policy_version
+        if ticket.ceiling is None and _above(newest, served + self.state.training):
+            raise Refused(f"group {group.group_id!r} holds tokens of policy version {newest}, but {served} is served")
+
+    def _check_progress(self, tickets: list[Ticket], *, step: int, policy_version: int) -> None:
+        consumed = [ticket.group_id for ticket in tickets if ticket.state is TicketState.CONSUMED]
+        if consumed:
+            raise Refused(f"groups {consumed} were trained on in an earlier step")
+        if step <= self.state.step:
+            raise Refused(f"step {step} must be above {self.state.step}, the last one")
+        if policy_version <= self.state.policy_version:
+            raise Refused(f"policy_version {policy_version} must be above {self.state.policy_version}, the one served")
+
+    def _permit(self, ask: Ask) -> Ticket:
+        line, start = self.state.lines[ask.environment], self._start_tag(ask.environment)
+        line.share = start + 1 / self.ledger.weights[ask.environment]
+        self.state.virtual_time = max(self.state.virtual_time, start)
+        return self.ledger.issue(self._new_id(), ask.environment, worker=ask.worker)
+
+    def _start_tag(self, environment: str) -> float:
+        share, weight = self.state.lines[environment].share, self.ledger.weights[environment]
+        return start_tag(share, self.state.virtual_time, weight=weight, credit=self.limits.capacity)
+
+    def _expire(self) -> None:
+        overdue = self.ledger.overdue()
+        leases = {ticket.lease_id for ticket in overdue if ticket.state is TicketState.LEASED}
+        self.state.counters.expired_leases += len(leases)
+        for ticket in overdue:
+            if ticket.state is TicketState.LEASED:
+                self.ledger.enqueue(ticket)
+            else:
+                self.ledger.hand_back(ticket, TicketState.EXPIRED)
+
+    def _drop_stale(self) -> None:
+        """The batch leased now is trained as the served version, so that is what age counts from."""
+        for ticket in self.ledger.within(TicketState.QUEUED):
+            if ticket.oldest is not None and self.state.policy_version - ticket.oldest > self.limits.max_staleness:
+                self.ledger.hand_back(ticket, TicketState.STALE)
+
+
+def _above(version: int | None, limit: int | None) -> bool:
+    return version is not None and limit is not None and version > limit

@@ -1,0 +1,66 @@
+"""The trajectory server as a process: one store, one socket, until SIGTERM."""
+
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import uvicorn
+
+from syncline.config.schema import Run, Trajectory
+from syncline.errors import TrajectoryError
+from syncline.trajectory.app import build_app
+from syncline.trajectory.ledger import QueueLimits
+from syncline.trajectory.store import TrajectoryStore
+
+STORE_NAME = "trajectories.sqlite"
+_SHUTDOWN_SECONDS = 5
+
+
+class _Server(uvicorn.Server):
+    """Ends long polls first: a shutdown must not wait a minute for them."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.config.app.state.turns.close()  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
+        await super().shutdown(sockets)
+
+
+def run_server(
+    run: Run, trajectory: Trajectory, *, environments: Mapping[str, float], run_id: str, port: int | None = None
+) -> None:
+    """Serves `<run.dir>/trajectories.sqlite` on `trajectory.host` until SIGTERM or SIGINT; writes nothing else.
+
+    `environments` are the weights by name; `port` overrides `trajectory.port`, which may be 0 in a config but not
+    here. Raises `TrajectoryError` when the port is taken, or the store is another run's or another process's.
+    """
+    port = trajectory.port if port is None else port
+    limits = QueueLimits(
+        groups_per_step=run.groups_per_step,
+        rollouts_per_group=run.rollouts_per_group,
+        max_staleness=run.max_staleness,
+        lease_seconds=trajectory.lease_seconds,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    path = Path(run.dir) / STORE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TrajectoryStore(path, run_id=run_id, limits=limits, weights=environments, clock=time.monotonic) as store:
+        app = build_app(store, host=trajectory.host, max_request_bytes=trajectory.max_request_bytes)
+        config = uvicorn.Config(
+            app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS
+        )
+        with _listen(trajectory.host, port) as listener:
+            _Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if port == 0:
+        raise TrajectoryError("trajectory.port: 0 would be a port nobody knows; lease one and pass it on")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise TrajectoryError(
+            f"trajectory.port: {host}:{port} cannot be used ({error.strerror}); choose another"
+        ) from error

@@ -1,0 +1,52 @@
+"""The real trajectory server as a child process, for tests: started, killed and started again on one store."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+_SCRIPT = """
+import sys
+from syncline.config.schema import Run, Trajectory
+from syncline.trajectory.serve import run_server
+run_dir, port, groups_per_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+run = Run(dir=run_dir, num_steps=10, groups_per_step=groups_per_step, rollouts_per_group=2, max_staleness=3)
+run_server(run, Trajectory(), environments={"math": 1.0, "code": 1.0}, run_id="test", port=port)
+"""
+
+
+class TrajectoryProcess:
+    """With `max_staleness` 3 the capacity is four times `groups_per_step`."""
+
+    def __init__(self, run_dir: Path, *, groups_per_step: int = 1) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._argv = [sys.executable, "-c", _SCRIPT, str(run_dir), str(self.port), str(groups_per_step)]
+        self.process = subprocess.Popen(self._argv)
+
+    def restart(self) -> None:
+        self.process = subprocess.Popen(self._argv)
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                httpx.get(f"{self.url}/health").raise_for_status()
+                return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError(f"the server on port {self.port} did not become ready (exit code {self.process.poll()})")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """Exit code after SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=30)
