@@ -7,6 +7,7 @@ SynclineError
 ├── TrajectoryError        the trajectory server answered wrongly, or not at all
 ├── SyncError              learner and engine could not be proved to hold the same weights
 │   └── ParityError        ... their log-probabilities differ by more than the run allows
+├── TrainingError          the learner cannot take the next step: a gradient is not finite
 ├── CheckpointError        a checkpoint is missing, half-written or of another run
 └── ProcessDied            a supervised process ended when it should not have
 """
@@ -50,6 +51,10 @@ class ParityError(SyncError):
 
 class CheckpointError(SynclineError):
     exit_code = 7
+
+
+class TrainingError(SynclineError):
+    exit_code = 9
 
 
 class ProcessDied(SynclineError):

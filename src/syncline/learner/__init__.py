@@ -1,0 +1,1 @@
+"""The learner: one loop over rollout groups, and the mathematics of a step."""

@@ -1,0 +1,149 @@
+"""Causal attention over sequences laid end to end, as a transformers attention function.
+
+No token attends across a sequence's border, nothing is padded and no T x T mask exists. On a GPU in half precision
+torch's variable-length FlashAttention does the work; elsewhere one SDPA call for each run of equally long sequences
+does (`packing` puts the longest first, so equal lengths are neighbours). What neither can do is refused by name.
+"""
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+ATTENTION = "syncline_varlen"
+
+
+def register_attention() -> str:
+    """Makes `attn_implementation=ATTENTION` known to transformers, and returns `ATTENTION`.
+
+    Registering twice is harmless.
+    """
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    return ATTENTION
+
+
+def check_attention(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` naming what in a (text) model's configuration packed sequences would silently get wrong."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ValueError(
+            f"model type {config.model_type!r} has layers of type {sorted(kinds)}, whose state would run "
+            "from one packed sequence into the next; only full_attention and sliding_attention can be packed"
+        )
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise ValueError(f"model type {config.model_type!r} uses chunked attention, which {ATTENTION} cannot do")
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`query` [1, Hq, T, D], `key` and `value` [1, Hkv, T, D] to ([1, T, Hq, D], None).
+
+    The borders come from transformers' FlashAttention keywords: `cu_seq_lens_q` [S + 1] int32 and `max_length_q`.
+    """
+    _refuse_unsupported(module, query, attention_mask, kwargs)
+    borders, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    window, scale = kwargs.get("sliding_window"), kwargs.get("scaling")
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _flash(query, key, value, borders, longest, window=window, scale=scale), None
+    return _sdpa(query, key, value, borders.tolist(), window=window, scale=scale), None
+
+
+def _refuse_unsupported(
+    module: nn.Module, query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    asked = {
+        "an attention mask": attention_mask is not None,
+        "attention that is not causal": not kwargs.get("is_causal", getattr(module, "is_causal", True)),
+        "attention dropout": kwargs.get("dropout", 0.0) != 0.0,
+        "softcap": kwargs.get("softcap") is not None,
+        "attention sinks (s_aux)": kwargs.get("s_aux") is not None,
+        "a position bias": kwargs.get("position_bias") is not None,
+        "output_attentions": bool(kwargs.get("output_attentions")),
+        "a batch dimension above 1": query.shape[0] != 1,
+        "a call without cu_seq_lens_q": kwargs.get("cu_seq_lens_q") is None,
+        "a call without max_length_q": kwargs.get("max_length_q") is None,
+    }
+    refused = [name for name, wanted in asked.items() if wanted]
+    if refused:
+        raise ValueError(f"{type(module).__name__}: {ATTENTION} attention cannot do {', '.join(refused)}")
+
+
+def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    """The mask transformers builds before the layers: none, the borders say it all."""
+    if attention_mask is not None:
+        raise ValueError(f"{ATTENTION} attention takes packed sequences, not an attention_mask over padding")
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, *, window: int | None, scale: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 shares key heads between query heads unasked; later versions want to be told.
+    told: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        told["enable_gqa"] = True
+    out: Any = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **told,
+    )
+    return out.unsqueeze(0)
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, borders: list[int], *, window: int | None, scale: float | None
+) -> Tensor:
+    outputs = []
+    for start, count, length in _equal_runs(borders):
+        rows = slice(start, start + count * length)
+        mask = None if window is None or length <= window else _window_mask(length, window, query.device)
+        out = scaled_dot_product_attention(
+            *(_as_batch(x, rows, count) for x in (query, key, value)),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0)
+
+
+def _as_batch(x: Tensor, rows: slice, count: int) -> Tensor:
+    """`[1, H, T, D]`, of which `rows` are `count` sequences of one length, to `[count, H, length, D]`."""
+    return x[0, :, rows].unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _equal_runs(borders: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first row, number of sequences, length) of each run of neighbours of one length."""
+    lengths = [end - start for start, end in itertools.pairwise(borders)]
+    start = 0
+    for length, run in itertools.groupby(lengths):
+        count = sum(1 for _ in run)
+        yield start, count, length
+        start += count * length
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """`[length, length]` bool: position i sees the `window` positions up to and including itself."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device)
+    return seen.tril_().triu_(1 - window)

@@ -1,0 +1,161 @@
+"""Checkpoints: whole or absent, resumable to the bit, and loadable as a Hugging Face model.
+
+A checkpoint is a folder `step-000123` with the weights (or the adapter) in safetensors, `optimizer.safetensors`
+(moments and the low 16 bits of split masters), `rng.safetensors` and `state.json`. It is written beside, synced to
+disk and renamed, so a folder without `.partial` is complete; the newest is the one to resume from.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from syncline.bridges.restart import copy_assets
+from syncline.errors import CheckpointError
+
+PREFIX = "step-"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """Where a run stands: the last finished step and the policy version it published."""
+
+    step: int = 0
+    policy_version: int = 0
+    trained_tokens: int = 0
+
+    def next(self, *, trained_tokens: int) -> "TrainState":
+        return TrainState(self.step + 1, self.policy_version + 1, self.trained_tokens + trained_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The checkpoints of one run, in `folder`, the newest `num_kept` of them. `assets` is a folder with the config and
+    tokenizer files that make each loadable with `from_pretrained`."""
+
+    folder: Path
+    num_kept: int
+    assets: Path
+
+    def newest(self) -> Path | None:
+        paths = self._complete()
+        return paths[-1] if paths else None
+
+    def newest_step(self) -> int:
+        """0 when there is no checkpoint."""
+        newest = self.newest()
+        return int(newest.name.removeprefix(PREFIX)) if newest else 0
+
+    def save(self, state: TrainState, model: nn.Module, optimizer: Any, *, digest: str) -> Path:
+        path = self.folder / f"{PREFIX}{state.step:06d}"
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        copy_assets(self.assets, partial)
+        _save(_trained(model), partial / _weights_name(model))
+        _save(optimizer.state_dict(), partial / "optimizer.safetensors")
+        _save(_random_state(), partial / "rng.safetensors")
+        (partial / "state.json").write_text(json.dumps(asdict(state) | {"digest": digest}))
+        _sync_to_disk(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+        _sync_entry(self.folder)
+        self._forget_oldest()
+        return path
+
+    def load(self, path: Path, model: nn.Module, optimizer: Any) -> tuple[TrainState, str]:
+        """Restores everything in place; returns the state and the digest the weights must have.
+
+        Raises `CheckpointError` naming what is missing or of another shape.
+        """
+        try:
+            values = json.loads((path / "state.json").read_text())
+            digest = values.pop("digest")
+            state = TrainState(**values)
+            _restore(model, load_file(path / _weights_name(model)), path)
+            optimizer.load_state_dict(load_file(path / "optimizer.safetensors"))
+            _set_random_state(load_file(path / "rng.safetensors"))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be resumed from: {error}; remove it to fall back to an older one"
+            ) from error
+        return state, digest
+
+    def _forget_oldest(self) -> None:
+        for path in self._complete()[: -self.num_kept]:
+            shutil.rmtree(path)
+
+    def _complete(self) -> list[Path]:
+        """Oldest first; a `.partial` folder is none."""
+        return sorted(p for p in self.folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit())
+
+
+def _weights_name(model: nn.Module) -> str:
+    return "adapter_model.safetensors" if hasattr(model, "peft_config") else "model.safetensors"
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: the adapter, or every parameter."""
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(model)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def _restore(model: nn.Module, saved: Mapping[str, torch.Tensor], path: Path) -> None:
+    """In place: a parameter may be a view of memory that another process reads."""
+    current = _trained(model)
+    if missing := sorted(current.keys() ^ saved.keys()):
+        raise ValueError(f"{path.name} and the model differ in {len(missing)} parameters, such as {missing[0]}")
+    with torch.no_grad():
+        for name, tensor in current.items():
+            if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
+                raise ValueError(
+                    f"{name} is {saved[name].dtype}{list(saved[name].shape)} in the checkpoint "
+                    f"and {tensor.dtype}{list(tensor.shape)} in the model"
+                )
+            tensor.copy_(saved[name])
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _sync_to_disk(folder: Path) -> None:
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_entry(folder)
+
+
+def _sync_entry(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())

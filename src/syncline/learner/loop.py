@@ -1,0 +1,109 @@
+"""THE loop. Bridges, losses, optimizers, sources, one GPU or many: objects handed in, never copies of this.
+
+Who waits for whom: `next_batch` waits for the environments (through the trajectory server); `publish` waits for the
+engine. Environments sample again as soon as `acknowledge` frees their permits, under the version just published.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from syncline.config import RunConfig
+from syncline.errors import CheckpointError
+from syncline.learner.advantages import group_advantages, reward_metrics
+from syncline.learner.checkpoint import Checkpoints, TrainState
+from syncline.learner.optim import SplitMasterAdamW
+from syncline.learner.parity import ParityGate
+from syncline.learner.step import Step
+from syncline.observe.metrics import Metrics
+from syncline.protocols import MetricSink, RolloutSource, SyncReport, WeightBridge
+from syncline.types import RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything the loop is given."""
+
+    model: nn.Module
+    optimizer: SplitMasterAdamW
+    step: Step
+    bridge: WeightBridge
+    source: RolloutSource
+    sink: MetricSink
+    checkpoints: Checkpoints
+    gate: ParityGate
+    device: torch.device
+
+
+def train(config: RunConfig, parts: Parts) -> TrainState:
+    """Trains until `run.num_steps`, from the newest checkpoint if there is one. Returns the final state."""
+    model, optimizer = parts.model, parts.optimizer
+    state, digest = resume(parts)
+    synced = parts.bridge.publish(model, policy_version=state.policy_version)
+    if digest not in (None, synced.receipt.digest):
+        raise CheckpointError(
+            f"the weights of step {state.step} have digest {synced.receipt.digest[:12]}, not the saved {digest[:12]}"
+        )
+    parts.gate.check(model, device=parts.device)
+    parts.source.start(policy_version=state.policy_version, step=state.step)
+    while state.step < config.run.num_steps:
+        report, started = Metrics(), time.perf_counter()
+        groups = parts.source.next_batch(config.run.groups_per_step)
+        sampled = time.perf_counter()
+        advantages = group_advantages(groups, config.learner.loss.scale_advantages)
+        num_tokens = parts.step.backward(model, groups, advantages, report)
+        with parts.bridge.updating():
+            parts.step.apply_gradients(optimizer, state.step, report)
+            learned = time.perf_counter()
+            state = state.next(trained_tokens=num_tokens)
+            synced = parts.bridge.publish(model, policy_version=state.policy_version)
+        parts.source.acknowledge(groups, step=state.step, policy_version=state.policy_version)
+        report.update(reward_metrics(groups))
+        report.update(timings(started, sampled, learned, synced=synced, num_tokens=num_tokens))
+        if config.parity.interval and state.step % config.parity.interval == 0:
+            report.update(parts.gate.check(model, device=parts.device).metrics())
+        log(parts.sink, state, report, groups=groups, advantages=advantages)
+        if state.step % config.learner.checkpoint_interval == 0 or state.step == config.run.num_steps:
+            parts.checkpoints.save(state, model, optimizer, digest=synced.receipt.digest)
+            parts.source.commit(step=state.step)
+    return state
+
+
+def resume(parts: Parts) -> tuple[TrainState, str | None]:
+    """The newest checkpoint's state, restored in place, and the digest of its weights; step 0 when there is none."""
+    newest = parts.checkpoints.newest()
+    if newest is None:
+        return TrainState(), None
+    return parts.checkpoints.load(newest, parts.model, parts.optimizer)
+
+
+def timings(started: float, sampled: float, learned: float, *, synced: SyncReport, num_tokens: int) -> dict[str, float]:
+    """Where a step's time went. `started`, `sampled` and `learned` are `perf_counter` readings."""
+    step_seconds = time.perf_counter() - started
+    return {
+        "time/step_seconds": step_seconds,
+        "time/wait_seconds": sampled - started,
+        "time/learn_seconds": learned - sampled,
+        "time/sync_seconds": synced.seconds,
+        "sync/pause_seconds": synced.pause_seconds,
+        "sync/bytes": float(synced.num_bytes),
+        "tokens/trained_per_second": num_tokens / (learned - sampled),
+        **{f"sync/{part}_seconds": seconds for part, seconds in synced.parts_seconds.items() if part != "pause"},
+    }
+
+
+def log(
+    sink: MetricSink,
+    state: TrainState,
+    report: Metrics,
+    *,
+    groups: Sequence[RolloutGroup],
+    advantages: Mapping[str, Sequence[float]],
+) -> None:
+    report.add("policy_version", state.policy_version)
+    report.add("tokens/sampled", sum(s.num_sampled for g in groups for r in g.rollouts for s in r.samples))
+    sink.log(state.step, report.reduced())
+    sink.log_rollouts(state.step, groups, advantages)

@@ -1,0 +1,175 @@
+"""The policy: a Hugging Face causal language model, whole or with a LoRA adapter, and its checkpoint parameters."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from syncline.config.schema import Lora, Model
+from syncline.errors import ConfigError
+from syncline.learner.attention import check_attention, register_attention
+from syncline.learner.logprobs import token_logprobs
+from syncline.learner.packing import PackedBatch
+
+
+def learner_device(asked: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` → the device. Raises when CUDA is asked for and absent."""
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise ConfigError(["learner.device: 'cuda', but torch sees no NVIDIA GPU; set it to cpu, or mend the driver"])
+    return torch.device("cuda" if asked != "cpu" and available else "cpu")
+
+
+def learner_dtype(asked: str, device: torch.device) -> torch.dtype:
+    if asked == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+
+
+def load_model(config: Model, *, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
+    """The model to train, on `device`, in training mode. Raises `ConfigError` for a path that holds no model."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = learner_dtype(config.dtype, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, attn_implementation=register_attention())
+        check_attention(model.config)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"model.path: {config.path!r} cannot be trained: {error}"]) from error
+    refuse_unknown_logits(model.config)
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = model.to(device).train()  # pyright: ignore[reportArgumentType]
+    return add_lora(model, config.lora) if config.lora else model
+
+
+def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
+    """The model with a fresh adapter; only the adapter trains. Zero matched targets is an error listing what exists."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    adapter = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (PEFT takes any number)
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        peft_model = get_peft_model(model, adapter)
+    except ValueError as error:
+        linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        fault = f"model.lora.target_modules: {targets!r} matches no layer; there are {', '.join(sorted(linear))}"
+        raise ConfigError([fault]) from error
+    return peft_model
+
+
+def refuse_unknown_logits(config: Any) -> None:
+    """Families that scale their logits need that in `token_logprobs` too; until then they are refused by name."""
+    for field in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            fault = f"model.path: {config.model_type} scales its logits ({field} = {getattr(config, field)})"
+            raise ConfigError([f"{fault}, which the learner does not do yet; choose another model"])
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The Hugging Face model inside, with or without an adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter under its checkpoint name, adapters merged into fresh tensors: the trained base never moves.
+
+    Merged weights are W + scale·B·A, computed in fp32 and rounded once to W's type.
+    """
+    lm = causal_lm(model)
+    for prefix, module in lm.named_modules():
+        if ".lora_" in prefix or "lora_" in prefix.split(".")[0]:
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}".replace(".base_layer.", ".")
+            if _is_tied_copy(lm, name):
+                continue
+            owner = lm.get_submodule(prefix.removesuffix(".base_layer")) if prefix.endswith(".base_layer") else None
+            if owner is not None and leaf == "weight" and hasattr(owner, "lora_A"):
+                yield name, _merged(owner, parameter)
+            else:
+                yield name, parameter.detach()
+
+
+def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    merged = weight.detach().float()
+    for adapter in layer.active_adapters:
+        a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+        merged = merged + layer.scaling[adapter] * (b @ a)
+    return merged.detach().to(weight.dtype)
+
+
+def _is_tied_copy(lm: Any, name: str) -> bool:
+    return name == "lm_head.weight" and lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """How the learner turns a packed batch into log-probabilities of the sampled tokens."""
+
+    temperature: float
+    chunk_tokens: int
+
+    def score(self, model: nn.Module, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(logprobs [N], entropy [N])` of the batch's N sampled tokens, at the sampling temperature."""
+        lm = causal_lm(model)
+        hidden = lm.get_decoder()(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            **batch.attention_kwargs(),
+        ).last_hidden_state[0]
+        return token_logprobs(
+            hidden[batch.predict_index],
+            lm.get_output_embeddings(),
+            batch.labels,
+            temperature=self.temperature,
+            chunk=self.chunk_tokens,
+            softcap=getattr(lm.config, "final_logit_softcapping", None),
+        )
+
+    @torch.no_grad()
+    def score_without_grad(self, model: nn.Module, batch: PackedBatch) -> torch.Tensor:
+        return self.score(model, batch)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The policy before training: a frozen second model, or the adapter switched off at no memory."""
+
+    model: nn.Module
+    disable: Any = None
+
+    @classmethod
+    def of(cls, policy: nn.Module, config: Model, *, device: torch.device) -> "Reference":
+        if config.lora:
+            return cls(policy, policy.disable_adapter)
+        return cls(load_model(config, device=device).requires_grad_(False).eval())
+
+    def switched(self) -> AbstractContextManager[Any]:
+        return self.disable() if self.disable else nullcontext()
+
+
+def assets_folder(path: str) -> Path:
+    """The folder with the model's config and tokenizer files; a hub name resolves to its cached snapshot."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, local_files_only=True))

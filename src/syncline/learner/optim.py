@@ -1,0 +1,208 @@
+"""AdamW that does not lose small updates on bfloat16 weights, at 2 bytes a weight instead of a second copy in float32.
+
+A bfloat16 weight keeps the upper 16 bits of its float32 master, rounded to the nearest; the signed remainder lives
+beside it in 16 bits (`low_bits`). A step joins the two, runs torch's own AdamW on the float32 master and splits it
+again, exactly. The weight's storage is written in place and never replaced: another process may be reading it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.utils.hooks import RemovableHandle
+
+from syncline.config.schema import Optimizer
+from syncline.errors import CheckpointError, TrainingError
+
+CHUNK_ELEMENTS = 1 << 24
+"""Elements stepped at a time: the float32 master exists for these only (64 MiB)."""
+
+
+def accumulate_fp32(model: nn.Module) -> list[RemovableHandle]:
+    """Makes every backward add the gradient of each trainable bfloat16 parameter into a float32 `parameter.main_grad`.
+
+    The parameter's own `.grad` is freed at once, so micro-batches add up without rounding to bfloat16 each time.
+    """
+    return [
+        parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
+        for parameter in model.parameters()
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16
+    ]
+
+
+def _move_to_main_grad(parameter: Tensor) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    main_grad = getattr(parameter, "main_grad", None)
+    if gradient is None:
+        return
+    if main_grad is None:
+        parameter.main_grad = gradient.float()  # type: ignore[attr-defined]
+    else:
+        main_grad.add_(gradient)
+
+
+def join_master(upper: Tensor, low_bits: Tensor) -> Tensor:
+    """The float32 master of bfloat16 weights: `(bits << 16) + low_bits`."""
+    return ((upper.view(torch.int16).to(torch.int32) << 16) + low_bits).view(torch.float32)
+
+
+def split_master(master: Tensor, upper: Tensor, low_bits: Tensor) -> None:
+    """Writes a float32 master into a bfloat16 weight and its low bits, in place.
+
+    Halves round away from zero; the remainder then lies in [-32768, 32767] and `join_master` gives the master back bit
+    by bit.
+    """
+    bits = master.view(torch.int32)
+    rounded = (bits + 0x8000) >> 16
+    upper.view(torch.int16).copy_(rounded)
+    low_bits.copy_(bits - (rounded << 16))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One parameter and its state. Vectors and scalars (norms, biases) are not decayed."""
+
+    name: str
+    parameter: nn.Parameter
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    low_bits: Tensor | None
+    weight_decay: float
+
+    @property
+    def gradient(self) -> Tensor | None:
+        main_grad = getattr(self.parameter, "main_grad", None)
+        return self.parameter.grad if main_grad is None else main_grad
+
+    def state(self) -> dict[str, Tensor]:
+        low_bits = {} if self.low_bits is None else {"low_bits": self.low_bits}
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq} | low_bits
+
+
+class SplitMasterAdamW:
+    """AdamW over named parameters, float32 or bfloat16.
+
+    Decoupled weight decay (arXiv 1711.05101), global norm clipping.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimizer) -> None:
+        self._config = config
+        self._slots = [_slot(name, p, config.weight_decay) for name, p in named_parameters if p.requires_grad]
+        self._num_steps = 0
+        if not self._slots:
+            raise ValueError("the optimizer got no trainable parameter")
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> float:
+        """Applies the gathered gradients and frees them; returns their norm before clipping.
+
+        A parameter without a gradient is left alone (the step count of bias correction is one for all). Raises
+        `TrainingError` naming the first parameter whose gradient is not finite, and `ValueError` if there is no
+        gradient at all; nothing is changed then.
+        """
+        graded = [(slot, gradient) for slot in self._slots if (gradient := slot.gradient) is not None]
+        norm = _global_norm(graded)
+        clip = min(1.0, self._config.max_grad_norm / (norm + 1e-6))
+        self._num_steps += 1
+        for slot, gradient in graded:
+            self._update(slot, gradient, learning_rate=learning_rate, clip=clip)
+            slot.parameter.grad = slot.parameter.main_grad = None  # type: ignore[attr-defined]
+        return norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat, as safetensors wants it: `<parameter>.exp_avg`, `.exp_avg_sq`, `.low_bits` and `num_steps`.
+
+        Not copied.
+        """
+        state = {f"{slot.name}.{kind}": tensor for slot in self._slots for kind, tensor in slot.state().items()}
+        return state | {"num_steps": torch.tensor(self._num_steps)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `state_dict`, in place.
+
+        Raises `CheckpointError` naming what does not fit; nothing is changed then.
+        """
+        own = self.state_dict()
+        for name in sorted(own.keys() | state.keys()):
+            if name not in state or name not in own:
+                raise CheckpointError(f"optimizer state {name!r} is {'missing' if name in own else 'of no parameter'}")
+            if (own[name].shape, own[name].dtype) != (state[name].shape, state[name].dtype):
+                raise CheckpointError(
+                    f"optimizer state {name!r} is {state[name].dtype} {tuple(state[name].shape)} in the checkpoint, "
+                    f"{own[name].dtype} {tuple(own[name].shape)} in the run"
+                )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self._num_steps = int(state["num_steps"])
+
+    def _update(self, slot: _Slot, gradient: Tensor, *, learning_rate: float, clip: float) -> None:
+        low_bits = slot.low_bits if slot.low_bits is not None else slot.exp_avg
+        tensors = (slot.parameter.detach(), gradient, slot.exp_avg, slot.exp_avg_sq, low_bits)
+        beta1, beta2 = self._config.betas
+        for weight, grad, exp_avg, exp_avg_sq, low in _chunks(tensors):
+            split = weight.dtype == torch.bfloat16
+            master = join_master(weight, low) if split else weight
+            master = master.contiguous()
+            adamw(
+                [master],
+                [grad.float().contiguous() * clip],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [torch.tensor(float(self._num_steps - 1), device=master.device)],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=learning_rate,
+                weight_decay=slot.weight_decay,
+                eps=self._config.eps,
+                maximize=False,
+            )
+            if split:
+                split_master(master, weight, low)
+            elif master is not weight:
+                weight.copy_(master)
+
+
+def _slot(name: str, parameter: nn.Parameter, weight_decay: float) -> _Slot:
+    if parameter.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"parameter {name!r} is {parameter.dtype}; the optimizer takes float32 and bfloat16")
+    shape, device = parameter.shape, parameter.device
+    return _Slot(
+        name=name,
+        parameter=parameter,
+        exp_avg=torch.zeros(shape, device=device),
+        exp_avg_sq=torch.zeros(shape, device=device),
+        low_bits=torch.zeros(shape, dtype=torch.int16, device=device) if parameter.dtype == torch.bfloat16 else None,
+        weight_decay=weight_decay if parameter.ndim >= 2 else 0.0,
+    )
+
+
+def _global_norm(graded: list[tuple[_Slot, Tensor]]) -> float:
+    if not graded:
+        raise ValueError("no parameter has a gradient")
+    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for _, gradient in graded])
+    norm = torch.linalg.vector_norm(norms)
+    if not norm.isfinite():
+        finite = norms.isfinite().tolist()
+        bad = [slot.name for (slot, _), good in zip(graded, finite, strict=True) if not good]
+        where = (
+            f"in parameter {bad[0]!r} ({len(bad)} of {len(graded)} parameters)" if bad else "in the sum over parameters"
+        )
+        raise TrainingError(f"the gradient is not finite {where}; the step was not applied")
+    return norm.item()
+
+
+def _chunks(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Views of a few rows of every tensor, whatever its strides.
+
+    AdamW works element by element: the split changes nothing.
+    """
+    tensors = tuple(tensor.unsqueeze(0) if tensor.ndim == 0 else tensor for tensor in tensors)
+    num_rows = tensors[0].shape[0]
+    rows = max(1, CHUNK_ELEMENTS * num_rows // max(1, tensors[0].numel()))
+    for start in range(0, num_rows, rows):
+        yield tuple(tensor.narrow(0, start, min(rows, num_rows - start)) for tensor in tensors)

@@ -1,0 +1,183 @@
+"""Rollout groups to micro-batches: sequences end to end, nothing padded, never more than `token_budget` tokens.
+
+What every token weighs in the loss is settled here, once, from counts of the whole batch. So the gradients of the
+micro-batches add up to the gradient of one big batch, whatever the budget.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncline.config.schema import Loss
+from syncline.errors import ConfigError
+from syncline.learner.advantages import num_sampled
+from syncline.learner.losses import ALGORITHMS, BatchCounts
+from syncline.types import Rollout, RolloutGroup, RolloutStatus, TrainingSample
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """One micro-batch: S sequences of T tokens in all, N of whose next tokens are trained on. Longest sequence first.
+
+    A sequence ends before its last sampled token: that token is predicted, but predicts nothing the loss needs.
+    """
+
+    token_ids: Tensor
+    """`[T]` int64, the sequences end to end."""
+    position_ids: Tensor
+    """`[T]` int64, from 0 in every sequence."""
+    cu_seqlens: Tensor
+    """`[S + 1]` int32, where each sequence starts, then T: `[0, 5, 8]`."""
+    max_seqlen: int
+    predict_index: Tensor
+    """`[N]` int64, the position in `[0, T)` whose hidden state predicts `labels[i]`; ascending."""
+    labels: Tensor
+    """`[N]` int64, the sampled tokens."""
+    sample_index: Tensor
+    """`[N]` int64, the sequence in `[0, S)` of each label; ascending."""
+    sampler_logprobs: Tensor
+    """`[N]` float32, the engine's, under the policy version it sampled with."""
+    advantages: Tensor
+    """`[N]` float32."""
+    loss_weights: Tensor
+    """`[N]` float32, of the whole batch: see `losses`."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T: what the model computes."""
+        return self.token_ids.numel()
+
+    @property
+    def num_labels(self) -> int:
+        """N: what the loss sees."""
+        return self.labels.numel()
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+    def attention_kwargs(self) -> dict[str, Any]:
+        """What `attention.packed_attention` needs, under the names transformers' FlashAttention gave it."""
+        return {
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": self.max_seqlen,
+            "max_length_k": self.max_seqlen,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """A sample on its way into a micro-batch. `where` names it to people."""
+
+    sample: TrainingSample
+    where: str
+    advantage: float = 0.0
+    loss_weight: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Index of the last sampled token: the number of tokens the model must read to predict it."""
+        mask = self.sample.loss_mask
+        return len(mask) - 1 - mask[::-1].index(True)
+
+
+def pack(
+    groups: Sequence[RolloutGroup],
+    advantages: Mapping[str, Sequence[float]],
+    *,
+    loss: Loss,
+    token_budget: int,
+    max_completion_tokens: int,
+) -> list[PackedBatch]:
+    """Micro-batches of at most `token_budget` tokens, on the CPU; the same input gives the same batches.
+
+    Out of the loss stay rollouts without a reward or a sampled token, and truncated ones if `loss.mask_truncated`; the
+    normalisers do not count them. Nothing to train on gives an empty list. Raises `ConfigError` naming a sample longer
+    than the budget.
+    """
+    trained = [
+        (f"group {group.group_id!r} rollout {i}", rollout, advantage)
+        for group in groups
+        for i, (rollout, advantage) in enumerate(zip(group.rollouts, advantages[group.group_id], strict=True))
+        if _in_loss(rollout, loss)
+    ]
+    counts = BatchCounts(
+        num_rollouts=len(trained),
+        num_tokens=sum(num_sampled(rollout) for _, rollout, _ in trained),
+        max_completion_tokens=max_completion_tokens,
+    )
+    token_weight = ALGORITHMS[loss.name].token_weight
+    sequences = [
+        _Sequence(sample, f"{where} sample {j}", advantage, token_weight(num_sampled(rollout), counts))
+        for where, rollout, advantage in trained
+        for j, sample in enumerate(rollout.samples)
+        if sample.num_sampled
+    ]
+    return _microbatches(sequences, token_budget)
+
+
+def pack_samples(samples: Sequence[TrainingSample], *, token_budget: int) -> list[PackedBatch]:
+    """The same packing for scoring alone: advantages and loss weights are 0.
+
+    Samples without a sampled token are left out.
+    """
+    sequences = [_Sequence(sample, f"sample {i}") for i, sample in enumerate(samples) if sample.num_sampled]
+    return _microbatches(sequences, token_budget)
+
+
+def _in_loss(rollout: Rollout, loss: Loss) -> bool:
+    masked = loss.mask_truncated and rollout.status is RolloutStatus.TRUNCATED
+    return rollout.reward is not None and not masked and num_sampled(rollout) > 0
+
+
+def _microbatches(sequences: list[_Sequence], token_budget: int) -> list[PackedBatch]:
+    """First fit decreasing: each sequence, longest first, into the first micro-batch that has room."""
+    members: list[list[_Sequence]] = []
+    room: list[int] = []
+    for length, sequence in sorted(((s.length, s) for s in sequences), key=lambda pair: -pair[0]):
+        if length > token_budget:
+            fault = f"{token_budget} is below the {length} tokens of {sequence.where}; raise it to at least {length}"
+            raise ConfigError([f"learner.token_budget: {fault}"])
+        fit = next((i for i, tokens in enumerate(room) if length <= tokens), len(room))
+        if fit == len(room):
+            members.append([])
+            room.append(token_budget)
+        members[fit].append(sequence)
+        room[fit] -= length
+    return [_collate(sequences) for sequences in members]
+
+
+def _collate(sequences: list[_Sequence]) -> PackedBatch:
+    lengths = [sequence.length for sequence in sequences]
+    starts = list(itertools.accumulate(lengths, initial=0))
+    labels = [
+        (
+            start + i - 1,
+            sequence.sample.token_ids[i],
+            s,
+            sequence.sample.logprobs[i],
+            sequence.advantage,
+            sequence.loss_weight,
+        )
+        for s, (start, sequence) in enumerate(zip(starts[:-1], sequences, strict=True))
+        for i, sampled in enumerate(sequence.sample.loss_mask)
+        if sampled
+    ]
+    predict_index, token_ids, sample_index, logprobs, advantages, loss_weights = zip(*labels, strict=True)
+    return PackedBatch(
+        token_ids=torch.tensor([t for s, n in zip(sequences, lengths, strict=True) for t in s.sample.token_ids[:n]]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        max_seqlen=lengths[0],
+        predict_index=torch.tensor(predict_index),
+        labels=torch.tensor(token_ids),
+        sample_index=torch.tensor(sample_index),
+        sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        advantages=torch.tensor(advantages, dtype=torch.float32),
+        loss_weights=torch.tensor(loss_weights, dtype=torch.float32),
+    )

@@ -1,0 +1,108 @@
+"""A checkpoint is whole or absent, and restores every bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from real_engine import make_tiny_model
+from transformers import AutoModelForCausalLM
+
+from syncline.config.schema import Lora, Model, Optimizer
+from syncline.errors import CheckpointError
+from syncline.learner.checkpoint import Checkpoints, TrainState
+from syncline.learner.model import load_model, trainable_parameters
+from syncline.learner.optim import SplitMasterAdamW
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+class Trained:
+    """A model and its optimizer after a few steps of made-up gradients."""
+
+    def __init__(self, path: Path, *, steps: int, lora: Lora | None = None, dtype: str = "bfloat16") -> None:
+        self.model = load_model(Model(path=str(path), dtype=dtype, lora=lora), device=torch.device("cpu"))
+        self.optimizer = SplitMasterAdamW(trainable_parameters(self.model), Optimizer())
+        self.step(steps)
+
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            for _, parameter in trainable_parameters(self.model):
+                parameter.grad = torch.randn_like(parameter)
+            self.optimizer.step(1e-4)
+
+    def bits(self) -> dict[str, torch.Tensor]:
+        weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return weights | {name: t.clone() for name, t in self.optimizer.state_dict().items()}
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)])
+def test_a_resumed_run_continues_to_the_bit(model_path: Path, tmp_path: Path, lora: Lora | None) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, model_path)
+    torch.manual_seed(1)
+    first = Trained(model_path, steps=3, lora=lora)
+    checkpoints.save(TrainState(3, 3, 100), first.model, first.optimizer, digest="abc")
+    first.step(3)
+
+    torch.manual_seed(2)  # another adapter start, another random state: the checkpoint must bring its own
+    second = Trained(model_path, steps=1, lora=lora)
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert checkpoints.load(newest, second.model, second.optimizer) == (TrainState(3, 3, 100), "abc")
+    second.step(3)
+    expected = first.bits()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in second.bits().items())
+
+
+def test_loading_writes_into_the_parameters_own_memory(model_path: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, model_path)
+    trained = Trained(model_path, steps=1)
+    path = checkpoints.save(TrainState(1, 1), trained.model, trained.optimizer, digest="")
+    addresses = [p.data_ptr() for p in trained.model.parameters()]
+    trained.step(1)
+    checkpoints.load(path, trained.model, trained.optimizer)
+    assert [p.data_ptr() for p in trained.model.parameters()] == addresses
+
+
+def test_a_full_checkpoint_is_a_hugging_face_model(model_path: Path, tmp_path: Path) -> None:
+    trained = Trained(model_path, steps=1)
+    path = Checkpoints(tmp_path, 2, model_path).save(TrainState(1, 1), trained.model, trained.optimizer, digest="")
+    loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), trained.model.parameters(), strict=True))
+
+
+def test_a_half_written_checkpoint_is_none(model_path: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, model_path)
+    trained = Trained(model_path, steps=1)
+    checkpoints.save(TrainState(1, 1), trained.model, trained.optimizer, digest="")
+    (tmp_path / "step-000002.partial").mkdir()
+    assert checkpoints.newest_step() == 1
+
+
+def test_only_the_newest_are_kept(model_path: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, model_path)
+    trained = Trained(model_path, steps=1)
+    for step in (8, 9, 10, 11):
+        checkpoints.save(TrainState(step, step), trained.model, trained.optimizer, digest="")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000010", "step-000011"]
+
+
+@pytest.mark.parametrize("fault", ["another shape", "no optimizer", "cut state"])
+def test_what_does_not_fit_is_named(model_path: Path, tmp_path: Path, fault: str) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, model_path)
+    trained = Trained(model_path, steps=1)
+    path = checkpoints.save(TrainState(1, 1), trained.model, trained.optimizer, digest="")
+    expected = {"another shape": "model.embed_tokens.weight", "no optimizer": "optimizer", "cut state": "state.json"}[
+        fault
+    ]
+    if fault == "another shape":
+        trained = Trained(make_tiny_model(tmp_path / "other", hidden_size=64), steps=1)
+    elif fault == "no optimizer":
+        (path / "optimizer.safetensors").unlink()
+    else:
+        (path / "state.json").write_text('{"step": 1')
+        expected = "cannot be resumed from"
+    with pytest.raises(CheckpointError, match=expected):
+        checkpoints.load(path, trained.model, trained.optimizer)

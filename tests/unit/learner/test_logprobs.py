@@ -1,0 +1,128 @@
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from syncline.learner.logprobs import token_logprobs
+
+N, H, V, CHUNK = 50, 8, 96, 16
+
+
+class Adapted(nn.Module):
+    """A frozen head with a low-rank adapter on it, as PEFT builds one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(H, V, bias=False).requires_grad_(False)
+        self.down, self.up = nn.Linear(H, 2, bias=False), nn.Linear(2, V, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base_layer(hidden) + self.up(self.down(hidden))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees the result of every operator, those of the backward pass too."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
+        return result
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(N, H, requires_grad=True), torch.randint(V, (N,)), torch.randn(N)
+
+
+def plain(hidden: Tensor, head: nn.Module, labels: Tensor, temperature: float, softcap: float | None) -> Any:
+    logits = head(hidden).float()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    distribution = torch.distributions.Categorical(logits=logits / temperature)
+    return distribution.log_prob(labels), distribution.entropy()
+
+
+def trainable(head: nn.Module) -> Iterator[Tensor]:
+    return (parameter for parameter in head.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, None), (1.3, 2.0)])
+@pytest.mark.parametrize("head_type", ["plain", "bias", "adapted"])
+def test_values_and_gradients_equal_the_plain_path(head_type: str, temperature: float, softcap: float | None) -> None:
+    head = Adapted() if head_type == "adapted" else nn.Linear(H, V, bias=head_type == "bias")
+    hidden, labels, upstream = problem()
+    logprobs, entropy = token_logprobs(hidden, head, labels, temperature=temperature, chunk=CHUNK, softcap=softcap)
+    expected, expected_entropy = plain(hidden, head, labels, temperature, softcap)
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy, expected_entropy)
+    assert not entropy.requires_grad
+    inputs = [hidden, *trainable(head)]
+    gradients = torch.autograd.grad(logprobs, inputs, upstream)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, upstream))
+
+
+def test_no_tensor_holds_more_than_a_chunk_of_logits() -> None:
+    head = nn.Linear(H, V)
+    hidden, labels, upstream = problem()
+    with LargestTensor() as largest:
+        token_logprobs(hidden, head, labels, temperature=1.0, chunk=CHUNK)[0].backward(upstream)
+    assert largest.numel == CHUNK * V
+    with LargestTensor() as largest:
+        plain(hidden, head, labels, 1.0, None)[0].backward(upstream)
+    assert largest.numel == N * V
+
+
+def test_nothing_of_the_vocabularys_length_is_saved_for_the_backward_pass_but_the_head() -> None:
+    head = nn.Linear(H, V)
+    hidden, labels, _ = problem()
+    saved: list[int] = []
+
+    def record(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        token_logprobs(hidden, head, labels, temperature=1.0, chunk=CHUNK)
+    assert sorted(saved) == sorted([N * H, N, V * H, V])
+
+
+def test_a_bfloat16_heads_gradient_adds_up_in_float32() -> None:
+    """256 chunks of one row each: summed in bfloat16, the later ones would be rounded away."""
+    head = nn.Linear(H, V, bias=False).bfloat16()
+    hidden = torch.rand(256, H).bfloat16()
+    labels, upstream = torch.zeros(256, dtype=torch.int64), torch.full((256,), 1e-3)
+
+    def gradient(chunk: int) -> Tensor:
+        logprobs, _ = token_logprobs(hidden, head, labels, temperature=1.0, chunk=chunk)
+        return torch.autograd.grad(logprobs, head.weight, upstream)[0].float()
+
+    exact = nn.Linear(H, V, bias=False)
+    exact.weight.data = head.weight.data.float()
+    expected = torch.autograd.grad(plain(hidden.float(), exact, labels, 1.0, None)[0], exact.weight, upstream)[0]
+
+    def error(tensor: Tensor) -> float:
+        return ((tensor - expected).norm() / expected.norm()).item()
+
+    rows = [token_logprobs(hidden[i : i + 1], head, labels[:1], temperature=1.0, chunk=1)[0] for i in range(256)]
+    in_bfloat16 = torch.zeros_like(head.weight)
+    for row in rows:
+        in_bfloat16 += torch.autograd.grad(row, head.weight, upstream[:1])[0]
+    assert error(gradient(1)) < 5e-3
+    assert error(in_bfloat16.float()) > 4 * error(gradient(1))
+
+
+def test_dropout_in_the_head_is_refused_by_name() -> None:
+    head = nn.Sequential(nn.Dropout(0.1), nn.Linear(H, V))
+    hidden, labels, _ = problem()
+    with pytest.raises(ValueError, match=r"dropout 0.1 in the language model head \(0\)"):
+        token_logprobs(hidden, head, labels, temperature=1.0, chunk=CHUNK)
+    token_logprobs(hidden, head.eval(), labels, temperature=1.0, chunk=CHUNK)

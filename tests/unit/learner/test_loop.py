@@ -1,0 +1,172 @@
+"""The loop on fakes: what it does in which order, and a resume that is equal to the bit."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_engine import make_tiny_model, run_values
+
+from syncline.bridges.receipt import model_digest, parameter_digests
+from syncline.config import RunConfig, resolve
+from syncline.learner.checkpoint import Checkpoints
+from syncline.learner.loop import Parts, train
+from syncline.learner.model import Scorer, load_model, trainable_parameters
+from syncline.learner.optim import SplitMasterAdamW
+from syncline.learner.parity import ParityReport
+from syncline.learner.step import Step
+from syncline.protocols import Receipt, SyncReport
+from syncline.testing import InMemoryTrajectories, ListMetricSink
+from syncline.types import Completion, FinishReason, Rollout, RolloutGroup, RolloutStatus, TrainingSample, VersionSpan
+
+CPU = torch.device("cpu")
+GROUPS_PER_STEP = 2
+
+
+@dataclass
+class RecordingBridge:
+    """A `WeightBridge` to nowhere that writes down what it was asked."""
+
+    events: list[str]
+    versions: list[int] = field(default_factory=list)
+
+    def attach(self, model: Any) -> None: ...
+
+    @contextmanager
+    def updating(self):
+        self.events.append("updating")
+        yield
+        self.events.append("updated")
+
+    def publish(self, model: Any, *, policy_version: int) -> SyncReport:
+        self.events.append("publish")
+        self.versions.append(policy_version)
+        digest = model_digest(parameter_digests(model.named_parameters()))
+        return SyncReport(Receipt(policy_version, digest), 0, 0.0, 0.0)
+
+    def close(self) -> None: ...
+
+
+class RecordingTrajectories(InMemoryTrajectories):
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def acknowledge(self, groups: Any, *, step: int, policy_version: int) -> None:
+        super().acknowledge(groups, step=step, policy_version=policy_version)
+        self.events.append("acknowledge")
+
+    def commit(self, *, step: int) -> None:
+        super().commit(step=step)
+        self.events.append("commit")
+
+
+class AgreeingGate:
+    def check(self, model: Any, *, device: torch.device) -> ParityReport:
+        return ParityReport(0.0, 0.0, 0.0, 1)
+
+
+def group(index: int) -> RolloutGroup:
+    """Rollouts that answer a made-up prompt; longer answers earn more."""
+    rollouts = []
+    for i in range(4):
+        answer = tuple(20 + (index + i + j) % 20 for j in range(i + 2))
+        completion = Completion(answer, (-3.0,) * len(answer), (VersionSpan(0, 0, len(answer)),), FinishReason.STOP)
+        sample = TrainingSample.from_completion((5, 6 + index % 9, 7), completion)
+        rollouts.append(Rollout((sample,), float(i % 3), RolloutStatus.COMPLETED))
+    return RolloutGroup(f"group-{index}", "made-up", index, tuple(rollouts))
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def config_of(model_path: Path, folder: Path, *, num_steps: int) -> RunConfig:
+    values = run_values(model_path, folder)
+    values["run"] |= {"num_steps": num_steps, "groups_per_step": GROUPS_PER_STEP}
+    values["learner"] = {
+        "token_budget": 128,
+        "checkpoint_interval": 3,
+        "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
+    }
+    values["parity"] = {"interval": 0}
+    return resolve(values)
+
+
+def parts_of(config: RunConfig, *, first_group: int, events: list[str]) -> Parts:
+    model = load_model(config.model, device=CPU)
+    source = RecordingTrajectories(events)
+    for index in range(first_group, GROUPS_PER_STEP * config.run.num_steps):
+        source._held.append(_held(group(index)))
+    return Parts(
+        model=model,
+        optimizer=SplitMasterAdamW(trainable_parameters(model), config.learner.optimizer),
+        step=Step(
+            config=config.learner,
+            scorer=Scorer(1.0, 64),
+            reference=None,
+            device=CPU,
+            max_completion_tokens=16,
+            num_steps=config.run.num_steps,
+        ),
+        bridge=RecordingBridge(events),
+        source=source,
+        sink=ListMetricSink(),
+        checkpoints=Checkpoints(Path(config.run.dir) / "checkpoints", 2, Path(config.model.path)),
+        gate=AgreeingGate(),  # type: ignore[arg-type]
+        device=CPU,
+    )
+
+
+def _held(made: RolloutGroup) -> Any:
+    from syncline.testing import _Held
+
+    return _Held(made, f"permit-{made.task_index}")
+
+
+def test_a_step_publishes_before_it_acknowledges_and_saves_before_it_commits(model_path: Path, tmp_path: Path) -> None:
+    config = config_of(model_path, tmp_path, num_steps=3)
+    events: list[str] = []
+    parts = parts_of(config, first_group=0, events=events)
+    state = train(config, parts)
+    step = ["updating", "publish", "updated", "acknowledge"]
+    assert events == ["publish", "commit", *step, *step, *step, "commit"]
+    assert parts.bridge.versions == [0, 1, 2, 3]  # type: ignore[attr-defined]
+    assert (state.step, state.policy_version) == (3, 3)
+    assert parts.checkpoints.newest_step() == 3
+    assert [s for s, _ in parts.sink.logged] == [1, 2, 3]  # type: ignore[attr-defined]
+
+
+def test_a_resumed_run_takes_the_very_same_steps(model_path: Path, tmp_path: Path) -> None:
+    whole = config_of(model_path, tmp_path / "whole", num_steps=6)
+    uninterrupted = parts_of(whole, first_group=0, events=[])
+    train(whole, uninterrupted)
+
+    half = config_of(model_path, tmp_path / "halves", num_steps=3)
+    train(half, parts_of(half, first_group=0, events=[]))
+    rest = config_of(model_path, tmp_path / "halves", num_steps=6)
+    resumed = parts_of(rest, first_group=3 * GROUPS_PER_STEP, events=[])
+    train(rest, resumed)
+
+    expected = dict(uninterrupted.model.named_parameters())
+    assert all(torch.equal(expected[name], p) for name, p in resumed.model.named_parameters())
+    losses = {step: metrics["loss"] for step, metrics in uninterrupted.sink.logged}  # type: ignore[attr-defined]
+    assert {step: metrics["loss"] for step, metrics in resumed.sink.logged} == {  # type: ignore[attr-defined]
+        step: losses[step] for step in (4, 5, 6)
+    }
+
+
+def test_a_step_without_anything_to_learn_from_moves_nothing(model_path: Path, tmp_path: Path) -> None:
+    config = config_of(model_path, tmp_path, num_steps=1)
+    parts = parts_of(config, first_group=GROUPS_PER_STEP, events=[])
+    failed = Rollout((), None, RolloutStatus.ERROR, error="made to fail")
+    for i in range(GROUPS_PER_STEP):
+        parts.source._held.append(_held(RolloutGroup(f"failed-{i}", "made-up", i, (failed,))))  # type: ignore[attr-defined]
+    before = [p.detach().clone() for p in parts.model.parameters()]
+    train(config, parts)
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))
+    [(_, metrics)] = parts.sink.logged  # type: ignore[attr-defined]
+    assert metrics["step/skipped"] == 1

@@ -1,0 +1,86 @@
+"""Adapters merged exactly, targets that must exist, and scores that equal the plain forward's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from real_engine import make_tiny_model
+
+from syncline.config.schema import Lora, Model
+from syncline.errors import ConfigError
+from syncline.learner.model import Scorer, causal_lm, checkpoint_parameters, load_model, trainable_parameters
+from syncline.learner.packing import pack_samples
+from syncline.types import Completion, FinishReason, TrainingSample, VersionSpan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def load(path: Path, **fields) -> torch.nn.Module:
+    return load_model(Model(path=str(path), dtype="float32", **fields), device=CPU)
+
+
+def test_checkpoint_parameters_of_a_full_model_are_its_own_and_tied_ones_come_once(model_path: Path) -> None:
+    model = load(model_path)
+    names = [name for name, _ in checkpoint_parameters(model)]
+    assert names == [name for name, _ in model.named_parameters()]
+    assert "lm_head.weight" not in names
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_is_merged_into_fresh_tensors_and_the_base_does_not_move(model_path: Path, rslora: bool) -> None:
+    model = load(model_path, lora=Lora(rank=4, alpha=8, rslora=rslora))
+    for name, parameter in trainable_parameters(model):
+        assert "lora_" in name
+        torch.nn.init.normal_(parameter, std=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    merged = dict(checkpoint_parameters(model))
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert sorted(merged) == sorted(name for name, _ in load(model_path).named_parameters())
+
+    token_ids = torch.arange(5, 25)[None]
+    plain = load(model_path)
+    plain.load_state_dict(merged, strict=False)
+    plain.set_attn_implementation("eager")  # type: ignore[operator]
+    adapted = model.merge_and_unload().eval()  # type: ignore[operator]
+    adapted.set_attn_implementation("eager")
+    torch.testing.assert_close(plain.eval()(token_ids).logits, adapted(token_ids).logits)
+
+
+def test_targets_that_match_nothing_are_an_error_listing_what_exists(model_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'wrong_proj'.*down_proj.*q_proj"):
+        load(model_path, lora=Lora(target_modules=("wrong_proj",)))
+
+
+def test_a_path_without_a_model_names_the_field(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        load(tmp_path)
+
+
+def test_scores_equal_the_plain_forward_at_the_sampling_temperature(model_path: Path) -> None:
+    model = load(model_path)
+    prompts = [(5, 6, 7), (8, 9), (10, 11, 12, 13)]
+    answers = [(20, 21), (22,), (23, 24, 25)]
+    samples = [
+        TrainingSample.from_completion(
+            p, Completion(a, (-1.0,) * len(a), (VersionSpan(0, 0, len(a)),), FinishReason.STOP)
+        )
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+    [batch] = pack_samples(samples, token_budget=64)
+    logprobs, entropy = Scorer(temperature=0.7, chunk_tokens=2).score(model, batch)
+    lm = causal_lm(model)
+    lm.set_attn_implementation("eager")
+    expected = {}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = lm(torch.tensor([[*prompt, *answer]])).logits[0] / 0.7
+        rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        for row, token in zip(rows, answer, strict=True):
+            expected[token] = (row[token], -(row.exp() * row).sum())
+    for token, logprob, spread in zip(batch.labels.tolist(), logprobs, entropy, strict=True):
+        torch.testing.assert_close(logprob, expected[token][0])
+        torch.testing.assert_close(spread, expected[token][1])
