@@ -19,9 +19,7 @@ from syncline.protocols import WeightBridge
 from syncline.types import Completion, SamplingParams
 
 pytestmark = pytest.mark.e2e
-DEVICE, DTYPE, TOLERANCE = (
-    ("cuda", torch.bfloat16, 0.15) if torch.cuda.is_available() else ("cpu", torch.float32, 1e-4)
-)
+DEVICE, DTYPE, TOLERANCE = ("cuda", torch.bfloat16, 0.15) if torch.cuda.is_available() else ("cpu", torch.float32, 1e-4)
 """A stale tensor moves logprobs by 0.5 and more; bf16 kernels that round differently by a few hundredths."""
 PROMPTS = tuple(tuple(range(5 + i, 12 + i)) for i in range(6))
 
@@ -38,7 +36,9 @@ BRIDGES: dict[str, Callable[["Side"], WeightBridge]] = {"restart": restart}
 class Side:
     """Both sides of a bridge: a learner's model and the engine that should follow it."""
 
-    def __init__(self, make_bridge: Callable[["Side"], WeightBridge], engine: EngineController, model_path: Path, folder: Path) -> None:
+    def __init__(
+        self, make_bridge: Callable[["Side"], WeightBridge], engine: EngineController, model_path: Path, folder: Path
+    ) -> None:
         self.engine = engine
         self.model_path = model_path
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPE).to(DEVICE)

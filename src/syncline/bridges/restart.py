@@ -65,8 +65,8 @@ class RestartBridge:
         served = self._engine.receipt()
         if policy_version < served.policy_version:
             raise SyncError(
-                f"policy_version {policy_version} is older than {served.policy_version}, which engine {self._engine.name} "
-                "already serves; versions only grow, so restart the engine to go back"
+                f"policy_version {policy_version} is older than {served.policy_version}, which engine "
+                f"{self._engine.name} already serves; versions only grow, so restart the engine to go back"
             )
         path, moved = (None, 0) if served.digest == expected.digest else self._write(model, policy_version)
         clock.lap("write")
@@ -76,8 +76,8 @@ class RestartBridge:
         if held != expected:
             faults = differences(digests, self._engine.parameters())
             raise SyncError(
-                f"engine {self._engine.name} holds version {held.policy_version} digest {held.digest[:12]} after a publish of "
-                f"version {policy_version} digest {expected.digest[:12]}:\n" + "\n".join(faults)
+                f"engine {self._engine.name} holds version {held.policy_version} digest {held.digest[:12]} after a "
+                f"publish of version {policy_version} digest {expected.digest[:12]}:\n" + "\n".join(faults)
             )
         clock.lap("load")
         self._engine.resume()

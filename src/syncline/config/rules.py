@@ -83,8 +83,17 @@ def _devices(config: RunConfig) -> Iterator[str]:
         config.learner.device,
     ):
         yield (
-            f"learner.device: {config.learner.device!r} differs from engine.device = {config.engine.device!r}, and vLLM "
-            "is installed for one of them; set both alike"
+            f"learner.device: {config.learner.device!r} differs from engine.device = {config.engine.device!r}, and "
+            "vLLM is installed for one of them; set both alike"
+        )
+
+
+def _deadlines(config: RunConfig) -> Iterator[str]:
+    if config.engine.request_timeout_seconds >= config.trajectory.lease_seconds:
+        yield (
+            f"engine.request_timeout_seconds: {config.engine.request_timeout_seconds:g} is not below "
+            f"trajectory.lease_seconds = {config.trajectory.lease_seconds:g}, so a permit could expire while its group "
+            "is sampled; lower it, or raise the lease"
         )
 
 
@@ -100,4 +109,4 @@ def _ports(config: RunConfig) -> Iterator[str]:
             )
 
 
-_RULES = (_lengths, _distribution, _loss, _schedule, _environments, _devices, _ports)
+_RULES = (_lengths, _distribution, _loss, _schedule, _environments, _devices, _deadlines, _ports)

@@ -77,7 +77,8 @@ class Engine(Section):
     num_threads: NonNegativeInt = 0
     """CPU threads; 0 shares the machine's cores with the learner."""
     start_timeout_seconds: PositiveFloat = 300.0
-    request_timeout_seconds: PositiveFloat = 600.0
+    request_timeout_seconds: PositiveFloat = 300.0
+    """A group must be sampled and scored within it; below trajectory.lease_seconds."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """vLLM's own options, passed through and checked by vLLM: `{max_num_batched_tokens: 8192}`."""
 

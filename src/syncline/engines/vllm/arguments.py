@@ -45,7 +45,7 @@ def set_environment(config: RunConfig, device: str) -> None:
 
 
 def parse(config: RunConfig, device: str, start: Start) -> Namespace:
-    """vLLM's argument namespace. An option of `engine.extra` that vLLM does not know ends the process with its message."""
+    """vLLM's argument namespace. What it does not know of `engine.extra` ends the process with its own message."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parts = compat.server_parts()

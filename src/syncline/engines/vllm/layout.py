@@ -41,7 +41,8 @@ def _split(
     sizes = getattr(module, "output_partition_sizes", None)
     if sizes is None or len(sizes) != len(parts) or sum(sizes) != tensor.shape[0]:
         raise SyncError(
-            f"{name}: vLLM fuses {parts} into a tensor of shape {list(tensor.shape)}, which its partition sizes {sizes} do not explain"
+            f"{name}: vLLM fuses {parts} into a tensor of shape {list(tensor.shape)}, which its partition sizes "
+            f"{sizes} do not explain"
         )
     for part, rows in zip(parts, tensor.split(list(sizes)), strict=True):
         yield ".".join((*path, part, leaf)), rows
