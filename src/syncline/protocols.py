@@ -103,6 +103,10 @@ class RolloutSource(Protocol):
         """A checkpoint holds `step`: groups it or an earlier step consumed will never be handed out again."""
         ...
 
+    def metrics(self) -> Mapping[str, float]:
+        """The queue's state now, for the step's metrics: `queue/length`, counters under `queue/`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:

@@ -137,6 +137,10 @@ class InMemoryTrajectories:
         with self._changed:
             self._held = [held for held in self._held if held.step is None or held.step > step]
 
+    def metrics(self) -> dict[str, float]:
+        with self._changed:
+            return {"queue/length": float(sum(not held.leased for held in self._held))}
+
     def _permit(self, environment: str) -> Permit:
         returned = self._returned.setdefault(environment, [])
         if returned:

@@ -148,3 +148,12 @@ def test_a_restart_drops_groups_of_lost_policy_versions_and_their_tasks_go_out_a
     learner.start(policy_version=0, step=0)
     assert indices(learner.next_batch(1)) == [0]
     assert [permit.task_index for permit in ends.permits(3)] == [1, 2, 3]
+
+
+def test_metrics_count_the_groups_that_wait(ends):
+    ends.source.start(policy_version=0, step=0)
+    assert ends.source.metrics()["queue/length"] == 0
+    ends.fill(3)
+    assert ends.source.metrics()["queue/length"] == 3
+    ends.source.next_batch(2)
+    assert ends.source.metrics()["queue/length"] == 1

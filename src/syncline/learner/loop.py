@@ -62,6 +62,7 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
             synced = parts.bridge.publish(model, policy_version=state.policy_version)
         parts.source.acknowledge(groups, step=state.step, policy_version=state.policy_version)
         report.update(reward_metrics(groups))
+        report.update(parts.source.metrics())
         report.update(timings(started, sampled, learned, synced=synced, num_tokens=num_tokens))
         if config.parity.interval and state.step % config.parity.interval == 0:
             report.update(parts.gate.check(model, device=parts.device).metrics())

@@ -190,12 +190,24 @@ class TrajectorySource:
     def commit(self, *, step: int) -> None:
         self._post("/commit", wire.CommitRequest(learner=self._learner, step=step), f"committing step {step}")
 
+    def metrics(self) -> dict[str, float]:
+        """Groups waiting, and what the run has dropped or handed out again so far."""
+        status = self._request("GET", "/status", None, "status").json()
+        counters = status["counters"]
+        return {"queue/length": status["num_queued"]} | {
+            f"queue/{name}": counters[name] for name in ("stale", "rewound", "failed", "abandoned", "expired_permits")
+        }
+
     def _post(self, path: str, body: wire.WireMessage, what: str) -> httpx.Response:
+        return self._request("POST", path, body, what)
+
+    def _request(self, method: str, path: str, body: wire.WireMessage | None, what: str) -> httpx.Response:
         what = f"trajectory server {self._url}: {what}"
         patience = Patience(what, retry_seconds=self._retry_seconds, clock=self._clock)
         while True:
             try:
-                outcome: httpx.Response | httpx.TransportError = self._http.post(path, content=body.model_dump_json())
+                content = None if body is None else body.model_dump_json()
+                outcome: httpx.Response | httpx.TransportError = self._http.request(method, path, content=content)
             except httpx.TransportError as error:
                 outcome = error
             pause = patience.pause(outcome)

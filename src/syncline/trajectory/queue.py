@@ -49,6 +49,8 @@ class TrajectoryQueue:
         self.clock = clock
         self.asks: dict[tuple[str, str], Ask] = {}
         self.last_heard: dict[str, float] = {}
+        self.learner_heard = False
+        """By this queue, not by the predecessor whose state it took over: until then nobody knows what the engine serves."""
         self._new_id = new_id
 
     # Environments
@@ -77,7 +79,7 @@ class TrajectoryQueue:
     def grant(self, ask: Ask) -> list[Ticket]:
         """The asker's fair part of the free capacity; when it gets any, its ask is answered and gone."""
         self._expire()
-        if self.asks.get(ask.key) is not ask or self.state.policy_version < 0:
+        if self.asks.get(ask.key) is not ask or not self.learner_heard:
             return []
         tags = {name: self._start_tag(name) for name, _ in self.asks}
         parts = allot(list(self.asks.values()), tags, weights=self.ledger.weights, free=self.ledger.num_free)
@@ -131,6 +133,7 @@ class TrajectoryQueue:
             self.ledger.touch(ticket)
         state = self.state
         state.learner, state.policy_version, state.step, state.training = learner, policy_version, step, False
+        self.learner_heard = True
         self.ledger.dirty = True
 
     def lease(self, num_groups: int, *, learner: str, lease_id: str) -> list[Ticket]:
@@ -204,6 +207,9 @@ class TrajectoryQueue:
     def _check_learner(self, learner: str) -> None:
         if learner != self.state.learner:
             raise Refused(f"learner {learner!r} is not the one that started last ({self.state.learner!r}); start first")
+        if not self.learner_heard:
+            self.learner_heard = True
+            self.ledger.dirty = True
 
     def _check_put(self, group: RolloutGroup, ticket: Ticket) -> None:
         permit = f"permit {ticket.permit_id!r}"

@@ -61,8 +61,8 @@ def why_waiting(queue: TrajectoryQueue, num_groups: int) -> str:
 
 def why_no_permit(queue: TrajectoryQueue) -> str:
     """Why an environment that asked got no permit."""
-    if queue.state.policy_version < 0:
-        return "no learner has started yet"
+    if not queue.learner_heard:
+        return "no learner has been heard since the server began"
     out = [f"{queue.ledger.count(state)} {state}" for state in (TicketState.QUEUED, TicketState.LEASED)]
     permits = queue.ledger.count(TicketState.PERMITTED)
     return f"capacity of {queue.limits.capacity} groups is taken or promised: {permits} permits out, {', '.join(out)}"

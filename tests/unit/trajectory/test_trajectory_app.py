@@ -95,7 +95,7 @@ def test_health_is_a_write(serve):
 def test_no_permit_is_429_with_the_reason_and_retry_after(serve):
     async def scenario(server):
         early = await server.permits(1)
-        assert (early.status_code, early.json()) == (429, {"error": "no learner has started yet"})
+        assert (early.status_code, early.json()) == (429, {"error": "no learner has been heard since the server began"})
         await server.start()
         permits = (await server.permits(5)).json()["permits"]
         full = await server.permits(1, held=[permit["permit_id"] for permit in permits])
@@ -112,7 +112,7 @@ def test_no_permit_is_429_with_the_reason_and_retry_after(serve):
         (b'"reward":1.0', b'"reward":Infinity', "rollouts.0.reward: input should be a finite number"),
         (b"[5,6,7]", b"[5,6]", "rollouts.0.samples.0: 2 token_ids but 3 loss_mask"),
         (b"[5,6,7]", b"[5,6,7.0]", "rollouts.0.samples.0.token_ids.2: input should be a valid integer"),
-        (b'"start":1', b'"start":0', "rollouts.0.samples.0: versions must cover the 2 sampled tokens"),
+        (b'"start":1', b'"start":0', "rollouts.0.samples.0: version span"),
         (b'"end":3', b'"end":3,"x":1', "rollouts.0.samples.0.versions.0.x: unknown key"),
         (b'"reward":1.0', b'"reward":null', "rollouts.0: a rollout with status completed needs a reward"),
         (b'"task_index":0', b'"task_index":-1', "(whole message): task_index must be >= 0, got -1"),

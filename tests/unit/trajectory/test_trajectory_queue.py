@@ -85,9 +85,20 @@ def indices(tickets) -> list[int]:
 def test_no_permit_before_a_learner_has_started():
     bench = Bench()
     assert bench.grant() == []
-    assert why_no_permit(bench.queue) == "no learner has started yet"
+    assert why_no_permit(bench.queue) == "no learner has been heard since the server began"
     bench.start()
     assert indices(bench.grant(num_permits=2)) == [0, 1]
+
+
+def test_a_restarted_server_grants_nothing_until_it_has_heard_the_learner():
+    bench = Bench()
+    bench.start(policy_version=3, step=3)
+    bench.queue = TrajectoryQueue(
+        bench.limits, bench.weights, clock=bench.clock, new_id=lambda: "p", state=bench.queue.state
+    )
+    assert bench.grant() == [], "nobody knows yet what the engine serves"
+    bench.queue.commit(learner="L", step=3)
+    assert indices(bench.grant()) == [0]
 
 
 def test_on_policy_permits_appear_only_with_the_acknowledged_version():
