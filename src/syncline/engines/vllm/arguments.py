@@ -36,6 +36,7 @@ def engine_device(config: RunConfig) -> str:
 def set_environment(config: RunConfig, device: str) -> None:
     """Variables vLLM reads at import. Only in the engine's own process, before vLLM is imported."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if device == "cpu":
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
@@ -73,6 +74,7 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         "generation_config": "vllm",
         "enforce_eager": eager,
         "disable_uvicorn_access_log": True,
+        "use_tqdm_on_load": False,
     }
     if device == "cpu":
         values |= {"load_format": LOAD_FORMAT, "kv_cache_memory_bytes": engine.kv_cache_bytes}
@@ -89,12 +91,7 @@ def engine_dtype(config: RunConfig, device: str) -> str:
 
 
 def _option(name: str, value: Any) -> list[str]:
-    flag = "--" + name.replace("_", "-")
-    if value is True:
-        return [flag]
-    if value is False:
-        return ["--no-" + name.replace("_", "-")] if name not in _NO_NEGATION else []
-    return [flag, json.dumps(value) if isinstance(value, dict | list) else str(value)]
-
-
-_NO_NEGATION = ("disable_uvicorn_access_log",)
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]

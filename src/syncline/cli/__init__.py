@@ -1,0 +1,52 @@
+"""The command line: one file a verb, and the only code that knows every room.
+
+Each verb's module has `add_arguments(parser)` and `run(args) -> exit code`; it is imported when its verb is called.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from syncline.errors import SynclineError
+
+VERBS = {
+    "check": "print the resolved configuration and the process plan",
+    "run": "train: start every process of a run, watch, stop",
+    "serve": "the inference engine (vLLM) alone",
+    "trajectories": "the trajectory server alone",
+    "env": "one environment: take tasks, sample groups, score, post",
+    "train": "the learner alone",
+    "evaluate": "accuracy on the environments' held-out tasks",
+    "report": "write a run's report page again",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="syncline", description="GRPO with learner and engine provably in sync.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    modules = {}
+    for verb, description in VERBS.items():
+        subparser = verbs.add_parser(verb, help=description, description=description)
+        if verb in argv[:1]:
+            modules[verb] = importlib.import_module(f"syncline.cli.{verb}")
+            modules[verb].add_arguments(subparser)
+    args = _parse(parser, argv)
+    try:
+        return modules[args.verb].run(args)
+    except SynclineError as error:
+        print(f"syncline {args.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """`a.b=c` may stand before and after the options; argparse alone takes positional words in one place only."""
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args

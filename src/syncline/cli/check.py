@@ -1,0 +1,42 @@
+"""`syncline check FILE [a.b=c …]`: the resolved configuration and the process plan, or every reason against them."""
+
+import argparse
+import shlex
+from collections.abc import Mapping
+
+from syncline.config import load
+from syncline.launch.plan import Machine, ProcessSpec, plan, wanted_ports
+from syncline.launch.ports import lease_ports
+from syncline.launch.run_folder import config_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="fields set over the file's")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Leases the ports for a moment, so that a taken one is found here; a port of 0 gets another number in the run."""
+    config = load(args.file, args.overrides)
+    machine = Machine.here()
+    with lease_ports(wanted_ports(config)) as ports:
+        specs = plan(config, ports=ports, machine=machine)
+    print(config_text(config))
+    print(f"# {len(specs)} processes; ports that the file leaves at 0 are leased anew by each run")
+    for spec in specs:
+        print("\n".join(f"# {line}" for line in told(spec)))
+    return 0
+
+
+def told(spec: ProcessSpec) -> list[str]:
+    """A process as lines for people."""
+    facts: Mapping[str, str] = {
+        "starts after": ", ".join(spec.starts_after),
+        "ends with": spec.ends_with or "",
+        "devices": ", ".join(f"cuda:{name}" for name in spec.devices) or "cpu",
+        "ports": ", ".join(str(port) for port in spec.ports),
+        "env": " ".join(f"{name}={shlex.quote(value)}" for name, value in spec.env.items()),
+        "log": str(spec.log),
+    }
+    lines = [f"  {name}: {fact}" for name, fact in facts.items() if fact]
+    return ["", f"{spec.name} ({spec.kind})", f"  {shlex.join(spec.argv)}", *lines]

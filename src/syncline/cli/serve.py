@@ -1,0 +1,25 @@
+"""`syncline serve FILE`: the inference engine alone."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from syncline.config import load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("--port", type=int, required=True, help="fails at once when it is taken")
+    parser.add_argument("--run-dir", type=Path, help="where engine.json is written")
+    parser.add_argument("--checkpoint", help="weights to start from in place of the model's own")
+    parser.add_argument("--policy-version", type=int, default=-1, help="what --checkpoint is; starts paused when given")
+
+
+def run(args: argparse.Namespace) -> int:
+    from syncline.engines.vllm.arguments import Start
+    from syncline.engines.vllm.server import serve
+
+    config = load(args.file, args.overrides)
+    start = Start(port=args.port, checkpoint=args.checkpoint, policy_version=args.policy_version)
+    return serve(config, start, run_dir=args.run_dir, argv=sys.argv[1:])

@@ -1,0 +1,233 @@
+"""A run's configuration → its processes, as plain values: nothing is started, opened or asked here.
+
+    trajectories ──┐
+    engine ────────┼─▶ evaluation-before ─▶ env:* and learner ─▶ evaluation-after
+                   └─ (without evaluation everything starts at once; clients wait for servers by themselves)
+
+The evaluation before training comes before the learner starts, because the learner's first act is to publish.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from syncline.config.schema import RunConfig
+from syncline.errors import ConfigError, EngineTimeout, SynclineError, TrajectoryError
+from syncline.observe.files import AFTER_FILE, BEFORE_FILE, CONFIG_FILE
+from syncline.observe.logs import log_path
+
+TRAJECTORIES_START_SECONDS = 60.0
+
+
+class Kind(StrEnum):
+    SERVICE = "service"
+    """Runs until it is stopped; ending by itself is dying."""
+    JOB = "job"
+    """Ends by itself, with 0; the run is over when every job has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The process is ready once `url` answers 200; `error` is raised, with `remedy`, when it has not in time."""
+
+    url: str
+    timeout_seconds: float
+    error: type[SynclineError]
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """One process of a run. `env` is added to the supervisor's own environment."""
+
+    name: str
+    argv: tuple[str, ...]
+    kind: Kind
+    log: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    ready: Ready | None = None
+    """`None`: ready as soon as it runs."""
+    devices: tuple[str, ...] = ()
+    """GPUs it sees, as CUDA names them; empty: the CPU."""
+    ports: tuple[int, ...] = ()
+    starts_after: tuple[str, ...] = ()
+    """Services that must be ready and jobs that must be done before this one starts."""
+    ends_with: str | None = None
+    """The job whose end ends this service; `None`: the end of the run."""
+    creates: Path | None = None
+    """A job whose file is there already is done already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the plan must know of the host: CPU cores this process may use, and the GPUs it sees."""
+
+    num_cores: int
+    gpus: tuple[str, ...]
+    python: str = sys.executable
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """Asks the kernel, not torch. `CUDA_VISIBLE_DEVICES` narrows the GPUs, as it does for CUDA."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        found = sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
+        names = found if visible is None else [name for name in visible.split(",") if name not in ("", "-1")]
+        return cls(num_cores=len(os.sched_getaffinity(0)), gpus=tuple(names))
+
+
+def wanted_ports(config: RunConfig) -> dict[str, tuple[str, int]]:
+    """Field → (host, port or 0) of every port the run listens on."""
+    return {
+        "engine.port": (config.engine.host, config.engine.port),
+        "trajectory.port": (config.trajectory.host, config.trajectory.port),
+    }
+
+
+def plan(config: RunConfig, *, ports: Mapping[str, int], machine: Machine) -> tuple[ProcessSpec, ...]:
+    """The processes in the order they start; they stop in the reverse. Raises `ConfigError` for GPUs not there."""
+    planner = _Planner(config, ports, machine)
+    evaluated = config.evaluation.num_tasks > 0
+    before = ("evaluation-before",) if evaluated else ()
+    return (
+        planner.trajectories(),
+        planner.engine(),
+        *([planner.evaluation("evaluation-before", BEFORE_FILE, after="engine")] if evaluated else []),
+        *(planner.environment(i, starts_after=before) for i in range(len(config.environments))),
+        planner.learner(starts_after=before),
+        *([planner.evaluation("evaluation-after", AFTER_FILE, after="learner")] if evaluated else []),
+    )
+
+
+class _Planner:
+    def __init__(self, config: RunConfig, ports: Mapping[str, int], machine: Machine) -> None:
+        self._config = config
+        self._machine = machine
+        self._folder = Path(config.run.dir)
+        self._file = str(self._folder / CONFIG_FILE)
+        self._engine_port, self._trajectory_port = ports["engine.port"], ports["trajectory.port"]
+        self._engine_url = url(config.engine.host, self._engine_port)
+        self._trajectories_url = url(config.trajectory.host, self._trajectory_port)
+        self._gpus = _assigned_gpus(config, machine)
+        self._threads = shared_threads(config, machine.num_cores)
+
+    def trajectories(self) -> ProcessSpec:
+        port = self._trajectory_port
+        return ProcessSpec(
+            name="trajectories",
+            argv=self._argv("trajectories", "--port", str(port)),
+            kind=Kind.SERVICE,
+            log=log_path(self._folder, "trajectories"),
+            env=_environment(devices=(), num_threads=1),
+            ready=Ready(
+                f"{self._trajectories_url}/health",
+                TRAJECTORIES_START_SECONDS,
+                TrajectoryError,
+                "see what its log ends with",
+            ),
+            ports=(port,),
+            ends_with="learner",
+        )
+
+    def engine(self) -> ProcessSpec:
+        port, timeout = self._engine_port, self._config.engine.start_timeout_seconds
+        devices = self._gpus["engine"]
+        return ProcessSpec(
+            name="engine",
+            argv=self._argv("serve", "--port", str(port), "--run-dir", str(self._folder)),
+            kind=Kind.SERVICE,
+            log=log_path(self._folder, "engine"),
+            env=_environment(devices=devices, num_threads=self._threads["engine"]),
+            ready=Ready(f"{self._engine_url}/health", timeout, EngineTimeout, "raise engine.start_timeout_seconds"),
+            devices=devices,
+            ports=(port,),
+        )
+
+    def environment(self, index: int, *, starts_after: tuple[str, ...]) -> ProcessSpec:
+        environment = self._config.environments[index]
+        name = f"env:{environment.name or environment.task}"
+        return ProcessSpec(
+            name=name,
+            argv=self._argv("env", "--index", str(index), *self._urls()),
+            kind=Kind.SERVICE,
+            log=log_path(self._folder, name),
+            env=_environment(devices=(), num_threads=1),
+            starts_after=starts_after,
+            ends_with="learner",
+        )
+
+    def learner(self, *, starts_after: tuple[str, ...]) -> ProcessSpec:
+        devices = self._gpus["learner"]
+        return ProcessSpec(
+            name="learner",
+            argv=self._argv("train", *self._urls()),
+            kind=Kind.JOB,
+            log=log_path(self._folder, "learner"),
+            env=_environment(devices=devices, num_threads=self._threads["learner"]),
+            devices=devices,
+            starts_after=starts_after,
+        )
+
+    def evaluation(self, name: str, file: str, *, after: str) -> ProcessSpec:
+        """Only the one before training is skipped when done: a resumed run has trained further since the one after."""
+        out = self._folder / file
+        return ProcessSpec(
+            name=name,
+            argv=self._argv("evaluate", "--engine-url", self._engine_url, "--out", str(out)),
+            kind=Kind.JOB,
+            log=log_path(self._folder, name),
+            env=_environment(devices=(), num_threads=1),
+            starts_after=(after,),
+            creates=out if after == "engine" else None,
+        )
+
+    def _argv(self, verb: str, *options: str) -> tuple[str, ...]:
+        return (self._machine.python, "-m", "syncline", verb, self._file, *options)
+
+    def _urls(self) -> tuple[str, ...]:
+        return ("--engine-url", self._engine_url, "--trajectories-url", self._trajectories_url)
+
+
+def url(host: str, port: int) -> str:
+    """`("::1", 8000)` → `http://[::1]:8000`."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def shared_threads(config: RunConfig, num_cores: int) -> dict[str, int]:
+    """CPU threads of the engine and the learner.
+
+    On-policy the two take turns, so each gets every core; with staleness they compute at once and halve them.
+    """
+    halves = {"engine": num_cores - num_cores // 2, "learner": max(1, num_cores // 2)}
+    shares = halves if config.run.max_staleness else {"engine": num_cores, "learner": num_cores}
+    return {name: getattr(config, name).num_threads or share for name, share in shares.items()}
+
+
+def _assigned_gpus(config: RunConfig, machine: Machine) -> dict[str, tuple[str, ...]]:
+    """Indices of the configuration → the names CUDA has for them here; none on a CPU."""
+    faults: list[str] = []
+    assigned: dict[str, tuple[str, ...]] = {}
+    for section in ("engine", "learner"):
+        part = getattr(config, section)
+        on_gpu = part.device == "cuda" or (part.device == "auto" and machine.gpus)
+        wanted = part.devices if on_gpu else ()
+        assigned[section] = tuple(machine.gpus[i] for i in wanted if i < len(machine.gpus))
+        if on_gpu and not machine.gpus:
+            faults.append(f"{section}.device: 'cuda', but this machine shows no NVIDIA GPU; set it to cpu or auto")
+        elif len(assigned[section]) < len(wanted):
+            faults.append(
+                f"{section}.devices: {list(wanted)} is not among this machine's {len(machine.gpus)} GPUs; "
+                f"use indices below {len(machine.gpus)}"
+            )
+    if faults:
+        raise ConfigError(faults)
+    return assigned
+
+
+def _environment(*, devices: tuple[str, ...], num_threads: int) -> dict[str, str]:
+    """A process without devices sees none, so that it cannot take a GPU's memory by accident."""
+    values = {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ",".join(devices)}
+    threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return values if devices else values | threads

@@ -1,0 +1,48 @@
+"""The main job as a user runs it: one command, real processes, a real vLLM; full weights, and LoRA with a reference."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from real_engine import make_tiny_model, run_values
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+NUM_STEPS = 4
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    values = run_values(model, tmp_path / "run", evaluation={"num_tasks": 8})
+    values["run"] |= {"num_steps": NUM_STEPS}
+    values["environments"] = [{"task": "arithmetic", "args": {"weights": {"digits": 1.0}}}]
+    values["learner"] = {"token_budget": 512, "optimizer": {"learning_rate": 1e-3}}
+    values["parity"]["interval"] = 2
+    if tuning == "lora":
+        values["model"]["lora"] = {"rank": 4}
+        values["learner"]["loss"] = {"name": "dapo", "kl_coef": 0.01}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    argv = [sys.executable, "-m", "syncline", "run", str(file)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    folder = tmp_path / "run"
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(1, NUM_STEPS + 1))
+    assert all(step["policy_version"] == step["step"] for step in steps)
+    assert all(step["sampling/sampling_logp_difference/mean"] < 1e-4 for step in steps), "sampled by other weights"
+    assert steps[1]["parity/mean_abs_diff"] < 1e-4
+    assert steps[-1]["grad_norm"] > 0
+    assert ("kl" in steps[-1]) == (tuning == "lora")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == NUM_STEPS
+    assert summary["engine"]["name"] == "vllm"
+    for key in ("reward_first", "reward_last", "heldout_before", "heldout_after", "train_seconds"):
+        assert isinstance(summary[key], int | float), key
+    page = (folder / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http://" not in page.replace("http://127.0.0.1", "")
