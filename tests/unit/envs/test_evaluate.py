@@ -1,0 +1,94 @@
+"""Numbers worked by hand over scripted rollouts, and one evaluation through a policy."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import pytest
+from character_tokenizer import CharacterTokenizer, completion
+
+from syncline.envs.evaluate import LevelResult, evaluate, summarize, wilson
+from syncline.envs.rendering import ChatPolicy
+from syncline.envs.tasks.arithmetic import Arithmetic, ArithmeticTask, split_of
+from syncline.errors import EngineTimeout, SynclineError
+from syncline.testing import FakeGenerate, make_group
+from syncline.types import Completion, FinishReason, Rollout, RolloutStatus, SamplingParams, TrainingSample
+
+
+def rollout(reward: float, text: str, *, length: bool = False, **parts: float) -> Rollout:
+    sample = TrainingSample.from_completion((61,), completion(text))
+    return Rollout((sample,), reward, RolloutStatus.TRUNCATED if length else RolloutStatus.COMPLETED, parts)
+
+
+def task(level: str) -> ArithmeticTask:
+    return ArithmeticTask((1, 2), ("+",), level)
+
+
+FAILED = Rollout((), None, RolloutStatus.ERROR, error="score raised KeyError: 'x'")
+
+
+def test_numbers_of_five_tasks_of_which_one_failed():
+    rollouts = [
+        rollout(1.1, "12", correct=1.0, format=1.0),
+        rollout(0.1, "1234", correct=0.0, format=1.0, length=True),
+        FAILED,
+        rollout(0.0, "", correct=0.0, format=0.0),
+        rollout(1.1, "12", correct=1.0, format=1.0),
+    ]
+    tasks = [task("easy"), task("hard"), task("hard"), task("hard"), task("easy")]
+    result = summarize(tasks, rollouts, name="sums", split="heldout")
+    assert (result.num_tasks, result.num_scored, result.first_error) == (5, 4, "score raised KeyError: 'x'")
+    assert result.reward == pytest.approx(2.3 / 4)
+    assert result.accuracy == 0.5
+    assert result.interval == pytest.approx((0.1500, 0.8500), abs=1e-4)
+    assert (result.mean_length, result.truncated_rate, result.format_rate) == (2.0, 0.25, 0.75)
+    assert result.levels == {"easy": LevelResult(2, 1.0), "hard": LevelResult(2, 0.0)}
+    assert json.loads(json.dumps(asdict(result)))["levels"]["easy"]["accuracy"] == 1.0
+
+
+def test_graded_reward_without_parts_has_a_mean_and_no_interval():
+    result = summarize(["a", "b"], [rollout(0.25, "x"), rollout(0.75, "y")], name="graded", split="heldout")
+    assert (result.accuracy, result.interval, result.format_rate, result.levels) == (0.5, None, None, {})
+
+
+def test_nothing_scored_is_an_error_not_a_zero():
+    with pytest.raises(SynclineError, match=r"none of 2 heldout tasks of 'sums'.*KeyError"):
+        summarize([task("a")] * 2, [FAILED, FAILED], name="sums", split="heldout")
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval(successes: int, trials: int, low: float, high: float):
+    """The last two: Newcombe 1998, Statistics in Medicine 17, table I, method 3."""
+    assert wilson(successes, trials) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_evaluates_heldout_tasks_one_attempt_each():
+    def respond(prompt: Sequence[int], sampling: SamplingParams, i: int) -> Completion:
+        left, right = map(int, "".join(map(chr, prompt)).rstrip("=").split("+"))
+        asked.append((left, right))
+        right_answer = left < 50
+        return completion(str(left + right + (not right_answer)), finish_reason=FinishReason.STOP)
+
+    asked: list[tuple[int, int]] = []
+    generate = FakeGenerate(respond)
+    policy = ChatPolicy(CharacterTokenizer(), generate, SamplingParams(max_tokens=4, temperature=0.0), max_length=32)
+    result = asyncio.run(evaluate(Arithmetic(), policy, num_tasks=40, name="sums", timeout_seconds=30))
+    assert {split_of(pair) for pair in asked} == {"heldout"}
+    assert len(generate.calls) == 40
+    assert result.accuracy == sum(left < 50 for left, _ in asked) / 40
+    assert result.levels["2 digits x 2 terms"].num_scored == 40
+
+
+def test_deadline_names_what_was_not_done():
+    class Silent(Arithmetic):
+        async def rollouts(self, task: object, num_rollouts: int, policy: object) -> list[Rollout]:
+            await asyncio.Event().wait()
+            return list(make_group("sums", 0).rollouts)
+
+    policy = ChatPolicy(CharacterTokenizer(), FakeGenerate(lambda *_: completion("1")), SamplingParams(4), max_length=8)
+    with pytest.raises(EngineTimeout, match=r"3 heldout tasks of 'sums' were not done in 0\.01 s"):
+        asyncio.run(evaluate(Silent(), policy, num_tasks=3, name="sums", timeout_seconds=0.01))
