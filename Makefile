@@ -1,0 +1,53 @@
+# The words of this repository. `make demo` and `make test` need nothing but Python (3.11 or newer) and git.
+PYTHON ?= python3
+ENGINE ?= auto
+SEEDS ?= 0
+PY := .venv/bin/python
+RUN_TESTS := $(PY) -m pytest
+
+.PHONY: help setup demo test check bench gpu-test lock clean
+
+help:
+	@echo "setup     .venv with syncline and vLLM (ENGINE=auto|cpu|cuda, PYTHON=python3)"
+	@echo "demo      train the small model with GRPO (SEEDS=\"0 1 2\")"
+	@echo "test      every test that needs no GPU, real vLLM included"
+	@echo "check     ruff, pyright, import-linter, unit and contract tests"
+	@echo "gpu-test  the tests that need an NVIDIA GPU"
+	@echo "bench     the benchmarks there are"
+	@echo "lock      resolve requirements/*.txt again"
+	@echo "clean     delete .venv and caches; runs/ stays"
+
+setup:
+	@$(PYTHON) scripts/setup.py --engine $(ENGINE)
+
+# Neither asks a model hub for anything.
+demo test check gpu-test: export HF_HUB_OFFLINE = 1
+demo test check gpu-test: export VLLM_NO_USAGE_STATS = 1
+
+demo: setup
+	$(PY) recipes/demo/run.py --seeds $(SEEDS)
+
+test: setup
+	$(RUN_TESTS) -m "not gpu"
+
+check: setup
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright
+	.venv/bin/lint-imports
+	$(RUN_TESTS) -q -m "not gpu and not e2e" tests/unit tests/contracts
+
+gpu-test: setup
+	$(RUN_TESTS) tests/gpu
+
+bench:
+	@for file in $$(grep -l __main__ benchmarks/*.py 2>/dev/null); do \
+		echo "$(PY) $$file"; echo "    $$(sed -n '1s/"""//gp' $$file)"; \
+	done
+
+lock:
+	@$(PYTHON) scripts/setup.py --lock
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find src tests recipes scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,20 @@
+"""What every test gets: marks from the folder it lies in, and no way to a model hub."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+MARKS = {"gpu": pytest.mark.gpu, "e2e": pytest.mark.e2e}
+
+
+def pytest_configure() -> None:
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        room = item.path.relative_to(tests).parts[0]
+        if room in MARKS:
+            item.add_marker(MARKS[room])

@@ -1,0 +1,79 @@
+"""The digest, against a plain-Python splitmix64, and the faults it must catch."""
+
+import pytest
+import torch
+
+from syncline.bridges.receipt import differences, model_digest, parameter_digests, tensor_digest
+
+MASK = (1 << 64) - 1
+
+
+def reference_digest(words: list[int]) -> int:
+    """splitmix64's finaliser over unsigned integers, word by word."""
+    total = 0
+    for position, word in enumerate(words):
+        x = (word ^ (position * 0x9E3779B97F4A7C15)) & MASK
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+        total += x ^ (x >> 31)
+    return total & MASK
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_digest_is_the_sum_of_mixed_words(dtype: torch.dtype) -> None:
+    tensor = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    words = [int(word) & MASK for word in tensor.view(torch.int64).flatten()]
+    assert tensor_digest(tensor) == reference_digest(words)
+
+
+def test_a_row_that_is_no_multiple_of_eight_bytes_goes_element_by_element() -> None:
+    tensor = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.bfloat16)
+    words = [int(word) & MASK for word in tensor.view(torch.int16).flatten()]
+    assert tensor_digest(tensor) == reference_digest(words)
+
+
+def test_digests_of_row_shards_add_up_to_the_whole() -> None:
+    tensor = torch.randn(40, 24, dtype=torch.float32).bfloat16()
+    parts = tensor_digest(tensor[:13]) + tensor_digest(tensor[13:], offset=13 * 24)
+    assert parts & MASK == tensor_digest(tensor)
+
+
+@pytest.mark.parametrize("fault", ["swapped rows", "one bit", "truncated", "negative zero"])
+def test_a_changed_tensor_has_another_digest(fault: str) -> None:
+    tensor = torch.randn(8, 8)
+    tensor[0, 0] = 0.0
+    changed = tensor.clone()
+    if fault == "swapped rows":
+        changed[[1, 2]] = tensor[[2, 1]]
+    elif fault == "one bit":
+        changed.view(torch.int32)[3, 3] ^= 1
+    elif fault == "truncated":
+        changed[-1] = 0
+    else:
+        changed[0, 0] = -0.0
+    assert tensor_digest(changed) != tensor_digest(tensor)
+
+
+def test_a_transposed_view_digests_as_its_values_lie() -> None:
+    tensor = torch.randn(8, 16)
+    assert tensor_digest(tensor.t()) == tensor_digest(tensor.t().contiguous())
+    assert tensor_digest(tensor.t()) != tensor_digest(tensor)
+
+
+def test_the_model_digest_depends_on_names_and_types_not_on_order() -> None:
+    a, b = torch.randn(4, 4), torch.randn(4, 4)
+    digest = model_digest(parameter_digests([("a", a), ("b", b)]))
+    assert digest == model_digest(parameter_digests([("b", b), ("a", a)]))
+    assert digest != model_digest(parameter_digests([("a", b), ("b", a)]))
+    assert digest != model_digest(parameter_digests([("a", a.bfloat16()), ("b", b)]))
+
+
+def test_differences_name_the_parameter() -> None:
+    learner = {"same": "1", "changed": "2", "only_here": "3"}
+    engine = {"same": "1", "changed": "9", "only_there": "4"}
+    assert differences(learner, engine) == [
+        "only_here: missing in the engine",
+        "only_there: not in the learner",
+        "changed: learner 2, engine 9",
+    ]
+    assert differences(learner, engine, limit=1)[-1] == "… and 2 more"

@@ -1,0 +1,93 @@
+"""YAML, overrides and messages."""
+
+from pathlib import Path
+
+import pytest
+
+from syncline.config import load, resolve
+from syncline.errors import ConfigError
+
+TEXT = """
+run: {dir: runs/x, num_steps: 10, groups_per_step: 4}
+model: {path: some/model, max_length: 128}
+sampling: {max_tokens: 16}
+environments: [{task: arithmetic}]
+learner: {token_budget: 512}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_overrides_set_fields_of_any_depth_and_type(file: Path) -> None:
+    config = load(
+        file,
+        [
+            "run.seed=7",
+            "learner.optimizer.learning_rate=1e-3",
+            "environments.0.args={seed: 3}",
+            "model.lora.rank=8",
+            "engine.extra.max_num_batched_tokens=512",
+            "learner.loss.name=dr_grpo",
+        ],
+    )
+    assert config.run.seed == 7
+    assert config.learner.optimizer.learning_rate == 1e-3
+    assert config.environments[0].args == {"seed": 3}
+    assert config.model.lora is not None
+    assert config.model.lora.rank == 8
+    assert config.engine.extra == {"max_num_batched_tokens": 512}
+    assert config.learner.loss.name == "dr_grpo"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.seed", r"write it as section\.field=value"),
+        ("run.sed=3", r"run\.sed: unknown key \(value 3\); did you mean 'seed'\?"),
+        ("run.seed.deep=3", r"(?s)run\.seed"),
+        ("environments.4.task=x", r"'4' is not a section"),
+        ("run.seed={", r"is not a YAML value"),
+    ],
+)
+def test_a_bad_override_is_refused_with_the_remedy(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(file, [override])
+
+
+def test_a_key_written_twice_is_refused(file: Path) -> None:
+    file.write_text(TEXT + "run: {dir: y}\n")
+    with pytest.raises(ConfigError, match="key 'run' is written twice"):
+        load(file)
+
+
+def test_faults_of_several_fields_come_together(file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(file, ["run.num_steps=0", "sampling.temperature=-1", "model.dtpye=float32"])
+    assert len(caught.value.faults) == 3
+
+
+def test_faults_between_sections_come_together(file: Path) -> None:
+    overrides = ["sampling.max_tokens=128", "sampling.top_p=0.9", "learner.token_budget=64"]
+    with pytest.raises(ConfigError) as caught:
+        load(file, overrides)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == [
+        "sampling.max_tokens",
+        "learner.token_budget",
+        "sampling.top_p",
+    ]
+
+
+def test_a_config_is_frozen(file: Path) -> None:
+    config = load(file)
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.seed = 3  # type: ignore[misc]
+
+
+def test_a_missing_section_is_named() -> None:
+    with pytest.raises(ConfigError, match="model: required, but missing"):
+        resolve({"run": {"dir": "x", "num_steps": 1, "groups_per_step": 1}})

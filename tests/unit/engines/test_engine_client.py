@@ -1,0 +1,94 @@
+"""Deadlines that name the engine, and answers that become types."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from real_engine import free_port
+
+from syncline.engines.client import EngineClient, EngineController
+from syncline.errors import EngineError, EngineTimeout
+from syncline.types import FinishReason, SamplingParams, VersionSpan
+
+
+class Canned(BaseHTTPRequestHandler):
+    """Answers every request with the server's next (status, body); the last one again and again."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        answers = self.server.answers  # type: ignore[attr-defined]
+        status, body = answers.pop(0) if len(answers) > 1 else answers[0]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    do_GET = do_POST
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def canned() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Canned)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def url_of(server: ThreadingHTTPServer) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def generate(url: str, **options) -> list:
+    async def call() -> list:
+        async with EngineClient(url, **options) as client:
+            return await client.generate((1, 2), SamplingParams(4))
+
+    return asyncio.run(call())
+
+
+ANSWER = {
+    "completions": [
+        {"token_ids": [7, 8], "logprobs": [-0.5, -0.25], "versions": [[3, 0, 2]], "finish_reason": "stop"},
+    ]
+}
+
+
+def test_an_answer_becomes_a_completion(canned: ThreadingHTTPServer) -> None:
+    canned.answers = [(200, ANSWER)]  # type: ignore[attr-defined]
+    [completion] = generate(url_of(canned), timeout_seconds=5)
+    assert completion.token_ids == (7, 8)
+    assert completion.versions == (VersionSpan(3, 0, 2),)
+    assert completion.finish_reason is FinishReason.STOP
+
+
+def test_a_starting_engine_is_waited_for(canned: ThreadingHTTPServer) -> None:
+    canned.answers = [(503, {"status": "starting"}), (200, ANSWER)]  # type: ignore[attr-defined]
+    assert len(generate(url_of(canned), timeout_seconds=5)) == 1
+
+
+def test_a_refusal_is_an_error_at_once_with_the_engines_words(canned: ThreadingHTTPServer) -> None:
+    canned.answers = [(409, {"error": "pause it first"})]  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match=r"409.*pause it first"):
+        generate(url_of(canned), timeout_seconds=5)
+
+
+def test_an_engine_that_is_not_there_is_named_at_the_deadline() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(EngineTimeout, match=url):
+        generate(url, timeout_seconds=0.3)
+    with pytest.raises(EngineTimeout, match=f"engine at {url} was not ready after 0.3 s"):
+        EngineController(url, start_timeout_seconds=1).wait_until_ready(timeout_seconds=0.3)
+
+
+def test_unpublished_weights_have_no_version_unless_the_caller_names_one(canned: ThreadingHTTPServer) -> None:
+    unversioned = {"completions": [ANSWER["completions"][0] | {"versions": []}]}
+    canned.answers = [(200, unversioned)]  # type: ignore[attr-defined]
+    assert generate(url_of(canned), timeout_seconds=5)[0].versions == ()
+    [completion] = generate(url_of(canned), timeout_seconds=5, unpublished_version=0)
+    assert completion.versions == (VersionSpan(0, 0, 2),)

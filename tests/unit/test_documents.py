@@ -1,0 +1,78 @@
+"""What the documents show works as shown."""
+
+import asyncio
+import importlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from syncline.config import load, resolve
+from syncline.config.schema import Environment
+from syncline.envs.registry import build_environment
+from syncline.types import Completion, FinishReason, Message, VersionSpan
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+class Speller:
+    """A `Policy` whose tokens are characters and whose answer is always the same."""
+
+    def __init__(self, answer: str) -> None:
+        self.answer = tuple(map(ord, answer))
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return tuple(ord(character) for message in messages for character in message.content)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+    async def sample(self, prompt_token_ids: Sequence[int], *, num_completions: int) -> list[Completion]:
+        length = len(self.answer)
+        answer = Completion(self.answer, (-1.0,) * length, (VersionSpan(0, 0, length),), FinishReason.STOP)
+        return [answer] * num_completions
+
+
+def test_run_in_the_readme_is_a_valid_configuration() -> None:
+    run, change = (yaml.safe_load(block) for block in blocks(ROOT / "README.md", "yaml"))
+    assert resolve(run).model.path == run["model"]["path"]
+    assert resolve(run | change).model.path == change["model"]["path"]
+
+
+@pytest.mark.parametrize("file", [*(ROOT / "configs").glob("*.yaml")], ids=lambda path: path.name)
+def test_shipped_configuration_is_valid(file: Path) -> None:
+    assert load(file).environments
+
+
+def test_environment_in_the_guide_can_be_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = ROOT / "docs" / "extending.md"
+    (tmp_path / "reversal.py").write_text(blocks(guide, "python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    (config,) = yaml.safe_load(blocks(guide, "yaml")[0])["environments"]
+    environment = build_environment(Environment(**config), position=0, seed=3)
+    task = environment.task(0)
+    rewards = [
+        [rollout.reward for rollout in asyncio.run(environment.rollouts(task, 2, Speller(answer)))]
+        for answer in (task[::-1], "wrong")
+    ]
+    assert len(task) == 6 and rewards == [[1.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", document.read_text())
+    assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+def test_documents_name_files_that_exist() -> None:
+    told = {name for document in DOCUMENTS for name in re.findall(r"`((?:\w+/)+[\w.]+\.\w+)`", document.read_text())}
+    roots = (ROOT, ROOT / "src" / "syncline")
+    assert {name for name in told if not any((root / name).exists() for root in roots)} == set()
