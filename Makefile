@@ -38,7 +38,7 @@ check: setup
 	$(RUN_TESTS) -q -m "not gpu and not e2e" tests/unit tests/contracts
 
 gpu-test: setup
-	$(RUN_TESTS) tests/gpu
+	$(RUN_TESTS) tests/gpu tests/contracts/test_weight_bridge.py tests/e2e
 
 bench:
 	@for file in $$(grep -l __main__ benchmarks/*.py 2>/dev/null); do \

@@ -1,0 +1,101 @@
+"""What only a GPU's own kernels can show: packed FlashAttention, bf16 log-probabilities, the fused optimizer."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from syncline.bridges.receipt import tensor_digest
+from syncline.config.schema import Optimizer
+from syncline.learner.attention import register_attention
+from syncline.learner.logprobs import token_logprobs
+from syncline.learner.model import Scorer
+from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32, join_master
+from syncline.learner.packing import pack_samples
+from syncline.types import Completion, FinishReason, TrainingSample, VersionSpan
+
+LENGTHS = (700, 300, 300, 40, 9)
+
+
+def sample(length: int, seed: int) -> TrainingSample:
+    ids = torch.randint(3, 900, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    answer = tuple(ids[4:])
+    return TrainingSample.from_completion(
+        tuple(ids[:4]),
+        Completion(answer, (-1.0,) * len(answer), (VersionSpan(0, 0, len(answer)),), FinishReason.STOP),
+    )
+
+
+def models() -> tuple:
+    """The same weights: packed bf16 on the GPU's varlen attention, and fp32 eager as the truth."""
+    config = Qwen2Config(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    exact = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).cuda()
+    packed = AutoModelForCausalLM.from_config(config, attn_implementation=register_attention(), dtype=torch.bfloat16)
+    packed.load_state_dict({k: v.bfloat16() for k, v in exact.state_dict().items()})
+    exact.load_state_dict({k: v.bfloat16().float() for k, v in exact.state_dict().items()})
+    return packed.cuda(), exact
+
+
+def test_packed_scores_and_gradients_follow_the_plain_fp32_forward() -> None:
+    packed, exact = models()
+    accumulate_fp32(packed)
+    samples = [sample(length, i) for i, length in enumerate(LENGTHS)]
+    for batch in pack_samples(samples, token_budget=1024):
+        logprobs, _ = Scorer(1.0, 256).score(packed, batch.to("cuda"))
+        logprobs.sum().backward()
+    for one in samples:
+        ids = torch.tensor([one.token_ids], device="cuda")
+        scores = exact(ids).logits[0].log_softmax(-1)[3:-1].gather(1, ids[0, 4:, None])
+        scores.sum().backward()
+    pairs = zip(packed.named_parameters(), exact.parameters(), strict=True)
+    for (name, ours), theirs in pairs:
+        error = (ours.main_grad - theirs.grad).norm() / theirs.grad.norm()  # type: ignore[attr-defined]
+        assert error < 0.03, f"{name}: relative gradient error {error:.4f}"
+
+
+def test_split_master_follows_torchs_fused_fp32_adamw_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(512, 768, device="cuda", dtype=torch.bfloat16))
+    master = torch.nn.Parameter(weight.detach().float())
+    ours = SplitMasterAdamW([("w", weight)], Optimizer(max_grad_norm=1e9, weight_decay=0.1))
+    theirs = torch.optim.AdamW([master], lr=1e-6, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    before = weight.detach().clone()
+    for _ in range(60):
+        gradient = torch.randn_like(weight)
+        weight.grad, master.grad = gradient, gradient.float()
+        ours.step(1e-6)
+        theirs.step()
+    joined = join_master(weight.detach(), ours.state_dict()["w.low_bits"])
+    assert torch.equal(joined, master.detach())
+    assert not torch.equal(joined, before.float()), "the updates were lost"
+
+
+def test_logits_of_a_large_vocabulary_never_exist_at_once() -> None:
+    rows, vocabulary = 8192, 151_936
+    head = torch.nn.Linear(896, vocabulary, bias=False, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(rows, 896, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(vocabulary, (rows,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    token_logprobs(hidden, head, labels, temperature=1.0, chunk=1024)[0].sum().backward()
+    peak = torch.cuda.max_memory_allocated() - held
+    assert peak < rows * vocabulary * 4, f"{peak / 2**30:.1f} GiB: as much as the logits themselves"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_digest_is_the_same_on_either_device(dtype: torch.dtype) -> None:
+    tensor = torch.randn(1000, 896).to(dtype)
+    assert tensor_digest(tensor.cuda()) == tensor_digest(tensor)
+    changed = copy.deepcopy(tensor)
+    changed[7, 7] += 1
+    assert tensor_digest(changed.cuda()) != tensor_digest(tensor)
