@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING
 from syncline.config import RunConfig, load
 
 if TYPE_CHECKING:
+    import torch
+
     from syncline.learner.loop import Parts
+    from syncline.learner.parity import ParityGate
+    from syncline.learner.step import Step
 
 log = logging.getLogger("syncline.train")
 
@@ -95,7 +99,7 @@ def assemble(config: RunConfig, *, engine_url: str, trajectories_url: str) -> It
         )
 
 
-def _step(config: RunConfig, model: object, device: object):
+def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device") -> "Step":
     from syncline.learner.model import Reference, Scorer
     from syncline.learner.step import Step
 
@@ -110,7 +114,7 @@ def _step(config: RunConfig, model: object, device: object):
     )
 
 
-def _gate(config: RunConfig, engine_url: str):
+def _gate(config: RunConfig, engine_url: str) -> "ParityGate":
     from transformers import AutoTokenizer
 
     from syncline.engines.client import EngineClient

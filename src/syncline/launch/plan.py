@@ -227,7 +227,10 @@ def _assigned_gpus(config: RunConfig, machine: Machine) -> dict[str, tuple[str, 
 
 
 def _environment(*, devices: tuple[str, ...], num_threads: int) -> dict[str, str]:
-    """A process without devices sees none, so that it cannot take a GPU's memory by accident."""
+    """A process without devices sees none, so that it cannot take a GPU's memory by accident.
+
+    Threads that wait for each other sleep (`PASSIVE`): engine and learner share the cores, and spinning slows both.
+    """
     values = {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ",".join(devices)}
     threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return values if devices else values | threads
+    return values if devices else values | threads | {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -188,8 +188,10 @@ class Supervisor:
         del self._children[name]
         self._ended.add(name)
         self._record()
-        for line in self._logs.finish(name):
-            self._show(line)
+        last = self._logs.finish(name)
+        if child.spec.kind is Kind.JOB:  # what a service says while it is stopped stays in its log
+            for line in last:
+                self._show(line)
         self._refresh()
 
     def _stop_all(self) -> None:

@@ -21,7 +21,7 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 
 
 class JsonlSink:
-    """A line a step in `metrics.jsonl`: `{"step": 3, "time": 1.7e9, "reward": 0.5}`; a line a group in `rollouts.jsonl`.
+    """`metrics.jsonl` gets a line a step, `{"step": 3, "time": 1.7e9, "reward": 0.5}`; `rollouts.jsonl` one a group.
 
     A metric that is not finite is written as `null`: JSON has no NaN. Steps must grow; a `ValueError` otherwise.
     """

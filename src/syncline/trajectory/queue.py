@@ -50,7 +50,7 @@ class TrajectoryQueue:
         self.asks: dict[tuple[str, str], Ask] = {}
         self.last_heard: dict[str, float] = {}
         self.learner_heard = False
-        """By this queue, not by the predecessor whose state it took over: until then nobody knows what the engine serves."""
+        """By this queue, not by a predecessor whose state it took over: until then the engine may serve anything."""
         self._new_id = new_id
 
     # Environments

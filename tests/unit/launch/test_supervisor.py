@@ -106,7 +106,7 @@ def test_jobs_run_in_order_and_services_stop(tmp_path: Path) -> None:
             spec(tmp_path, "env", SLEEP, ends_with="learner"),
             job(tmp_path, "before", "print('measured')", starts_after=("engine",)),
             job(tmp_path, "learner", "print('trained')", starts_after=("before",)),
-            job(tmp_path, "after", "print('measured again')", starts_after=("learner",)),
+            job(tmp_path, "last", "print('measured again')", starts_after=("learner",)),
         ],
         tmp_path,
     )
@@ -114,7 +114,7 @@ def test_jobs_run_in_order_and_services_stop(tmp_path: Path) -> None:
     told = [line.partition("| ")[2] for line in watched.lines if line.startswith("supervisor")]
     order = [line.split(" after ")[0].split(" (pid")[0] for line in told]
     assert order.index("engine is ready") < order.index("started before") < order.index("before is done")
-    assert order.index("before is done") < order.index("started learner") < order.index("started after")
+    assert order.index("before is done") < order.index("started learner") < order.index("started last")
     assert any(line.startswith("before") and line.endswith("| measured") for line in watched.lines)
     watched.assert_nothing_left(["engine", "env", "before", "learner", "after"])
 
@@ -161,7 +161,7 @@ def test_a_process_that_fails_gives_its_own_exit_code(tmp_path: Path, code: int,
 
 def test_a_service_that_ends_with_0_has_died_too(tmp_path: Path) -> None:
     watched = Watched([spec(tmp_path, "env", "pass"), job(tmp_path, "learner", SLEEP)], tmp_path)
-    with pytest.raises(ProcessDied, match="env .* exited with code 0") as died:
+    with pytest.raises(ProcessDied, match=r"env .* exited with code 0") as died:
         watched.run()
     assert died.value.exit_code == 8
 
@@ -238,7 +238,9 @@ from syncline.launch.plan import Kind, ProcessSpec
 from syncline.launch.supervisor import Supervisor
 folder = Path({folder!r})
 specs = [
-    ProcessSpec(name="engine", argv=(sys.executable, "-c", {grandchild!r}), kind=Kind.SERVICE, log=folder / "engine.log"),
+    ProcessSpec(
+        name="engine", argv=(sys.executable, "-c", {grandchild!r}), kind=Kind.SERVICE, log=folder / "engine.log"
+    ),
     ProcessSpec(name="learner", argv=(sys.executable, "-c", {sleep!r}), kind=Kind.JOB, log=folder / "learner.log"),
 ]
 with Supervisor(specs, folder=folder) as supervisor:

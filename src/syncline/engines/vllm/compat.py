@@ -50,14 +50,17 @@ def server_parts() -> ServerParts:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
         from vllm.entrypoints.launchers.launcher import serve_http, setup_server
     except ImportError:
-        from vllm.entrypoints.launcher import serve_http
+        from vllm.entrypoints.launcher import serve_http  # pyright: ignore[reportMissingImports]
         from vllm.entrypoints.openai.api_server import (
             build_app,
             build_async_engine_client,
             init_app_state,
             setup_server,
         )
-        from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.entrypoints.openai.cli_args import (  # pyright: ignore[reportMissingImports]
+            make_arg_parser,
+            validate_parsed_serve_args,
+        )
     return ServerParts(
         build_engine_client=build_async_engine_client,
         build_app=build_app,

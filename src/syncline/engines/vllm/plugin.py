@@ -36,14 +36,14 @@ def _loader_class() -> type:
                 if isinstance(getattr(module, "quant_method", None), UnquantizedFusedMoEMethod):
                     raise ValueError(f"{name}: mixture-of-experts layers are repacked by vLLM's CPU build; use a GPU")
                 if isinstance(module, LinearBase):
-                    module._cpu_skip_gemm_dispatch = True
+                    module._cpu_skip_gemm_dispatch = True  # pyright: ignore[reportArgumentType]
             super().load_weights(model, model_config)
 
         def load_model(self, *args: Any, **kwargs: Any) -> Any:
             model = super().load_model(*args, **kwargs)
             for module in model.modules():
                 if isinstance(module, VocabParallelEmbedding):
-                    module.cpu_linear = F.linear
+                    module.cpu_linear = F.linear  # pyright: ignore[reportArgumentType]
             return model
 
     return UnpackedLoader

@@ -1,0 +1,87 @@
+"""The main loop's step time, broken into sample / learn / sync, on a model of a real shape with random weights.
+
+    python benchmarks/main_loop.py --shape qwen2.5-0.5b --steps 8
+
+Runs `syncline run` as a user would and prints a table of its own metrics; the first two steps (compilation, caches)
+are left out of the means. Absolute times mean something on a GPU only.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+from shapes import SHAPES, make_model
+
+WARM_UP_STEPS = 2
+ROWS = (
+    ("step", "time/step_seconds"),
+    ("  sample (wait)", "time/wait_seconds"),
+    ("  learn", "time/learn_seconds"),
+    ("  sync", "time/sync_seconds"),
+    ("    digest (learner)", "sync/digest_seconds"),
+    ("    write", "sync/write_seconds"),
+    ("    engine paused", "sync/pause_seconds"),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Step time of the main loop.")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "syncline-main-loop")
+    parser.add_argument("--json", type=Path, help="write the means there too")
+    args = parser.parse_args()
+    model = args.folder / args.shape
+    if not (model / "config.json").exists():
+        make_model(args.shape, model, max_length=4096)
+    run_dir = args.folder / f"run-{args.shape}"
+    file = args.folder / "run.yaml"
+    file.write_text(yaml.safe_dump(values(args, model, run_dir)))
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    code = subprocess.call([sys.executable, "-m", "syncline", "run", str(file), "--overwrite"], env=environment)
+    if code:
+        return code
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][WARM_UP_STEPS:]
+    means = {key: sum(step[key] for step in steps) / len(steps) for _, key in ROWS}
+    tokens = sum(step["tokens/sampled"] for step in steps) / len(steps)
+    print(
+        f"\n{args.shape}, {args.groups} x {args.rollouts} rollouts, {tokens:.0f} tokens a step, "
+        f"mean of {len(steps)} steps"
+    )
+    for title, key in ROWS:
+        print(f"{title:<24}{means[key]:9.3f} s  {100 * means[key] / means['time/step_seconds']:5.1f} %")
+    print(f"{'sampled':<24}{tokens / means['time/wait_seconds']:9.0f} tokens/s")
+    print(f"{'trained':<24}{tokens / means['time/learn_seconds']:9.0f} tokens/s")
+    print(f"{'parity, first step':<24}{json.dumps({k: v for k, v in steps[-1].items() if k.startswith('parity')})}")
+    if args.json:
+        args.json.write_text(json.dumps({"shape": args.shape, "tokens": tokens} | means))
+    return 0
+
+
+def values(args: argparse.Namespace, model: Path, run_dir: Path) -> dict:
+    return {
+        "run": {
+            "dir": str(run_dir),
+            "num_steps": args.steps,
+            "groups_per_step": args.groups,
+            "rollouts_per_group": args.rollouts,
+        },
+        "model": {"path": str(model), "max_length": 2048},
+        "sampling": {"max_tokens": args.max_tokens},
+        "environments": [{"task": "even_tokens:EvenTokens"}],
+        "engine": {"max_num_seqs": 512, "gpu_memory_utilization": 0.4},
+        "learner": {"token_budget": 16384, "checkpoint_interval": 1000, "optimizer": {"learning_rate": 1e-6}},
+        "parity": {"interval": args.steps, "prompts": ["The capital of France is", "2 + 2 ="]},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
