@@ -116,7 +116,7 @@ def test_jobs_run_in_order_and_services_stop(tmp_path: Path) -> None:
     assert order.index("engine is ready") < order.index("started before") < order.index("before is done")
     assert order.index("before is done") < order.index("started learner") < order.index("started last")
     assert any(line.startswith("before") and line.endswith("| measured") for line in watched.lines)
-    watched.assert_nothing_left(["engine", "env", "before", "learner", "after"])
+    watched.assert_nothing_left(["engine", "env", "before", "learner", "last"])
 
 
 def test_a_job_whose_file_exists_is_skipped(tmp_path: Path) -> None:
