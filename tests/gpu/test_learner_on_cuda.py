@@ -40,7 +40,9 @@ def models() -> tuple:
     )
     torch.manual_seed(0)
     exact = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).cuda()
-    packed = AutoModelForCausalLM.from_config(config, attn_implementation=register_attention(), dtype=torch.bfloat16)
+    packed = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation=register_attention(), dtype=torch.bfloat16
+    )
     packed.load_state_dict({k: v.bfloat16() for k, v in exact.state_dict().items()})
     exact.load_state_dict({k: v.bfloat16().float() for k, v in exact.state_dict().items()})
     return packed.cuda(), exact
