@@ -23,6 +23,8 @@ setup:
 # Neither asks a model hub for anything.
 demo test check gpu-test: export HF_HUB_OFFLINE = 1
 demo test check gpu-test: export VLLM_NO_USAGE_STATS = 1
+# Threads that wait sleep: a spinning one slows whatever shares its core.
+demo test: export OMP_WAIT_POLICY = PASSIVE
 
 demo: setup
 	$(PY) recipes/demo/run.py --seeds $(SEEDS)
