@@ -148,6 +148,10 @@ class EngineControl(Protocol):
         """Checkpoint name → dtype, shape and digest of each parameter, to name what differs."""
         ...
 
+    def export(self) -> Mapping[str, Any]:
+        """Where the parameters lie in memory another process of this host can open (`bridges.handles`)."""
+        ...
+
     def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
         """Loads a safetensors checkpoint in place (paused engines only) and answers with what it then holds."""
         ...

@@ -1,8 +1,10 @@
 """The contract every weight bridge passes, against a real vLLM (its CPU build on a machine without a GPU)."""
 
 import asyncio
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.restart import RestartBridge
+from syncline.bridges.shared import SharedBridge
 from syncline.config.schema import Bridge
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
-from syncline.protocols import WeightBridge
+from syncline.protocols import SyncReport, WeightBridge
 from syncline.types import Completion, SamplingParams
 
 pytestmark = pytest.mark.e2e
@@ -30,7 +33,11 @@ def restart(side: "Side") -> WeightBridge:
     )
 
 
-BRIDGES: dict[str, Callable[["Side"], WeightBridge]] = {"restart": restart}
+def shared(side: "Side") -> WeightBridge:
+    return SharedBridge(side.engine, Bridge(name="shared"), parameters=lambda m: m.named_parameters())
+
+
+BRIDGES: dict[str, Callable[["Side"], WeightBridge]] = {"restart": restart, "shared": shared}
 
 
 class Side:
@@ -48,13 +55,21 @@ class Side:
     def bridge(self) -> WeightBridge:
         return self._make_bridge(self)
 
+    def attached(self) -> WeightBridge:
+        bridge = self.bridge()
+        bridge.attach(self.model)
+        return bridge
+
     def next_version(self) -> int:
         return self.engine.receipt().policy_version + 1
 
-    def perturb(self, scale: float = 0.05) -> None:
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.add_(torch.randn_like(parameter) * scale)
+    def step(self, bridge: WeightBridge, *, scale: float = 0.05) -> SyncReport:
+        """What a training step does to the weights, as the loop does it."""
+        with bridge.updating():
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * scale)
+            return bridge.publish(self.model, policy_version=self.next_version())
 
     def sample(self, *, max_tokens: int = 12, prompts=PROMPTS) -> list[Completion]:
         async def sample() -> list[list[Completion]]:
@@ -66,16 +81,22 @@ class Side:
 
     def mismatch(self, prompts=PROMPTS) -> float:
         """The largest |Δlogprob| between what the engine says it sampled and the learner's model."""
-        found = 0.0
-        for i, completion in enumerate(self.sample(prompts=prompts)):
-            prompt = prompts[i // 2]
-            with torch.no_grad():
-                token_ids = torch.tensor([[*prompt, *completion.token_ids]], device=DEVICE)
-                logits = self.model(token_ids).logits[0].float().cpu() / 0.8
-            rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-            learner = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-            found = max(found, (learner - torch.tensor(completion.logprobs)).abs().max().item())
-        return found
+        completions = self.sample(prompts=prompts)
+        return max(self.difference(prompts[i // 2], c, self.model) for i, c in enumerate(completions))
+
+    @staticmethod
+    @torch.no_grad()
+    def difference(prompt: tuple[int, ...], completion: Completion, model: Any) -> float:
+        token_ids = torch.tensor([[*prompt, *completion.token_ids]], device=DEVICE)
+        logits = model(token_ids).logits[0].float().cpu() / 0.8
+        rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        learner = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        return (learner - torch.tensor(completion.logprobs)).abs().max().item()
+
+
+def _copy(model: Any) -> Any:
+    """The model as it is now, in memory of its own."""
+    return copy.deepcopy(model)
 
 
 @pytest.fixture(scope="module", params=sorted(BRIDGES))
@@ -93,13 +114,11 @@ def test_before_the_first_publish_no_version_is_claimed(side: Side) -> None:
 
 
 def test_publish_proves_the_digest_and_the_engine_samples_from_the_learners_weights(side: Side) -> None:
-    bridge = side.bridge()
-    bridge.attach(side.model)
+    bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
     assert side.mismatch() < TOLERANCE
-    side.perturb()
     version = side.next_version()
-    report = bridge.publish(side.model, policy_version=version)
+    report = side.step(bridge)
     expected = model_digest(parameter_digests(side.model.named_parameters()))
     assert report.receipt == side.engine.receipt()
     assert report.receipt.policy_version == version
@@ -109,7 +128,7 @@ def test_publish_proves_the_digest_and_the_engine_samples_from_the_learners_weig
 
 
 def test_publishing_unchanged_weights_moves_no_bytes(side: Side) -> None:
-    bridge = side.bridge()
+    bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
     version = side.next_version()
     report = bridge.publish(side.model, policy_version=version)
@@ -118,7 +137,7 @@ def test_publishing_unchanged_weights_moves_no_bytes(side: Side) -> None:
 
 
 def test_versions_only_grow(side: Side) -> None:
-    bridge = side.bridge()
+    bridge = side.attached()
     version = side.next_version()
     bridge.publish(side.model, policy_version=version)
     with pytest.raises(SyncError, match=f"older than {version}"):
@@ -135,31 +154,38 @@ def test_a_model_the_engine_does_not_serve_is_refused_by_parameter_name(side: Si
 
 
 def test_a_failure_while_the_weights_move_leaves_the_engine_paused(side: Side) -> None:
-    bridge = side.bridge()
+    bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
     with pytest.raises(RuntimeError, match="half-way"), bridge.updating():
         raise RuntimeError("half-way")
     _assert_paused_then_resume(side)
 
 
-def test_requests_in_flight_end_under_one_version(side: Side) -> None:
-    bridge = side.bridge()
+def test_requests_in_flight_end_under_one_version_and_are_never_torn(side: Side) -> None:
+    """Steps move every weight while requests run: each completion must be of one version, and of its weights alone."""
+    bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
-    side.perturb(0.01)
-    before, after = side.next_version() - 1, side.next_version()
+    weights = {side.next_version() - 1: _copy(side.model)}
 
-    async def both() -> list[list[Completion]]:
+    async def steps() -> list[list[Completion]]:
         async with EngineClient(side.engine.url, timeout_seconds=120) as client:
-            params = SamplingParams(60, seed=1)
-            running = [asyncio.create_task(client.generate(p, params, num_completions=4)) for p in PROMPTS * 8]
-            await asyncio.sleep(0.2)
-            await asyncio.to_thread(bridge.publish, side.model, policy_version=after)
-            running += [asyncio.create_task(client.generate(p, params)) for p in PROMPTS]
+            params = SamplingParams(40, temperature=0.8, seed=1)
+            running = []
+            for _ in range(3):
+                running += [asyncio.create_task(client.generate(p, params, num_completions=2)) for p in PROMPTS * 4]
+                await asyncio.sleep(0.1)
+                await asyncio.to_thread(side.step, bridge, scale=0.1)
+                weights[side.next_version() - 1] = _copy(side.model)
+            running += [asyncio.create_task(client.generate(p, params, num_completions=2)) for p in PROMPTS * 4]
             return await asyncio.gather(*running)
 
-    completions = [c for group in asyncio.run(both()) for c in group]
-    assert all(len(c.versions) == 1 for c in completions)
-    assert {c.versions[0].policy_version for c in completions} == {before, after}
+    groups = asyncio.run(steps())
+    seen = set()
+    for i, completion in enumerate(c for group in groups for c in group):
+        [span] = completion.versions
+        seen.add(span.policy_version)
+        assert side.difference(PROMPTS[(i // 2) % len(PROMPTS)], completion, weights[span.policy_version]) < TOLERANCE
+    assert len(seen) >= 2, "no request was in flight while the weights moved"
 
 
 def test_reload_of_a_running_engine_is_refused(side: Side) -> None:

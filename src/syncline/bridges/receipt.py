@@ -24,18 +24,26 @@ def tensor_digest(tensor: torch.Tensor, *, offset: int = 0) -> int:
 
     Shards of whole rows have digests that add up (modulo 2**64) when rows are a multiple of eight bytes.
     """
-    words, first = _words(tensor.detach(), offset)
-    total = 0
-    for start in range(0, words.numel(), _CHUNK_WORDS):
-        chunk = words[start : start + _CHUNK_WORDS]
-        position = torch.arange(first + start, first + start + chunk.numel(), device=chunk.device)
-        total += int(_mix(chunk ^ (position * _GOLDEN)).sum())
-    return total % (1 << 64)
+    return int(_digest(tensor.detach(), offset)) % (1 << 64)
 
 
 def parameter_digests(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """`name -> "dtype[shape]:digest"`, which names what differs when two sides disagree."""
-    return {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}:{tensor_digest(t):016x}" for name, t in named}
+    """`name -> "dtype[shape]:digest"`, which names what differs when two sides disagree.
+
+    All digests leave the device in one transfer, so a GPU is waited for once, not once a parameter.
+    """
+    kinds: dict[str, str] = {}
+    digests: list[torch.Tensor] = []
+    for name, tensor in named:
+        kinds[name] = kind_of(tensor)
+        digests.append(_digest(tensor.detach(), 0))
+    values = torch.stack(digests).tolist() if digests else []
+    return {name: f"{kind}:{value % (1 << 64):016x}" for (name, kind), value in zip(kinds.items(), values, strict=True)}
+
+
+def kind_of(tensor: torch.Tensor) -> str:
+    """`bfloat16[151936, 896]`: what two sides must agree on before any weights move."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def model_digest(parameters: Mapping[str, str]) -> str:
@@ -55,6 +63,17 @@ def differences(learner: Mapping[str, str], engine: Mapping[str, str], *, limit:
     ]
     rest = len(lines) - limit
     return lines[:limit] + ([f"… and {rest} more"] if rest > 0 else [])
+
+
+def _digest(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """The digest as a 0-d int64 tensor where `tensor` lies."""
+    words, first = _words(tensor, offset)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, words.numel(), _CHUNK_WORDS):
+        chunk = words[start : start + _CHUNK_WORDS]
+        position = torch.arange(first + start, first + start + chunk.numel(), device=chunk.device)
+        total += _mix(chunk ^ (position * _GOLDEN)).sum()
+    return total
 
 
 def _words(tensor: torch.Tensor, offset: int) -> tuple[torch.Tensor, int]:

@@ -9,18 +9,18 @@ learner's does it resume. Whatever fails on the way leaves it paused.
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from syncline.bridges.receipt import differences, model_digest, parameter_digests
+from syncline.bridges.proof import paused_on_failure, prove, refuse_backwards, refuse_other_model
+from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
+from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
-from syncline.errors import EngineError, SyncError
 from syncline.protocols import EngineControl, Receipt, SyncReport
 
 SHARD_BYTES = 4 << 30
@@ -40,45 +40,30 @@ class RestartBridge:
 
     def attach(self, model: Any) -> None:
         self._engine.wait_until_ready(timeout_seconds=self._config.timeout_seconds)
-        engine = {name: _kind(digest) for name, digest in self._engine.parameters().items()}
-        learner = {name: f"{_dtype(t)}{list(t.shape)}" for name, t in self._export(model)}
-        if faults := differences(learner, engine):
-            raise SyncError(
-                f"engine {self._engine.name} serves another model than the learner trains:\n" + "\n".join(faults)
-            )
+        refuse_other_model(self._engine, {name: kind_of(tensor) for name, tensor in self._export(model)})
 
     @contextmanager
     def updating(self) -> Iterator[None]:
         """The engine reads its own copy, so it may go on sampling while the learner's weights change."""
-        with self._paused_on_failure():
+        with paused_on_failure(self._engine, timeout_seconds=self._config.timeout_seconds):
             yield
 
     def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with self._paused_on_failure():
+        with paused_on_failure(self._engine, timeout_seconds=self._config.timeout_seconds):
             return self._publish(model, policy_version)
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
-        clock = _Stopwatch()
+        clock = Stopwatch()
         digests = parameter_digests(self._export(model))
         expected = Receipt(policy_version, model_digest(digests))
         clock.lap("digest")
         served = self._engine.receipt()
-        if policy_version < served.policy_version:
-            raise SyncError(
-                f"policy_version {policy_version} is older than {served.policy_version}, which engine "
-                f"{self._engine.name} already serves; versions only grow, so restart the engine to go back"
-            )
+        refuse_backwards(self._engine, served, policy_version=policy_version)
         path, moved = (None, 0) if served.digest == expected.digest else self._write(model, policy_version)
         clock.lap("write")
         self._engine.pause(mode=self._config.in_flight, timeout_seconds=self._config.timeout_seconds)
         clock.lap("pause")
-        held = self._move(path, policy_version)
-        if held != expected:
-            faults = differences(digests, self._engine.parameters())
-            raise SyncError(
-                f"engine {self._engine.name} holds version {held.policy_version} digest {held.digest[:12]} after a "
-                f"publish of version {policy_version} digest {expected.digest[:12]}:\n" + "\n".join(faults)
-            )
+        prove(self._engine, self._move(path, policy_version), expected, digests=digests)
         clock.lap("load")
         self._engine.resume()
         clock.lap("resume")
@@ -88,16 +73,6 @@ class RestartBridge:
 
     def close(self) -> None:
         """Nothing is held between publishes."""
-
-    @contextmanager
-    def _paused_on_failure(self) -> Iterator[None]:
-        """Nothing is sampled from a state nobody proved; an engine that no longer answers samples nothing anyway."""
-        try:
-            yield
-        except BaseException:
-            with suppress(EngineError):
-                self._engine.pause(mode="abort", timeout_seconds=self._config.timeout_seconds)
-            raise
 
     def _move(self, path: Path | None, policy_version: int) -> Receipt:
         if path is None:
@@ -162,28 +137,3 @@ def _shards(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, tor
 
 def _holds_weights(path: Path) -> bool:
     return path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
-
-
-def _kind(digest: str) -> str:
-    return digest.partition(":")[0]
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-class _Stopwatch:
-    """Seconds of named parts, one after the other."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.parts[part] = now - self._last
-        self._last = now
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())

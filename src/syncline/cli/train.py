@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from syncline.learner.loop import Parts
     from syncline.learner.parity import ParityGate
     from syncline.learner.step import Step
+    from syncline.protocols import EngineControl, WeightBridge
 
 log = logging.getLogger("syncline.train")
 
@@ -48,13 +49,11 @@ def assemble(config: RunConfig, *, engine_url: str, trajectories_url: str) -> It
     """Every part of the loop, built from the configuration and closed in reverse."""
     import torch
 
-    from syncline.bridges.restart import RestartBridge
     from syncline.engines.client import EngineController
     from syncline.learner.checkpoint import Checkpoints
     from syncline.learner.loop import Parts
     from syncline.learner.model import (
         assets_folder,
-        checkpoint_parameters,
         learner_device,
         load_model,
         trainable_parameters,
@@ -74,9 +73,7 @@ def assemble(config: RunConfig, *, engine_url: str, trajectories_url: str) -> It
     with ExitStack() as stack:
         engine = EngineController(engine_url, start_timeout_seconds=config.engine.start_timeout_seconds)
         stack.callback(engine.close)
-        bridge = RestartBridge(
-            engine, config.bridge, export=checkpoint_parameters, folder=folder / "weights", assets=assets
-        )
+        bridge = _bridge(config, engine, assets)
         stack.callback(bridge.close)
         engine.wait_until_ready(timeout_seconds=config.engine.start_timeout_seconds)
         bridge.attach(model)
@@ -97,6 +94,22 @@ def assemble(config: RunConfig, *, engine_url: str, trajectories_url: str) -> It
             gate=_gate(config, engine_url),
             device=device,
         )
+
+
+def _bridge(config: RunConfig, engine: "EngineControl", assets: Path) -> "WeightBridge":
+    from syncline.bridges.restart import RestartBridge
+    from syncline.bridges.shared import SharedBridge
+    from syncline.learner.model import checkpoint_parameters
+
+    if config.bridge.name == "shared":
+        return SharedBridge(engine, config.bridge, parameters=lambda model: model.named_parameters())
+    return RestartBridge(
+        engine,
+        config.bridge,
+        export=checkpoint_parameters,
+        folder=Path(config.run.dir) / "weights",
+        assets=assets,
+    )
 
 
 def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device") -> "Step":

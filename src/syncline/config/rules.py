@@ -88,6 +88,28 @@ def _devices(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _bridge(config: RunConfig) -> Iterator[str]:
+    if config.bridge.name != "shared":
+        return
+    if config.model.lora:
+        yield (
+            "model.lora: an adapter is no part of the engine's weights, which bridge.name = 'shared' trains in place; "
+            "set bridge.name to restart"
+        )
+    if config.engine.devices != config.learner.devices or config.engine.device != config.learner.device:
+        yield (
+            f"learner.devices: {list(config.learner.devices)} ({config.learner.device}) is not engine.devices = "
+            f"{list(config.engine.devices)} ({config.engine.device}), whose memory bridge.name = 'shared' uses; "
+            "set both alike, or use restart"
+        )
+    for option in ("quantization", "enable_sleep_mode", "cpu_offload_gb"):
+        if config.engine.extra.get(option):
+            yield (
+                f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "
+                "bridge.name = 'shared' trains in place; leave it out, or use restart"
+            )
+
+
 def _deadlines(config: RunConfig) -> Iterator[str]:
     if config.engine.request_timeout_seconds >= config.trajectory.lease_seconds:
         yield (
@@ -109,4 +131,4 @@ def _ports(config: RunConfig) -> Iterator[str]:
             )
 
 
-_RULES = (_lengths, _distribution, _loss, _schedule, _environments, _devices, _deadlines, _ports)
+_RULES = (_lengths, _distribution, _loss, _schedule, _environments, _devices, _bridge, _deadlines, _ports)

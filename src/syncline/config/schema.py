@@ -159,7 +159,8 @@ class Learner(Section):
 
 
 class Bridge(Section):
-    name: Literal["restart"] = "restart"
+    name: Literal["restart", "shared"] = "restart"
+    """`shared`: one copy of the weights in the memory of one device; `restart`: checkpoints, works with everything."""
     restart: Literal["in_place", "process"] = "in_place"
     """Reload the running engine's weights, or replace its process."""
     in_flight: Literal["drain", "abort"] = "drain"

@@ -59,8 +59,10 @@ def _listen(host: str, port: int) -> socket.socket:
         raise TrajectoryError("trajectory.port: 0 would be a port nobody knows; lease one and pass it on")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise TrajectoryError(
             f"trajectory.port: {host}:{port} cannot be used ({error.strerror}); choose another"
         ) from error
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it here: 40 ms an answer
+    return listener

@@ -119,6 +119,12 @@ def _router(served: Served) -> APIRouter:
         await served.gate.open()
         return served.receipt()
 
+    @router.post("/syncline/export")
+    async def export() -> dict[str, Any]:
+        _need_paused(served, "export")
+        [exported] = await served.engine.collective_rpc("syncline_export")
+        return exported
+
     @router.post("/syncline/reload")
     async def reload(body: WeightsBody) -> dict[str, Any]:
         _need_paused(served, "reload")

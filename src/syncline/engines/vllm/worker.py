@@ -1,7 +1,9 @@
 """What runs inside vLLM's workers, called by name over `collective_rpc`."""
 
+import logging
 from typing import Any
 
+from syncline.bridges.handles import export_views, move_to_memory_file
 from syncline.bridges.receipt import parameter_digests
 from syncline.engines.vllm.layout import checkpoint_views
 
@@ -11,6 +13,8 @@ class WorkerExtension:
 
     get_model: Any
     model_runner: Any
+    device: Any
+    _memory_file: tuple[str, int] | None = None
 
     def syncline_parameters(self) -> dict[str, str]:
         """Checkpoint name → dtype, shape and digest of what the next forward pass will read."""
@@ -18,5 +22,13 @@ class WorkerExtension:
 
     def syncline_reload(self, path: str) -> dict[str, str]:
         """Loads the checkpoint at `path` into the parameters' own storages; answers as `syncline_parameters`."""
-        self.model_runner.reload_weights(weights_path=path)
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+        self.model_runner.reload_weights(weights_path=path)  # it warns of layers without weights; the digest says more
         return self.syncline_parameters()
+
+    def syncline_export(self) -> dict[str, Any]:
+        """Where each checkpoint parameter lies. On a CPU the parameters move, once, into a memory file, in place."""
+        model = self.get_model()
+        if self.device.type == "cpu" and self._memory_file is None:
+            self._memory_file = move_to_memory_file(model.parameters())
+        return export_views(dict(checkpoint_views(model)), memory_file=self._memory_file)

@@ -1,0 +1,171 @@
+"""Both ends of shared memory: the engine exports where its parameters lie, the learner opens the same bytes.
+
+A parameter becomes a storage (a CUDA IPC handle, or a memory file of the engine's worker on a CPU) and a place in it.
+Handles say whose they are (process, boot, device, torch); opening anybody else's is refused, because the bytes behind
+a recycled pid or another GPU would be somebody else's.
+"""
+
+import base64
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from syncline.errors import SyncError
+
+ALIGNMENT = 64
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_CUDA_FIELDS = (
+    "size",
+    "stride",
+    "offset",
+    "device",
+    "handle",
+    "storage_size_bytes",
+    "storage_offset_bytes",
+    "requires_grad",
+    "ref_counter_handle",
+    "ref_counter_offset",
+    "event_handle",
+    "event_sync_required",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Whose memory it is."""
+
+    pid: int
+    boot_id: str
+    device: str
+    """`"cpu"`, or the UUID of the GPU."""
+    torch_version: str
+
+    @classmethod
+    def here(cls, device: torch.device) -> "Origin":
+        return cls(os.getpid(), _BOOT_ID.read_text().strip(), device_name(device), str(torch.__version__))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+# The engine's end
+
+
+def move_to_memory_file(parameters: Iterable[torch.nn.Parameter]) -> tuple[str, int]:
+    """Moves CPU parameters, in place, into one memory file of this process. Returns its path and size in bytes.
+
+    The file lives as long as this process, and nobody has to delete it.
+    """
+    parameters = list(parameters)
+    offsets, total = [], 0
+    for parameter in parameters:
+        offsets.append(total)
+        size = parameter.numel() * parameter.element_size()
+        total += -(-size // ALIGNMENT) * ALIGNMENT
+    descriptor = os.memfd_create("syncline-weights")
+    os.ftruncate(descriptor, total)
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=total)
+    for parameter, offset in zip(parameters, offsets, strict=True):
+        view = _view(storage, parameter.dtype, offset // parameter.element_size(), parameter.shape, None)
+        view.copy_(parameter.data)
+        parameter.data = view
+    return path, total
+
+
+def export_views(views: Mapping[str, torch.Tensor], *, memory_file: tuple[str, int] | None) -> dict[str, Any]:
+    """Where each tensor lies, as plain values: `origin`, `storages`, `tensors`. CPU tensors lie in `memory_file`."""
+    device = next(iter(views.values())).device
+    storages: dict[int, int] = {}
+    handles: list[dict[str, Any]] = []
+    tensors: dict[str, list[Any]] = {}
+    for name, view in views.items():
+        storage = view.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = len(handles)
+            handles.append(_memory_handle(memory_file) if memory_file else _cuda_handle(storage, device))
+        dtype = str(view.dtype).removeprefix("torch.")
+        place = [storages[storage.data_ptr()], dtype, view.storage_offset(), list(view.shape), list(view.stride())]
+        tensors[name] = place
+    return {"origin": asdict(Origin.here(device)), "storages": handles, "tensors": tensors}
+
+
+def _memory_handle(memory_file: tuple[str, int]) -> dict[str, Any]:
+    path, num_bytes = memory_file
+    return {"path": path, "num_bytes": num_bytes}
+
+
+def _cuda_handle(storage: torch.UntypedStorage, device: torch.device) -> dict[str, Any]:
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)  # pyright: ignore[reportArgumentType]
+    _, arguments = reduce_tensor(whole)
+    values = [value for value in arguments if not isinstance(value, type | torch.dtype)]
+    return {name: _plain(value) for name, value in zip(_CUDA_FIELDS, values, strict=True)}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON and msgpack carry it."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return list(value) if isinstance(value, tuple) else value
+
+
+# The learner's end
+
+
+def open_views(exported: Mapping[str, Any], *, device: torch.device) -> dict[str, torch.Tensor]:
+    """The engine's tensors in this process, the same bytes. Raises `SyncError` for another boot's or device's."""
+    origin = Origin(**exported["origin"])
+    _refuse_stranger(origin, device)
+    storages = [_open(handle, device) for handle in exported["storages"]]
+    return {
+        name: _view(storages[index], getattr(torch, dtype), offset, shape, stride)
+        for name, (index, dtype, offset, shape, stride) in exported["tensors"].items()
+    }
+
+
+def _refuse_stranger(origin: Origin, device: torch.device) -> None:
+    here = Origin.here(device)
+    for field, remedy in (
+        ("boot_id", "engine and learner must run on one host, since its last boot"),
+        ("device", "give engine.devices and learner.devices the same GPU"),
+        ("torch_version", "engine and learner need the same torch"),
+    ):
+        if getattr(origin, field) != getattr(here, field):
+            raise SyncError(
+                f"the engine's weights cannot be shared: {field} {getattr(origin, field)} is not the learner's "
+                f"{getattr(here, field)}; {remedy}"
+            )
+    if not Path(f"/proc/{origin.pid}").exists():
+        raise SyncError(f"the engine's weights cannot be shared: its process {origin.pid} is gone")
+
+
+def _open(handle: Mapping[str, Any], device: torch.device) -> torch.UntypedStorage:
+    if "path" in handle:
+        return torch.UntypedStorage.from_file(handle["path"], shared=True, nbytes=handle["num_bytes"])
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    values = dict(handle)
+    for field in ("handle", "ref_counter_handle", "event_handle"):
+        values[field] = base64.b64decode(values[field])
+    values["device"] = device.index if device.index is not None else torch.cuda.current_device()
+    ordered = [values[field] for field in _CUDA_FIELDS]
+    whole = rebuild_cuda_tensor(torch.Tensor, *ordered[:3], torch.UntypedStorage, torch.uint8, *ordered[3:])
+    return whole.untyped_storage()
+
+
+def _view(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: Iterable[int], stride: Iterable[int] | None
+) -> torch.Tensor:
+    empty = torch.empty(0, dtype=dtype, device=storage.device)
+    size = torch.Size(shape)
+    steps = () if stride is None else (tuple(stride),)
+    return empty.set_(storage, offset, size, *steps)  # pyright: ignore[reportArgumentType, reportCallIssue]
