@@ -24,7 +24,6 @@ ROWS = (
     ("  learn", "time/learn_seconds"),
     ("  sync", "time/sync_seconds"),
     ("    digest (learner)", "sync/digest_seconds"),
-    ("    write", "sync/write_seconds"),
     ("    engine paused", "sync/pause_seconds"),
 )
 
@@ -32,6 +31,7 @@ ROWS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description="Step time of the main loop.")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b")
+    parser.add_argument("--bridge", choices=("restart", "shared"), default="restart")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=8)
@@ -42,7 +42,7 @@ def main() -> int:
     model = args.folder / args.shape
     if not (model / "config.json").exists():
         make_model(args.shape, model, max_length=4096)
-    run_dir = args.folder / f"run-{args.shape}"
+    run_dir = args.folder / f"run-{args.shape}-{args.bridge}"
     file = args.folder / "run.yaml"
     file.write_text(yaml.safe_dump(values(args, model, run_dir)))
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
@@ -53,7 +53,7 @@ def main() -> int:
     means = {key: sum(step[key] for step in steps) / len(steps) for _, key in ROWS}
     tokens = sum(step["tokens/sampled"] for step in steps) / len(steps)
     print(
-        f"\n{args.shape}, {args.groups} x {args.rollouts} rollouts, {tokens:.0f} tokens a step, "
+        f"\n{args.shape}, {args.bridge} bridge, {args.groups} x {args.rollouts} rollouts, {tokens:.0f} tokens a step, "
         f"mean of {len(steps)} steps"
     )
     for title, key in ROWS:
@@ -62,7 +62,7 @@ def main() -> int:
     print(f"{'trained':<24}{tokens / means['time/learn_seconds']:9.0f} tokens/s")
     print(f"{'parity, first step':<24}{json.dumps({k: v for k, v in steps[-1].items() if k.startswith('parity')})}")
     if args.json:
-        args.json.write_text(json.dumps({"shape": args.shape, "tokens": tokens} | means))
+        args.json.write_text(json.dumps({"shape": args.shape, "bridge": args.bridge, "tokens": tokens} | means))
     return 0
 
 
@@ -79,6 +79,7 @@ def values(args: argparse.Namespace, model: Path, run_dir: Path) -> dict:
         "environments": [{"task": "even_tokens:EvenTokens"}],
         "engine": {"max_num_seqs": 512, "gpu_memory_utilization": 0.4},
         "learner": {"token_budget": 16384, "checkpoint_interval": 1000, "optimizer": {"learning_rate": 1e-6}},
+        "bridge": {"name": args.bridge},
         "parity": {"interval": args.steps, "prompts": ["The capital of France is", "2 + 2 ="]},
     }
 

@@ -72,7 +72,7 @@ def move_to_memory_file(parameters: Iterable[torch.nn.Parameter]) -> tuple[str, 
     descriptor = os.memfd_create("syncline-weights")
     os.ftruncate(descriptor, total)
     path = f"/proc/{os.getpid()}/fd/{descriptor}"
-    storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=total)
+    storage = _map(path, total)
     for parameter, offset in zip(parameters, offsets, strict=True):
         view = _view(storage, parameter.dtype, offset // parameter.element_size(), parameter.shape, None)
         view.copy_(parameter.data)
@@ -150,7 +150,7 @@ def _refuse_stranger(origin: Origin, device: torch.device) -> None:
 
 def _open(handle: Mapping[str, Any], device: torch.device) -> torch.UntypedStorage:
     if "path" in handle:
-        return torch.UntypedStorage.from_file(handle["path"], shared=True, nbytes=handle["num_bytes"])
+        return _map(handle["path"], handle["num_bytes"])
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     values = dict(handle)
@@ -158,14 +158,18 @@ def _open(handle: Mapping[str, Any], device: torch.device) -> torch.UntypedStora
         values[field] = base64.b64decode(values[field])
     values["device"] = device.index if device.index is not None else torch.cuda.current_device()
     ordered = [values[field] for field in _CUDA_FIELDS]
-    whole = rebuild_cuda_tensor(torch.Tensor, *ordered[:3], torch.UntypedStorage, torch.uint8, *ordered[3:])
+    arguments = [torch.Tensor, *ordered[:3], torch.UntypedStorage, torch.uint8, *ordered[3:]]
+    whole: torch.Tensor = rebuild_cuda_tensor(*arguments)
     return whole.untyped_storage()
+
+
+def _map(path: str, num_bytes: int) -> Any:
+    return torch.UntypedStorage.from_file(path, shared=True, nbytes=num_bytes)
 
 
 def _view(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: Iterable[int], stride: Iterable[int] | None
 ) -> torch.Tensor:
-    empty = torch.empty(0, dtype=dtype, device=storage.device)
-    size = torch.Size(shape)
-    steps = () if stride is None else (tuple(stride),)
-    return empty.set_(storage, offset, size, *steps)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    empty: Any = torch.empty(0, dtype=dtype, device=storage.device)
+    place = (storage, offset, torch.Size(shape))
+    return empty.set_(*place) if stride is None else empty.set_(*place, tuple(stride))

@@ -2,9 +2,11 @@
 
 import argparse
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from syncline.config import load
+from syncline.config import RunConfig, load
+from syncline.envs.registry import BUILT_IN
+from syncline.errors import ConfigError
 from syncline.launch.plan import Machine, ProcessSpec, plan, wanted_ports
 from syncline.launch.ports import lease_ports
 from syncline.launch.run_folder import config_text
@@ -17,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Leases the ports for a moment, so that a taken one is found here; a port of 0 gets another number in the run."""
-    config = load(args.file, args.overrides)
+    config = load_checked(args.file, args.overrides)
     machine = Machine.here()
     with lease_ports(wanted_ports(config)) as ports:
         specs = plan(config, ports=ports, machine=machine)
@@ -26,6 +28,20 @@ def run(args: argparse.Namespace) -> int:
     for spec in specs:
         print("\n".join(f"# {line}" for line in told(spec)))
     return 0
+
+
+def load_checked(file: str, overrides: Sequence[str]) -> RunConfig:
+    """The configuration, the names of its environments checked too; building them may take long and is left out."""
+    config = load(file, overrides)
+    faults = [
+        f"environments.{i}.task: {own.task!r} is not a built-in; use one of {', '.join(BUILT_IN)}, or an import path "
+        "such as my_package.my_module:MyEnvironment"
+        for i, own in enumerate(config.environments)
+        if own.task not in BUILT_IN and ":" not in own.task
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return config
 
 
 def told(spec: ProcessSpec) -> list[str]:

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from syncline.config import RunConfig, load
+from syncline.cli.check import load_checked
+from syncline.config import RunConfig
 from syncline.errors import ConfigError, SynclineError
 from syncline.launch.plan import Machine, plan, wanted_ports
 from syncline.launch.ports import lease_ports
@@ -24,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when the run is done; the code of the process that failed, 8 when it was killed; 130 after Ctrl-C."""
-    config = load(args.file, args.overrides)
+    config = load_checked(args.file, args.overrides)
     try:
-        summary = supervise(config, resume=args.resume, overwrite=args.overwrite)
+        summary = supervise(config, resume=args.resume, overwrite=args.overwrite, machine=Machine.here())
     except ConfigError:
         raise
     except (SynclineError, Interrupted) as error:
@@ -37,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def supervise(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, Any]:
+def supervise(config: RunConfig, *, resume: bool, overwrite: bool, machine: Machine) -> dict[str, Any]:
     """Runs every process of `config` to its end and writes the summary, which it returns, and the report."""
     with lease_ports(wanted_ports(config)) as ports:
-        specs = plan(config, ports=ports, machine=Machine.here())
+        specs = plan(config, ports=ports, machine=machine)
         with claim(config, resume=resume, overwrite=overwrite) as folder:
             _watch(config, folder, specs)
             return _sum_up(folder.path)

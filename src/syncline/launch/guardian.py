@@ -12,7 +12,7 @@ from pathlib import Path
 from syncline.launch.groups import stop_group
 
 DONE = b"done"
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 2.0
 
 
 def main() -> None:

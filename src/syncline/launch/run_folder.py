@@ -61,6 +61,8 @@ def claim(
         raise ConfigError([f"run.dir: {config.run.dir!r} is a file; name a folder"])
     if not resume:
         _check_free(path, overwrite=overwrite)
+    elif not (path / CONFIG_FILE).exists():
+        raise ConfigError([f"run.dir: '{path}' holds no run to resume; leave out --resume"])
     path.mkdir(parents=True, exist_ok=True)
     with (path / LOCK_FILE).open("a+") as lock:
         _lock(lock, path, clock)
@@ -103,8 +105,6 @@ def _check_free(path: Path, *, overwrite: bool) -> None:
 
 
 def _check_same(config: RunConfig, path: Path) -> None:
-    if not (path / CONFIG_FILE).exists():
-        raise ConfigError([f"run.dir: '{path}' holds no run to resume; leave out --resume"])
     changes = changed_fields(load(path / CONFIG_FILE).model_dump(mode="json"), config.model_dump(mode="json"))
     faults = [
         f"{field}: {new!r} differs from {old!r}, which the run was started with; set it back, or start a new run.dir"

@@ -89,9 +89,9 @@ def _comparison_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """`12345` → `12,345`, `0.51234` → `0.5123`, `0.00001234` → `1.234e-05`, nothing measured → a dash."""
+    """`12345` → `12,345`, `0.51234` → `0.5123`, `0.00001234` → `1.234e-05`, nothing measured → `n/a`."""
     if value is None:
-        return "–"
+        return "n/a"
     if float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"

@@ -115,6 +115,7 @@ def test_jobs_run_in_order_and_services_stop(tmp_path: Path) -> None:
     order = [line.split(" after ")[0].split(" (pid")[0] for line in told]
     assert order.index("engine is ready") < order.index("started before") < order.index("before is done")
     assert order.index("before is done") < order.index("started learner") < order.index("started last")
+    assert (tmp_path / "env.log").exists()
     assert any(line.startswith("before") and line.endswith("| measured") for line in watched.lines)
     watched.assert_nothing_left(["engine", "env", "before", "learner", "last"])
 

@@ -1,0 +1,115 @@
+"""The plan as plain values: what starts, with which arguments, after whom, on which devices."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from syncline.config import RunConfig, resolve
+from syncline.errors import ConfigError
+from syncline.launch.plan import Kind, Machine, ProcessSpec, plan, shared_threads, url, wanted_ports
+
+PORTS = {"engine.port": 8001, "trajectory.port": 8002}
+CPU = Machine(num_cores=5, gpus=(), python="python")
+
+
+def config(**sections: Any) -> RunConfig:
+    run = {"dir": "runs/x", "num_steps": 4, "groups_per_step": 2} | sections.pop("run", {})
+    base = {
+        "run": run,
+        "model": {"path": "m"},
+        "sampling": {"max_tokens": 16},
+        "environments": [{"task": "arithmetic"}],
+    }
+    return resolve(base | sections)
+
+
+def planned(machine: Machine = CPU, **sections: Any) -> dict[str, ProcessSpec]:
+    return {spec.name: spec for spec in plan(config(**sections), ports=PORTS, machine=machine)}
+
+
+def test_order_without_evaluation() -> None:
+    specs = planned(environments=[{"task": "arithmetic"}, {"task": "gsm8k", "name": "words"}])
+    assert list(specs) == ["trajectories", "engine", "env:arithmetic", "env:words", "learner"]
+    assert [name for name, spec in specs.items() if spec.starts_after] == [], "all start at once"
+    assert [name for name, spec in specs.items() if spec.kind is Kind.JOB] == ["learner"]
+
+
+def test_evaluation_surrounds_training() -> None:
+    specs = planned(evaluation={"num_tasks": 8})
+    assert list(specs) == [
+        "trajectories", "engine", "evaluation-before", "env:arithmetic", "learner", "evaluation-after"
+    ]  # fmt: skip
+    assert specs["evaluation-before"].starts_after == ("engine",)
+    assert specs["learner"].starts_after == ("evaluation-before",)
+    assert specs["evaluation-after"].starts_after == ("learner",)
+    assert specs["evaluation-before"].creates == Path("runs/x/evaluation-before.json")
+    assert specs["evaluation-after"].creates is None, "a resumed run is evaluated again"
+    assert specs["engine"].ends_with is None, "the evaluation after training needs it"
+    assert specs["env:arithmetic"].ends_with == specs["trajectories"].ends_with == "learner"
+
+
+def test_command_lines() -> None:
+    specs = planned(evaluation={"num_tasks": 8})
+    head = ("python", "-m", "syncline")
+    urls = ("--engine-url", "http://127.0.0.1:8001", "--trajectories-url", "http://127.0.0.1:8002")
+    file = "runs/x/config.yaml"
+    assert specs["trajectories"].argv == (*head, "trajectories", file, "--port", "8002")
+    assert specs["engine"].argv == (*head, "serve", file, "--port", "8001", "--run-dir", "runs/x")
+    assert specs["env:arithmetic"].argv == (*head, "env", file, "--index", "0", *urls)
+    assert specs["learner"].argv == (*head, "train", file, *urls)
+    out = "runs/x/evaluation-before.json"
+    assert specs["evaluation-before"].argv == (*head, "evaluate", file, *urls[:2], "--out", out)
+
+
+def test_readiness_is_known_by_health_within_the_configured_time() -> None:
+    ready = planned(engine={"start_timeout_seconds": 7.0})["engine"].ready
+    assert ready is not None
+    assert (ready.url, ready.timeout_seconds) == ("http://127.0.0.1:8001/health", 7.0)
+
+
+def test_cores_are_shared_only_when_both_compute_at_once() -> None:
+    assert shared_threads(config(), 5) == {"engine": 5, "learner": 5}
+    assert shared_threads(config(run={"max_staleness": 1}), 5) == {"engine": 3, "learner": 2}
+    assert shared_threads(config(run={"max_staleness": 1}), 1) == {"engine": 1, "learner": 1}
+    assert shared_threads(config(learner={"num_threads": 3}), 5) == {"engine": 5, "learner": 3}
+    specs = planned()
+    assert specs["engine"].env["OMP_NUM_THREADS"] == "5"
+    assert specs["env:arithmetic"].env["OMP_NUM_THREADS"] == "1"
+
+
+def test_each_process_sees_its_own_gpu() -> None:
+    machine = Machine(num_cores=8, gpus=("4", "6"), python="python")
+    specs = planned(machine, engine={"device": "cuda", "devices": [1]}, learner={"device": "auto", "devices": [0]})
+    seen = {name: spec.env["CUDA_VISIBLE_DEVICES"] for name, spec in specs.items()}
+    assert seen == {"trajectories": "", "engine": "6", "env:arithmetic": "", "learner": "4"}
+    assert specs["engine"].devices == ("6",)
+    assert "OMP_NUM_THREADS" not in specs["engine"].env
+
+
+def test_gpus_that_are_not_there_are_all_named() -> None:
+    with pytest.raises(ConfigError) as refused:
+        planned(engine={"device": "cuda"}, learner={"device": "cuda"})
+    assert [fault.partition(",")[0] for fault in refused.value.faults] == [
+        "engine.device: 'cuda'", "learner.device: 'cuda'"
+    ]  # fmt: skip
+    one = Machine(num_cores=8, gpus=("0",))
+    with pytest.raises(
+        ConfigError, match=r"learner\.devices: \[1\] is not among this machine's 1 GPUs; use .* below 1"
+    ):
+        planned(one, learner={"device": "cuda", "devices": [1]})
+
+
+def test_visible_devices_narrow_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert Machine.here().gpus == ("3", "5")
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert Machine.here().gpus == ()
+
+
+def test_addresses() -> None:
+    assert url("127.0.0.1", 80) == "http://127.0.0.1:80"
+    assert url("::1", 80) == "http://[::1]:80"
+    ports = wanted_ports(config(engine={"port": 9000}))
+    assert ports == {"engine.port": ("127.0.0.1", 9000), "trajectory.port": ("127.0.0.1", 0)}
