@@ -1,4 +1,4 @@
-"""The main job as a user runs it: one command, real processes, a real vLLM; full weights, and LoRA with a reference."""
+"""The main job as a user runs it: one command, real processes, a real vLLM; full, LoRA with a reference, one copy."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 NUM_STEPS = 4
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("tuning", ["full", "lora", "shared"])
 def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     model = make_tiny_model(tmp_path / "model")
     values = run_values(model, tmp_path / "run", evaluation={"num_tasks": 8})
@@ -24,6 +24,8 @@ def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     if tuning == "lora":
         values["model"]["lora"] = {"rank": 4}
         values["learner"]["loss"] = {"name": "dapo", "kl_coef": 0.01}
+    if tuning == "shared":
+        values["bridge"] = {"name": "shared"}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values))
     argv = [sys.executable, "-m", "syncline", "run", str(file)]
@@ -38,6 +40,7 @@ def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     assert steps[1]["parity/mean_abs_diff"] < 1e-4
     assert steps[-1]["grad_norm"] > 0
     assert ("kl" in steps[-1]) == (tuning == "lora")
+    assert (steps[-1]["sync/bytes"] == 0) == (tuning == "shared")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == NUM_STEPS
     assert summary["engine"]["name"] == "vllm"

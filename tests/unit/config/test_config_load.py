@@ -82,6 +82,17 @@ def test_faults_between_sections_come_together(file: Path) -> None:
     ]
 
 
+def test_one_copy_is_refused_with_an_adapter_another_device_or_repacked_weights(file: Path) -> None:
+    overrides = ["bridge.name=shared", "model.lora.rank=4", "learner.devices=[1]", "engine.extra.quantization=fp8"]
+    with pytest.raises(ConfigError) as caught:
+        load(file, overrides)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == [
+        "model.lora",
+        "learner.devices",
+        "engine.extra.quantization",
+    ]
+
+
 def test_a_config_is_frozen(file: Path) -> None:
     config = load(file)
     with pytest.raises(ValueError, match="frozen"):
