@@ -60,6 +60,8 @@ class Checkpoints:
         partial.mkdir(parents=True)
         copy_assets(self.assets, partial)
         _save(_trained(model), partial / _weights_name(model))
+        for adapter in getattr(model, "peft_config", {}).values():
+            adapter.save_pretrained(partial)
         _save(optimizer.state_dict(), partial / "optimizer.safetensors")
         _save(_random_state(), partial / "rng.safetensors")
         (partial / "state.json").write_text(json.dumps(asdict(state) | {"digest": digest}))

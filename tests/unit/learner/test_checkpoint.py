@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from real_engine import make_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -71,6 +72,15 @@ def test_a_full_checkpoint_is_a_hugging_face_model(model_path: Path, tmp_path: P
     path = Checkpoints(tmp_path, 2, model_path).save(TrainState(1, 1), trained.model, trained.optimizer, digest="")
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), trained.model.parameters(), strict=True))
+
+
+def test_an_adapter_checkpoint_is_a_peft_adapter(model_path: Path, tmp_path: Path) -> None:
+    trained = Trained(model_path, steps=2, lora=Lora(rank=2))
+    path = Checkpoints(tmp_path, 2, model_path).save(TrainState(2, 2), trained.model, trained.optimizer, digest="")
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    loaded = dict(PeftModel.from_pretrained(base, path).named_parameters())
+    for name, parameter in trainable_parameters(trained.model):
+        torch.testing.assert_close(loaded[name], parameter.detach(), rtol=0, atol=0)
 
 
 def test_a_half_written_checkpoint_is_none(model_path: Path, tmp_path: Path) -> None:
