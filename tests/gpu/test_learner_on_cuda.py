@@ -95,9 +95,18 @@ def test_logits_of_a_large_vocabulary_never_exist_at_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_digest_is_the_same_on_either_device(dtype: torch.dtype) -> None:
-    tensor = torch.randn(1000, 896).to(dtype)
+@pytest.mark.parametrize("shape", [(1000, 896), (33, 7), (5,), (70_000, 512)])
+def test_the_digest_is_the_same_on_either_device(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(*shape).to(dtype)
     assert tensor_digest(tensor.cuda()) == tensor_digest(tensor)
+    assert tensor_digest(tensor[1:].cuda(), offset=tensor[0].numel()) == tensor_digest(
+        tensor[1:], offset=tensor[0].numel()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_changed_element_changes_the_digest_on_the_gpu(dtype: torch.dtype) -> None:
+    tensor = torch.randn(1000, 896).to(dtype)
     changed = copy.deepcopy(tensor)
     changed[7, 7] += 1
     assert tensor_digest(changed.cuda()) != tensor_digest(tensor)
