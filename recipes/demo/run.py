@@ -2,8 +2,8 @@
 
     python recipes/demo/run.py [--seeds 0 1 2] [a.b=c …]
 
-Every seed is one `syncline run configs/demo.yaml`; the first seed's is `runs/demo`, whose report shows the curves of
-all of them.
+Every seed is one `syncline run configs/demo.yaml`, the first in `runs/demo`, the others beside it; `runs/demo/seeds.html`
+compares several.
 """
 
 import argparse
@@ -35,10 +35,10 @@ def main() -> int:
         overrides = [f"run.dir={folder}", f"run.seed={seed}", f"model.path={base}", *args.overrides]
         if code := syncline(["run", str(CONFIG), *overrides, "--overwrite"]):
             return code
-    if len(folders) > 1:
-        write_comparison_report(folders, RUNS / "demo" / "seeds.html")
     for seed, folder in zip(args.seeds, folders, strict=True):
         print(_result(seed, json.loads((folder / "summary.json").read_text())))
+    if len(folders) > 1:
+        print(f"all seeds: {write_comparison_report(folders, folders[0] / 'seeds.html')}")
     print(f"report: {folders[0] / 'report.html'}")
     return 0
 
