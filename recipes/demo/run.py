@@ -2,8 +2,8 @@
 
     python recipes/demo/run.py [--seeds 0 1 2] [a.b=c …]
 
-Every seed is one `syncline run configs/demo.yaml`, the first in `runs/demo`, the others beside it; `runs/demo/seeds.html`
-compares several.
+Every seed is one `syncline run configs/demo.yaml`, the first in `runs/demo`, the others beside it;
+`runs/demo/seeds.html` compares several.
 """
 
 import argparse
