@@ -5,7 +5,6 @@ engine. Environments sample again as soon as `acknowledge` frees their permits, 
 """
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +17,9 @@ from syncline.learner.checkpoint import Checkpoints, TrainState
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.parity import ParityGate
 from syncline.learner.step import Step
+from syncline.learner.telemetry import log_step, timings
 from syncline.observe.metrics import Metrics
-from syncline.protocols import MetricSink, RolloutSource, SyncReport, WeightBridge
-from syncline.types import RolloutGroup
+from syncline.protocols import MetricSink, RolloutSource, WeightBridge
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
         report.update(timings(started, sampled, learned, synced=synced, num_tokens=num_tokens))
         if config.parity.interval and state.step % config.parity.interval == 0:
             report.update(parts.gate.check(model, device=parts.device).metrics())
-        log(parts.sink, state, report, groups=groups, advantages=advantages)
+        log_step(parts.sink, state, report, groups=groups, advantages=advantages)
         if state.step % config.learner.checkpoint_interval == 0 or state.step == config.run.num_steps:
             parts.checkpoints.save(state, model, optimizer, digest=synced.receipt.digest)
             parts.source.commit(step=state.step)
@@ -79,32 +78,3 @@ def resume(parts: Parts) -> tuple[TrainState, str | None]:
     if newest is None:
         return TrainState(), None
     return parts.checkpoints.load(newest, parts.model, parts.optimizer)
-
-
-def timings(started: float, sampled: float, learned: float, *, synced: SyncReport, num_tokens: int) -> dict[str, float]:
-    """Where a step's time went. `started`, `sampled` and `learned` are `perf_counter` readings."""
-    step_seconds = time.perf_counter() - started
-    return {
-        "time/step_seconds": step_seconds,
-        "time/wait_seconds": sampled - started,
-        "time/learn_seconds": learned - sampled,
-        "time/sync_seconds": synced.seconds,
-        "sync/pause_seconds": synced.pause_seconds,
-        "sync/bytes": float(synced.num_bytes),
-        "tokens/trained_per_second": num_tokens / (learned - sampled),
-        **{f"sync/{part}_seconds": seconds for part, seconds in synced.parts_seconds.items() if part != "pause"},
-    }
-
-
-def log(
-    sink: MetricSink,
-    state: TrainState,
-    report: Metrics,
-    *,
-    groups: Sequence[RolloutGroup],
-    advantages: Mapping[str, Sequence[float]],
-) -> None:
-    report.add("policy_version", state.policy_version)
-    report.add("tokens/sampled", sum(s.num_sampled for g in groups for r in g.rollouts for s in r.samples))
-    sink.log(state.step, report.reduced())
-    sink.log_rollouts(state.step, groups, advantages)

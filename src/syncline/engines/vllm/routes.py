@@ -71,7 +71,8 @@ class Served:
 
 def add_routes(app: FastAPI, served: Served) -> None:
     """Adds `/syncline/*` and puts our `/health` before vLLM's."""
-    app.include_router(_router(served))
+    app.include_router(_sampling_routes(served))
+    app.include_router(_weight_routes(served))
     health = [route for route in app.router.routes if getattr(route, "path", None) == "/health"]
     app.router.routes = [health[-1], *(r for r in app.router.routes if r not in health)]
     app.add_exception_handler(EngineError, _answer_error)
@@ -82,7 +83,7 @@ async def _answer_error(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": str(error)}, status_code=status)
 
 
-def _router(served: Served) -> APIRouter:
+def _sampling_routes(served: Served) -> APIRouter:
     from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
     router = APIRouter()
@@ -99,6 +100,12 @@ def _router(served: Served) -> APIRouter:
         del raw_request
         async with served.gate.request() as policy_version:
             return JSONResponse(await _sample(served.engine, body, policy_version))
+
+    return router
+
+
+def _weight_routes(served: Served) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/syncline/parameters")
     async def parameters() -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""What the loop tells of a step beside the learning itself: where the time went, and rollouts for people to read."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+from syncline.learner.checkpoint import TrainState
+from syncline.observe.metrics import Metrics
+from syncline.protocols import MetricSink, SyncReport
+from syncline.types import RolloutGroup
+
+
+def timings(started: float, sampled: float, learned: float, *, synced: SyncReport, num_tokens: int) -> dict[str, float]:
+    """Where a step's time went. `started`, `sampled` and `learned` are `perf_counter` readings."""
+    step_seconds = time.perf_counter() - started
+    return {
+        "time/step_seconds": step_seconds,
+        "time/wait_seconds": sampled - started,
+        "time/learn_seconds": learned - sampled,
+        "time/sync_seconds": synced.seconds,
+        "sync/pause_seconds": synced.pause_seconds,
+        "sync/bytes": float(synced.num_bytes),
+        "tokens/trained_per_second": num_tokens / (learned - sampled),
+        **{f"sync/{part}_seconds": seconds for part, seconds in synced.parts_seconds.items() if part != "pause"},
+    }
+
+
+def log_step(
+    sink: MetricSink,
+    state: TrainState,
+    report: Metrics,
+    *,
+    groups: Sequence[RolloutGroup],
+    advantages: Mapping[str, Sequence[float]],
+) -> None:
+    report.add("policy_version", state.policy_version)
+    report.add("tokens/sampled", sum(s.num_sampled for g in groups for r in g.rollouts for s in r.samples))
+    sink.log(state.step, report.reduced())
+    sink.log_rollouts(state.step, groups, advantages)
