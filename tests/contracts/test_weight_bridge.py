@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ class Side:
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPE).to(DEVICE)
         self.folder = folder
         self.name = name
+        self._initial = [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    def reset(self) -> None:
+        """The first weights again: random steps add up, and with them what half precision rounds away."""
+        with torch.no_grad():
+            for parameter, initial in zip(self.model.parameters(), self._initial, strict=True):
+                parameter.copy_(initial)
 
     def bridge(self, *, in_flight: str = "drain") -> WeightBridge:
         return BRIDGES[self.name](self, Bridge.model_validate({"name": self.name, "in_flight": in_flight}))
@@ -219,6 +227,7 @@ Sampled = list[tuple[tuple[int, ...], Completion]]
 
 def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> tuple[Sampled, dict[int, Any]]:
     """Requests before, between and after three steps; prompt and completion of each, and the weights by version."""
+    side.reset()
     bridge.publish(side.model, policy_version=side.next_version())
     weights = {side.next_version() - 1: _copy(side.model)}
     prompts = PROMPTS * 4
@@ -245,8 +254,10 @@ def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> 
 
 
 def _worst_span(side: Side, completions: Sampled, weights: dict[int, Any]) -> float:
+    """The largest mean |Δlogprob| of a span under its own version; a few tokens' mean is given more room."""
     return max(
         side.span_difference(prompt, completion, weights[span.policy_version], (span.start, span.end))
+        * min(1.0, math.sqrt((span.end - span.start) / 12))
         for prompt, completion in completions
         for span in completion.versions
     )
