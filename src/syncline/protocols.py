@@ -148,8 +148,9 @@ class EngineControl(Protocol):
         """Checkpoint name → dtype, shape and digest of each parameter, to name what differs."""
         ...
 
-    def export(self) -> Mapping[str, Any]:
-        """Where the parameters lie in memory another process of this host can open (`bridges.handles`)."""
+    def export(self) -> Sequence[Mapping[str, Any]]:
+        """Where the parameters lie in memory another process of this host can open (`bridges.handles`): one export a
+        tensor-parallel rank, in rank order."""
         ...
 
     def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:

@@ -39,6 +39,8 @@ def shared(side: "Side") -> WeightBridge:
 
 
 BRIDGES: dict[str, Callable[["Side"], WeightBridge]] = {"restart": restart, "shared": shared}
+TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,)}
+"""Ranks of the engine under each bridge."""
 
 
 class Side:
@@ -100,12 +102,28 @@ def _copy(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-@pytest.fixture(scope="module", params=sorted(BRIDGES))
+def _engines() -> list[Any]:
+    """Every bridge with every number of ranks; several ranks need as many GPUs, where there are GPUs."""
+    return [
+        pytest.param(
+            (name, ranks),
+            id=f"{name}-tp{ranks}",
+            marks=pytest.mark.skipif(0 < torch.cuda.device_count() < ranks, reason=f"needs {ranks} GPUs"),
+        )
+        for name in sorted(BRIDGES)
+        for ranks in TENSOR_PARALLEL[name]
+    ]
+
+
+@pytest.fixture(scope="module", params=_engines())
 def side(request, tmp_path_factory) -> Iterator[Side]:
-    folder = tmp_path_factory.mktemp(request.param)
+    name, ranks = request.param
+    folder = tmp_path_factory.mktemp(f"{name}-tp{ranks}")
     model_path = make_tiny_model(folder / "model")
-    with running_engine(run_values(model_path, folder / "run"), folder) as engine:
-        yield Side(BRIDGES[request.param], engine, model_path, folder / "weights")
+    values = run_values(model_path, folder / "run")
+    values["engine"] |= {"device": DEVICE, "devices": list(range(ranks)), "tensor_parallel_size": ranks}
+    with running_engine(values, folder) as engine:
+        yield Side(BRIDGES[name], engine, model_path, folder / "weights")
 
 
 def test_before_the_first_publish_no_version_is_claimed(side: Side) -> None:

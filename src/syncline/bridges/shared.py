@@ -6,7 +6,7 @@ request's end, the step writes in place, `publish` has both sides digest the byt
 resume it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from syncline.bridges.proof import paused_on_failure, prove, refuse_backwards, r
 from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
+from syncline.errors import SyncError
 from syncline.protocols import EngineControl, Receipt, SyncReport
 
 Parameters = Callable[[Any], Iterable[tuple[str, torch.nn.Parameter]]]
@@ -39,9 +40,9 @@ class SharedBridge:
         refuse_other_model(self._engine, {name: kind_of(parameter) for name, parameter in own.items()})
         self._pause()
         device = next(iter(own.values())).device
-        theirs = open_views(self._engine.export(), device=device)
+        theirs = open_views(self._only_rank(), device=device)
         for name, parameter in own.items():
-            parameter.data = theirs[name]
+            parameter.data = theirs[name].tensor
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -67,6 +68,16 @@ class SharedBridge:
 
     def close(self) -> None:
         """The engine owns the memory; nothing is held."""
+
+    def _only_rank(self) -> Mapping[str, Any]:
+        exports = self._engine.export()
+        if len(exports) != 1:
+            raise SyncError(
+                f"engine {self._engine.name} has {len(exports)} tensor-parallel ranks, each with pieces of the "
+                "parameters, and this learner holds whole ones; set engine.tensor_parallel_size to 1, or use "
+                "bridge.name restart"
+            )
+        return exports[0]
 
     def _pause(self) -> Stopwatch:
         """Once for a step, whoever comes first: `updating`, or a publish outside of it."""

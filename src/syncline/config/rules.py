@@ -74,10 +74,14 @@ def _environments(config: RunConfig) -> Iterator[str]:
 
 
 def _devices(config: RunConfig) -> Iterator[str]:
-    for section in ("engine", "learner"):
-        devices = getattr(config, section).devices
-        if len(devices) != 1:
-            yield f"{section}.devices: {list(devices)} names {len(devices)} GPUs; this version uses one, so name one"
+    learner, engine = config.learner.devices, config.engine.devices
+    if len(learner) != 1:
+        yield f"learner.devices: {list(learner)} names {len(learner)} GPUs; this version uses one, so name one"
+    if config.engine.device != "cpu" and len(set(engine)) != config.engine.tensor_parallel_size:
+        yield (
+            f"engine.devices: {list(engine)} names {len(set(engine))} GPUs for engine.tensor_parallel_size = "
+            f"{config.engine.tensor_parallel_size}; name one for each rank, or set engine.device to cpu"
+        )
     if "cpu" in (config.engine.device, config.learner.device) and "cuda" in (
         config.engine.device,
         config.learner.device,

@@ -64,6 +64,8 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: tuple[NonNegativeInt, ...] = (0,)
     """GPU indices of the engine; ignored on a CPU."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each layer: as many as there are devices."""
     host: str = "127.0.0.1"
     port: Port = 0
     """0 leases a free port."""

@@ -133,13 +133,13 @@ class _Planner:
 
     def engine(self) -> ProcessSpec:
         port, timeout = self._engine_port, self._config.engine.start_timeout_seconds
-        devices = self._gpus["engine"]
+        devices, ranks = self._gpus["engine"], self._config.engine.tensor_parallel_size
         return ProcessSpec(
             name="engine",
             argv=self._argv("serve", "--port", str(port), "--run-dir", str(self._folder)),
             kind=Kind.SERVICE,
             log=log_path(self._folder, "engine"),
-            env=_environment(devices=devices, num_threads=self._threads["engine"]),
+            env=_environment(devices=devices, num_threads=max(1, self._threads["engine"] // ranks)),
             ready=Ready(f"{self._engine_url}/health", timeout, EngineTimeout, "raise engine.start_timeout_seconds"),
             devices=devices,
             ports=(port,),

@@ -15,10 +15,10 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from syncline.bridges.receipt import model_digest
+from syncline.bridges.receipt import combined, model_digest
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.gate import Gate
-from syncline.errors import EngineError, EngineTimeout
+from syncline.errors import EngineError, EngineTimeout, SyncError
 from syncline.types import SamplingParams
 
 HEALTH_TIMEOUT_SECONDS = 5.0
@@ -59,7 +59,15 @@ class Served:
     restart_from: WeightsBody | None = None
 
     async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
-        [self.parameters] = await self.engine.collective_rpc(method, args=args)
+        self.parameters = combined(await self.each_rank(method, *args))
+
+    async def each_rank(self, method: str, *args: Any) -> list[Any]:
+        """What every tensor-parallel rank answers, in rank order. Raises `SyncError` with what a rank cannot do."""
+        answers = await self.engine.collective_rpc(method, args=args)
+        faults = [f"rank {rank}: {a['fault']}" for rank, a in enumerate(answers) if "fault" in a]
+        if faults:
+            raise SyncError("\n".join(faults))
+        return [answer["value"] for answer in answers]
 
     def receipt(self) -> dict[str, Any]:
         return {
@@ -75,7 +83,8 @@ def add_routes(app: FastAPI, served: Served) -> None:
     app.include_router(_weight_routes(served))
     health = [route for route in app.router.routes if getattr(route, "path", None) == "/health"]
     app.router.routes = [health[-1], *(r for r in app.router.routes if r not in health)]
-    app.add_exception_handler(EngineError, _answer_error)
+    for error in (EngineError, SyncError):
+        app.add_exception_handler(error, _answer_error)
 
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:
@@ -127,10 +136,9 @@ def _weight_routes(served: Served) -> APIRouter:
         return served.receipt()
 
     @router.post("/syncline/export")
-    async def export() -> dict[str, Any]:
+    async def export() -> list[dict[str, Any]]:
         _need_paused(served, "export")
-        [exported] = await served.engine.collective_rpc("syncline_export")
-        return exported
+        return await served.each_rank("syncline_export")
 
     @router.post("/syncline/reload")
     async def reload(body: WeightsBody) -> dict[str, Any]:
