@@ -17,7 +17,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,7 +83,7 @@ def shard_digests(named: Iterable[tuple[str, Shard]]) -> dict[str, list[Piece]]:
     return pieces
 
 
-def combined(ranks: Sequence[Mapping[str, Sequence[Sequence[object]]]]) -> dict[str, str]:
+def combined(ranks: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, str]:
     """`name -> "dtype[shape]:digest"` of the wholes, from what `shard_digests` says on every rank, in rank order.
 
     Raises `SyncError` naming rank and parameter: one that a rank lacks or has as another kind, copies of a piece that

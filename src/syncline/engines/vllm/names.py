@@ -59,7 +59,8 @@ def _is_expert(parameter: str) -> bool:
 
 
 def _transformers_renames(model_type: str | None) -> list[Any]:
-    from transformers.conversion_mapping import WeightRenaming, get_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
 
     entries = get_checkpoint_conversion_mapping(model_type) or []
     return [entry for entry in entries if isinstance(entry, WeightRenaming)]
