@@ -99,7 +99,7 @@ def assemble(config: RunConfig, *, engine_url: str, trajectories_url: str) -> It
 def _bridge(config: RunConfig, engine: "EngineControl", assets: Path) -> "WeightBridge":
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
-    from syncline.learner.model import checkpoint_parameters
+    from syncline.learner.model import checkpoint_parameters, saved_parameters
 
     if config.bridge.name == "shared":
         return SharedBridge(engine, config.bridge, parameters=lambda model: model.named_parameters())
@@ -107,6 +107,7 @@ def _bridge(config: RunConfig, engine: "EngineControl", assets: Path) -> "Weight
         engine,
         config.bridge,
         export=checkpoint_parameters,
+        saved=saved_parameters,
         folder=Path(config.run.dir) / "weights",
         assets=assets,
     )

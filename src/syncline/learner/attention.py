@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 ATTENTION = "syncline_varlen"
@@ -95,10 +95,11 @@ def _flash(
     told: dict[str, Any] = {}
     if query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         told["enable_gqa"] = True
+    width = value.shape[-1]  # latent attention's values are narrower than its keys; the kernel wants one width
     out: Any = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        pad(value[0], (0, query.shape[-1] - width)).transpose(0, 1),
         borders,
         borders,
         longest,
@@ -107,7 +108,7 @@ def _flash(
         window_size=(-1 if window is None else window - 1, 0),
         **told,
     )
-    return out.unsqueeze(0)
+    return out[..., :width].unsqueeze(0)
 
 
 def _by_runs(

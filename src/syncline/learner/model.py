@@ -1,6 +1,6 @@
 """The policy: a Hugging Face causal language model, whole or with a LoRA adapter, and its checkpoint parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +118,14 @@ def checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]
                 yield name, _merged(owner, parameter)
             else:
                 yield name, parameter.detach()
+
+
+def saved_parameters(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """`checkpoint_parameters` as the family's files name and cut them, which is what engines load: transformers fuses
+    experts, and renames some layers, in memory alone."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(causal_lm(model), dict(checkpoint_parameters(model))).items()
 
 
 def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
