@@ -124,9 +124,12 @@ def _by_runs(
     outputs = []
     for start, count, length in _equal_runs(borders):
         rows = slice(start, start + count * length)
-        batch = [_as_batch(x, rows, count) for x in (query, key, value)]
+        q, k, v = (_as_batch(x, rows, count) for x in (query, key, value))
         seen = None if window is None or length <= window else window
-        out = _sdpa(*batch, window=seen, scale=scale) if softcap is None else _capped(*batch, seen, scale, softcap)
+        if softcap is None:
+            out = _sdpa(q, k, v, window=seen, scale=scale)
+        else:
+            out = _capped(q, k, v, window=seen, scale=scale, softcap=softcap)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0)
 
@@ -145,7 +148,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scal
 
 
 def _capped(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None, softcap: float
+    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float | None, softcap: float
 ) -> Tensor:
     """Scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2, arXiv 2408.00118, section 2)."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
