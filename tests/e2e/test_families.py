@@ -29,7 +29,7 @@ SAMPLING = SamplingParams(24, temperature=TEMPERATURE, seed=3)
 
 
 def engine_values(model_path: Path, folder: Path) -> dict[str, Any]:
-    values = run_values(model_path, folder / "run")
+    values = run_values(model_path, folder / "run", bridge={"name": "shared"})
     values["engine"] |= {"extra": {"moe_backend": "triton"}} if DEVICE.type == "cuda" else {}
     return values
 
@@ -61,7 +61,7 @@ def assert_parity(family: str, folder: Path) -> None:
     model_path = save_random_model(family, folder / "model")
     with running_engine(engine_values(model_path, folder), folder) as engine:
         model: Any = load_model(Model(path=str(model_path)), device=DEVICE)
-        bridge = SharedBridge(engine, Bridge(name="shared"), parameters=lambda model: model.named_parameters())
+        bridge = SharedBridge([engine], Bridge(name="shared"), parameters=lambda model: model.named_parameters())
         bridge.attach(model)
         bridge.publish(model, policy_version=0)
         before = asyncio.run(sampled(engine))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from syncline.bridges.manifest import Shard
+from syncline.bridges.receipt import differences, kind_of
 from syncline.errors import SyncError
 
 ALIGNMENT = 64
@@ -153,6 +154,15 @@ def open_views(exported: Mapping[str, Any], *, device: torch.device) -> dict[str
 def _opened(storage: torch.UntypedStorage, place: Mapping[str, Any]) -> Shard:
     tensor = _view(storage, getattr(torch, place["dtype"]), place["offset"], place["size"], place["stride"])
     return Shard(tensor, tuple(place["shape"]), tuple(place["start"]), place["counted"])
+
+
+def bind(parameters: Mapping[str, torch.nn.Parameter], views: Mapping[str, Shard]) -> None:
+    """Rebinds each parameter to the piece of its name. Raises `SyncError` naming what is missing, extra or other."""
+    own = {name: kind_of(parameter) for name, parameter in parameters.items()}
+    if faults := differences(own, {name: kind_of(view.tensor) for name, view in views.items()}):
+        raise SyncError("the weights to share are of another model:\n" + "\n".join(faults))
+    for name, parameter in parameters.items():
+        parameter.data = views[name].tensor
 
 
 def _refuse_stranger(origin: Origin, device: torch.device) -> None:

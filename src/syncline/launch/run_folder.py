@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "engine.port",
     "engine.devices",
     "engine.tensor_parallel_size",
+    "engine.num_replicas",
     "engine.num_threads",
     "engine.gpu_memory_utilization",
     "engine.kv_cache_bytes",

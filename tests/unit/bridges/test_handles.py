@@ -75,6 +75,6 @@ class TwoRanks:
 def test_a_learner_of_whole_parameters_refuses_an_engine_of_several_ranks() -> None:
     model = nn.Linear(3, 4, bias=False)
     engine: Any = TwoRanks({"weight": "float32[4, 3]:0"})
-    bridge = SharedBridge(engine, Bridge(name="shared"), parameters=lambda m: m.named_parameters())
+    bridge = SharedBridge([engine], Bridge(name="shared"), parameters=lambda m: m.named_parameters())
     with pytest.raises(SyncError, match=r"2 tensor-parallel ranks.*engine\.tensor_parallel_size to 1"):
         bridge.attach(model)

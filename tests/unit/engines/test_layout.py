@@ -9,7 +9,7 @@ from torch import nn
 
 from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import combined, parameter_digests, shard_digests
-from syncline.engines.vllm.layout import checkpoint_views, engine_copies
+from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
 from syncline.errors import SyncError
 
 pytest.importorskip("vllm")
@@ -221,6 +221,7 @@ def test_what_latent_attention_keeps_twice_is_no_checkpoint_parameter(
     block.attn.W_UV = nn.Parameter(block.down_proj.weight.data.t())
     names = [name for name, _ in checkpoint_views(block)]
     assert not [name for name in names if "W_UV" in name]
-    assert engine_copies(block) == []
+    refuse_copies(block)
     block.attn.W_UV = nn.Parameter(block.down_proj.weight.data.clone())
-    assert engine_copies(block) == ["attn.W_UV"]
+    with pytest.raises(SyncError, match=r"attn\.W_UV is vLLM's own copy of other weights"):
+        refuse_copies(block)

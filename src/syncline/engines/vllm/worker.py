@@ -5,12 +5,13 @@ caller without its type, or end the engine.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from syncline.bridges.handles import export_views, move_to_memory_file
-from syncline.bridges.receipt import shard_digests
-from syncline.engines.vllm.layout import checkpoint_views, engine_copies
+from syncline.bridges.manifest import Shard
+from syncline.bridges.receipt import shard_digests, whole
+from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
 from syncline.errors import SyncError
 
 
@@ -32,20 +33,21 @@ class WorkerExtension:
         self.model_runner.reload_weights(weights_path=path)  # it warns of layers without weights; the digest says more
         return self.syncline_parameters()
 
-    def syncline_export(self) -> dict[str, Any]:
-        """Where this rank's pieces lie. On a CPU the parameters move, once, into a memory file, in place."""
-        return _answer(self._export)
+    def syncline_share(self) -> None:
+        """Makes the parameters shareable: on a CPU they move, in place, into a memory file. Before anything samples."""
+        if self.device.type == "cpu":
+            self._memory_file = move_to_memory_file(self.get_model().parameters())
 
-    def _export(self) -> dict[str, Any]:
+    def syncline_export(self, fused: bool) -> dict[str, Any]:
+        """Where this rank's pieces lie, under their checkpoint names, or (`fused`) as vLLM names and fuses them."""
+        return _answer(lambda: export_views(self._views(fused), memory_file=self._memory_file))
+
+    def _views(self, fused: bool) -> Iterable[tuple[str, Shard]]:
         model = self.get_model()
-        if copies := engine_copies(model):
-            raise SyncError(
-                f"{copies[0]} is vLLM's own copy of other weights, which a step in place would leave old; use "
-                "bridge.name broadcast or restart"
-            )
-        if self.device.type == "cpu" and self._memory_file is None:
-            self._memory_file = move_to_memory_file(model.parameters())
-        return export_views(checkpoint_views(model), memory_file=self._memory_file)
+        if fused:
+            return ((name, whole(parameter)) for name, parameter in model.named_parameters())
+        refuse_copies(model)
+        return checkpoint_views(model)
 
 
 def _answer(call: Callable[[], Any]) -> dict[str, Any]:
