@@ -101,7 +101,7 @@ def assemble(config: RunConfig, *, engine_urls: Sequence[str], trajectories_url:
 def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path) -> "WeightBridge":
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
-    from syncline.learner.model import checkpoint_parameters
+    from syncline.learner.model import checkpoint_parameters, saved_parameters
 
     if config.bridge.name == "shared":
         return SharedBridge(engines, config.bridge, parameters=lambda model: model.named_parameters())
@@ -109,6 +109,7 @@ def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path)
         engines,
         config.bridge,
         export=checkpoint_parameters,
+        saved=saved_parameters,
         folder=Path(config.run.dir) / "weights",
         assets=assets,
     )
