@@ -80,6 +80,7 @@ class EngineController:
     """`EngineControl` over HTTP."""
 
     def __init__(self, url: str, *, name: str = "engine", start_timeout_seconds: float) -> None:
+        self.url = url
         self.name = f"{name} at {url}"
         self._start_timeout_seconds = start_timeout_seconds
         self._http = httpx.Client(base_url=url)
@@ -97,6 +98,10 @@ class EngineController:
             if time.monotonic() > deadline:
                 raise EngineTimeout(f"{self.name} was not ready after {timeout_seconds:g} s: {fault}")
             time.sleep(RETRY_SECONDS)
+
+    def health(self) -> dict[str, Any]:
+        """What `/health` tells: `status`, the engine's name, version, device and model, and its receipt."""
+        return self._call("GET", "/health", None, self._start_timeout_seconds)
 
     def pause(self, *, mode: str, timeout_seconds: float) -> None:
         self._post("/syncline/pause", {"mode": mode, "timeout_seconds": timeout_seconds}, 2 * timeout_seconds)
