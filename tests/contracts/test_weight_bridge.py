@@ -12,6 +12,7 @@ import torch
 from real_engine import make_tiny_model, run_values, running_engine
 from transformers import AutoModelForCausalLM
 
+from syncline.bridges.broadcast import BroadcastBridge
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.restart import RestartBridge
 from syncline.bridges.shared import SharedBridge
@@ -38,7 +39,12 @@ def shared(side: "Side") -> WeightBridge:
     return SharedBridge(side.engine, Bridge(name="shared"), parameters=lambda m: m.named_parameters())
 
 
-BRIDGES: dict[str, Callable[["Side"], WeightBridge]] = {"restart": restart, "shared": shared}
+def broadcast(side: "Side") -> WeightBridge:
+    config = Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=60)  # a few buckets, not one
+    return BroadcastBridge([side.engine], config, export=lambda m: m.named_parameters())
+
+
+BRIDGES: dict[str, Callable[["Side"], WeightBridge]] = {"restart": restart, "shared": shared, "broadcast": broadcast}
 
 
 class Side:

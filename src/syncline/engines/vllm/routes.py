@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from syncline.bridges.receipt import model_digest
 from syncline.engines.vllm import compat
-from syncline.engines.vllm.gate import Gate
+from syncline.engines.vllm.gate import UNPUBLISHED, Gate
 from syncline.errors import EngineError, EngineTimeout
 from syncline.types import SamplingParams
 
@@ -57,13 +57,17 @@ class Served:
     about: dict[str, str]
     parameters: dict[str, str] = field(default_factory=dict)
     restart_from: WeightsBody | None = None
+    generation: str = ""
+    """Of the learner's process group the workers are in; empty: in none."""
+    torn: str | None = None
+    """Why the weights are of no version: somebody began to replace them. Naming them ends it, nothing else does."""
 
     async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
         [self.parameters] = await self.engine.collective_rpc(method, args=args)
 
     def receipt(self) -> dict[str, Any]:
         return {
-            "policy_version": self.gate.policy_version,
+            "policy_version": UNPUBLISHED if self.torn else self.gate.policy_version,
             "digest": model_digest(self.parameters),
             "paused": not self.gate.is_open,
         }
@@ -122,6 +126,8 @@ def _weight_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/resume")
     async def resume() -> dict[str, Any]:
+        if served.torn:
+            raise EngineError(f"{served.torn}, so the weights are of no version; publish one instead of resuming")
         await served.engine.resume_generation()
         await served.gate.open()
         return served.receipt()
@@ -173,14 +179,19 @@ def _need_paused(served: Served, action: str) -> None:
         )
 
 
-async def _name(served: Served, policy_version: int) -> dict[str, Any]:
+def _refuse_older(served: Served, policy_version: int) -> None:
     if policy_version < served.gate.policy_version:
         raise EngineError(
             f"policy_version {policy_version} is older than {served.gate.policy_version}, which this engine has served"
         )
+
+
+async def _name(served: Served, policy_version: int) -> dict[str, Any]:
+    _refuse_older(served, policy_version)
     await compat.drop_caches(served.engine)
     await compat.name_weights(served.engine, policy_version)
     served.gate.policy_version = policy_version
+    served.torn = None
     return {**served.receipt(), "parameters": served.parameters}
 
 

@@ -4,8 +4,11 @@ import logging
 from typing import Any
 
 from syncline.bridges.handles import export_views, move_to_memory_file
+from syncline.bridges.invitation import Invitation
+from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import parameter_digests
 from syncline.engines.vllm.layout import checkpoint_views
+from syncline.engines.vllm.receiver import Member
 
 
 class WorkerExtension:
@@ -14,7 +17,9 @@ class WorkerExtension:
     get_model: Any
     model_runner: Any
     device: Any
+    rank: int
     _memory_file: tuple[str, int] | None = None
+    _broadcast: Member | None = None
 
     def syncline_parameters(self) -> dict[str, str]:
         """Checkpoint name → dtype, shape and digest of what the next forward pass will read."""
@@ -32,3 +37,20 @@ class WorkerExtension:
         if self.device.type == "cpu" and self._memory_file is None:
             self._memory_file = move_to_memory_file(model.parameters())
         return export_views(dict(checkpoint_views(model)), memory_file=self._memory_file)
+
+    def syncline_join(self, invitation: dict[str, Any], first_rank: int, timeout_seconds: float) -> dict[str, str]:
+        """Leaves the group of an earlier learner and joins this one's: `plan`, its digest, or the `fault`."""
+        if self._broadcast is not None:
+            self._broadcast.leave()
+        self._broadcast = Member(Invitation.from_wire(invitation), rank=first_rank + self.rank, device=self.device)
+        return self._broadcast.join(self._shards(), timeout_seconds=timeout_seconds)
+
+    def syncline_receive(self, generation: str, timeout_seconds: float) -> dict[str, str]:
+        """Takes one version from the learner's group: nothing, or the `fault`."""
+        if self._broadcast is None:
+            return {"fault": "this worker is in no learner's group"}
+        return self._broadcast.receive(generation, timeout_seconds=timeout_seconds)
+
+    def _shards(self) -> dict[str, Shard]:
+        views = checkpoint_views(self.get_model())
+        return {name: Shard(view, tuple(view.shape), (0,) * view.dim()) for name, view in views}
