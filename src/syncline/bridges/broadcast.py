@@ -20,7 +20,7 @@ from itertools import accumulate
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from syncline.bridges.collective import Deadline, Group, in_thread, listen
+from syncline.bridges.collective import CLOSE_SECONDS, Deadline, Group, in_thread, listen
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.gather import Export, Others, whole
 from syncline.bridges.handles import device_name
@@ -52,6 +52,7 @@ class BroadcastBridge:
         self._others = Others()
         self._sender: Sender | None = None
         """`None` while the learner is in no group with its engines."""
+        self._closing: list[Future[None]] = []
 
     def attach(self, model: Any) -> None:
         with self._others.told():
@@ -71,6 +72,7 @@ class BroadcastBridge:
 
     def close(self) -> None:
         self._leave("the learner closed its bridge")
+        wait_for(self._closing, timeout=CLOSE_SECONDS)
         self._fleet.close()
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
@@ -110,9 +112,10 @@ class BroadcastBridge:
             lambda engine: engine.receive_broadcast(**order, timeout_seconds=timeout),
             doing=f"the broadcast of version {policy_version}",
         ) as answers:
-            watch = partial(_raise_first_fault, answers)
+            watch, deadline = partial(_raise_first_fault, answers), Deadline.after(timeout)
             try:
-                sender.send(named, deadline=Deadline.after(timeout), watch=watch)
+                sender.send(named, deadline=deadline, watch=watch)
+                deadline.wait(lambda: all(a.done() for a in answers), doing="the engines' proof", watch=watch)
                 return [answer.result() for answer in answers]
             except BaseException as error:
                 self._leave(str(error))
@@ -160,7 +163,7 @@ class BroadcastBridge:
 
     def _leave(self, reason: str) -> None:
         if self._sender is not None:
-            self._sender.group.leave(reason)
+            self._closing.append(self._sender.group.leave(reason))
             self._sender = None
 
     @contextmanager
@@ -174,7 +177,7 @@ class BroadcastBridge:
             lines = [f"{doing} failed: {error}"]
             for engine, answer in zip(self._fleet.engines, answers, strict=True):
                 fault = answer.exception() if answer.done() else "has not answered"
-                lines += [f"{engine.name}: {fault}"] if fault not in (None, error) else []
+                lines += [f"{engine.name}: {fault}"] if fault else []
             raise SyncError("\n".join(lines)) from error
 
 

@@ -193,4 +193,4 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
         else:
             target.copy_(source, non_blocking=True)
     for to, of in dense.values():
-        torch._foreach_copy_(to, of, non_blocking=True)
+        torch._foreach_copy_(to, of, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]

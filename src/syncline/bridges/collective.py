@@ -20,14 +20,17 @@ from threading import Thread
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_distributed
 
 from syncline.errors import SyncError
 
+dist: Any = torch_distributed
+"""What torch exports of these differs between its builds, and its stubs know less."""
 LAST_WORD = "left"
 WATCH_SECONDS = 0.1
 POLL_SECONDS = 2e-5
-ABORT_SECONDS = 10.0
+CLOSE_SECONDS = 10.0
+"""How long a party that leaves waits for torch to let go."""
 _NEVER = timedelta(days=1)
 _NO_WATCHDOG = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -91,7 +94,7 @@ class Group:
     def __init__(self, seat: Seat, store: Any, backend: Any) -> None:
         self.seat = seat
         self._store = store
-        self._backend = backend
+        self._backend: Any = backend
         self._from_learner = dist.BroadcastOptions()
         self._from_learner.rootRank = 0
 
@@ -132,11 +135,18 @@ class Group:
         if reason is not None:
             raise SyncError(f"the learner left: {reason}")
 
-    def leave(self, reason: str) -> None:
-        """Ends what is under way. The learner's reason is its last word to the engines still waiting for it."""
+    def leave(self, reason: str) -> Future[None]:
+        """Ends what is under way. The learner's reason is its last word to the engines still waiting for it.
+
+        Closing the connections is left to a thread, because gloo first waits for operations that only their timeout
+        or their peer ends; the answer is done when they are closed. A process should wait for it before it exits.
+        """
         if self.seat.rank == 0:
             self._store.set(LAST_WORD, reason)
-        wait_for([in_thread(self._backend.abort)], timeout=ABORT_SECONDS)
+        last = [self._backend]
+        self._backend = None
+        wait_for([in_thread(last[0].abort)], timeout=CLOSE_SECONDS)
+        return in_thread(last.clear)
 
     def _greet(self, device: torch.device) -> None:
         """One word from the learner to all: NCCL connects at the first collective, and that must not be a publish."""
@@ -157,10 +167,10 @@ def _backend(seat: Seat, store: Any, device: torch.device, timeout: timedelta) -
         options._timeout = timeout
         return dist.ProcessGroupGloo(*place, options)
     torch.cuda.set_device(device)
-    options = dist.ProcessGroupNCCL.Options()  # pyright: ignore[reportAttributeAccessIssue]
+    options = dist.ProcessGroupNCCL.Options()
     options._timeout = _NEVER
     with _environment(_NO_WATCHDOG):
-        return dist.ProcessGroupNCCL(*place, options)  # pyright: ignore[reportAttributeAccessIssue]
+        return dist.ProcessGroupNCCL(*place, options)
 
 
 def _own_address(seat: Seat) -> str:

@@ -97,12 +97,15 @@ def assemble(config: RunConfig, *, engine_url: str, trajectories_url: str) -> It
 
 
 def _bridge(config: RunConfig, engine: "EngineControl", assets: Path) -> "WeightBridge":
+    from syncline.bridges.broadcast import BroadcastBridge
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
     from syncline.learner.model import checkpoint_parameters
 
     if config.bridge.name == "shared":
         return SharedBridge(engine, config.bridge, parameters=lambda model: model.named_parameters())
+    if config.bridge.name == "broadcast":
+        return BroadcastBridge([engine], config.bridge, export=checkpoint_parameters, host=config.engine.host)
     return RestartBridge(
         engine,
         config.bridge,

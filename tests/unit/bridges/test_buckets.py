@@ -1,6 +1,7 @@
 """The plan of buckets: every element once, whatever the shapes, the bucket's size and the receiver's shards."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def cut(tensor: torch.Tensor, dim: int, ranks: int) -> list[Shard]:
     """The tensor's shards along `dim`, each in memory of its own."""
     starts = [tensor.shape[dim] * rank // ranks for rank in range(ranks + 1)]
     shards = []
-    for first, last in zip(starts, starts[1:], strict=False):
+    for first, last in pairwise(starts):
         start = [0] * tensor.dim()
         start[dim] = first
         piece = torch.zeros_like(tensor.narrow(dim, first, last - first))

@@ -42,7 +42,9 @@ class Parties:
         store, port = listen("127.0.0.1", timeout_seconds=SECONDS)
         seats = [Seat("127.0.0.1", port, rank, 1 + num_workers, "g") for rank in range(1 + num_workers)]
         deadline = Deadline.after(SECONDS)
-        joining = [in_thread(lambda s=seat: Group.connect(s, CPU, deadline=deadline, watch=nobody)) for seat in seats[1:]]
+        joining = [
+            in_thread(lambda s=seat: Group.connect(s, CPU, deadline=deadline, watch=nobody)) for seat in seats[1:]
+        ]
         learner = Group.connect(seats[0], CPU, deadline=deadline, watch=nobody, store=store)
         like = model(0)
         self.sender = Sender(planned(like), learner, CPU)
@@ -59,7 +61,9 @@ class Parties:
         return shards | {"a": Shard(zeros["a"][:, :2].contiguous(), (6, 4), (0, 2 * rank))}
 
     def receive(self, *, seconds: float = SECONDS) -> list[Future[None]]:
-        return [in_thread(lambda r=receiver: r.receive(deadline=Deadline.after(seconds))) for receiver in self.receivers]
+        return [
+            in_thread(lambda r=receiver: r.receive(deadline=Deadline.after(seconds))) for receiver in self.receivers
+        ]
 
 
 def test_every_version_arrives_on_every_worker_and_leaves_the_learners_tensors_alone() -> None:
@@ -109,7 +113,7 @@ def test_an_engine_known_to_be_gone_ends_the_sending() -> None:
 
 def test_parties_that_never_come_are_waited_for_no_longer_than_the_deadline() -> None:
     store, port = listen("127.0.0.1", timeout_seconds=1)
-    with pytest.raises(SyncError, match="connecting 2 parties at 127.0.0.1"):
+    with pytest.raises(SyncError, match="connecting 2 parties"):
         Group.connect(Seat("127.0.0.1", port, 0, 2, "g"), CPU, deadline=Deadline.after(0.3), watch=nobody, store=store)
 
 

@@ -4,6 +4,7 @@ From the first byte received until the new weights are named they are of no vers
 engine paused, unable to resume, its parameters measured anew, and ready for the next learner's invitation.
 """
 
+import logging
 import time
 from typing import Any
 
@@ -12,6 +13,8 @@ from pydantic import Field
 
 from syncline.engines.vllm.routes import Body, Served, _name, _need_paused, _refuse_older
 from syncline.errors import EngineError
+
+log = logging.getLogger("syncline.engine")
 
 
 class JoinBody(Body):
@@ -40,30 +43,40 @@ def broadcast_routes(served: Served) -> APIRouter:
         answers = await served.engine.collective_rpc(
             "syncline_join", args=(body.invitation, body.first_rank, body.timeout_seconds)
         )
-        _refuse_faults(answers)
+        if faults := _faults(answers):
+            raise EngineError(faults)
         served.generation = body.invitation["generation"]
         [plan] = {answer["plan"] for answer in answers}
         return {"plan": plan}
 
     @router.post("/receive")
     async def receive(body: ReceiveBody) -> dict[str, Any]:
-        _need_paused(served, "a broadcast")
-        _refuse_older(served, body.policy_version)
-        served.torn = f"a broadcast of version {body.policy_version} broke off"
-        served.parameters = {}
-        answers = await served.engine.collective_rpc("syncline_receive", args=(body.generation, body.timeout_seconds))
-        started = time.perf_counter()
-        await served.remeasure()
-        if any(answers):
+        try:
+            return await _receive(served, body)
+        except EngineError:
             served.generation = ""
-        _refuse_faults(answers)
-        await _name(served, body.policy_version)
-        return {**served.receipt(), "prove_seconds": time.perf_counter() - started}
+            await served.engine.collective_rpc("syncline_leave")
+            raise
 
     return router
 
 
-def _refuse_faults(answers: list[dict[str, str]]) -> None:
+async def _receive(served: Served, body: ReceiveBody) -> dict[str, Any]:
+    _need_paused(served, "a broadcast")
+    _refuse_older(served, body.policy_version)
+    served.torn = f"a broadcast of version {body.policy_version} broke off"
+    served.parameters = {}
+    answers = await served.engine.collective_rpc("syncline_receive", args=(body.generation, body.timeout_seconds))
+    started = time.perf_counter()
+    await served.remeasure()
+    if faults := _faults(answers):
+        served.torn = f"{served.torn}: {faults}"
+        log.error("%s", served.torn)
+        raise EngineError(served.torn)
+    await _name(served, body.policy_version)
+    return {**served.receipt(), "prove_seconds": time.perf_counter() - started}
+
+
+def _faults(answers: list[dict[str, str]]) -> str:
     """One line a worker that failed."""
-    if faults := [answer["fault"] for answer in answers if "fault" in answer]:
-        raise EngineError("\n".join(faults))
+    return "\n".join(answer["fault"] for answer in answers if "fault" in answer)

@@ -2,6 +2,7 @@
 of vLLM's own, and the engine must live on to join the next learner."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 
 import torch
 
@@ -22,6 +23,7 @@ class Member:
         self._device = device
         self._receiver: Receiver | None = None
         """`None` before joining, and once the group is of no further use."""
+        self.closing: Future[None] | None = None
 
     def join(self, shards: Mapping[str, Shard], *, timeout_seconds: float) -> dict[str, str]:
         """`plan`: the digest of this side's plan; or `fault`."""
@@ -50,8 +52,9 @@ class Member:
         return {}
 
     def leave(self) -> None:
+        """Its connections close on their own: the engine lives on."""
         if self._receiver is not None:
-            self._receiver.group.leave("")
+            self.closing = self._receiver.group.leave("")
             self._receiver = None
 
 

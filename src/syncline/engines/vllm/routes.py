@@ -95,7 +95,7 @@ def _sampling_routes(served: Served) -> APIRouter:
     @router.get("/health")
     async def health() -> JSONResponse:
         fault = await _fault(served.engine)
-        body = {"status": fault or "ok", **served.about, **served.receipt()}
+        body = {"status": fault or "ok", **served.about, **served.receipt(), "torn": served.torn}
         return JSONResponse(body, status_code=HTTPStatus.SERVICE_UNAVAILABLE if fault else HTTPStatus.OK)
 
     @router.post("/syncline/generate")
@@ -127,7 +127,7 @@ def _weight_routes(served: Served) -> APIRouter:
     @router.post("/syncline/resume")
     async def resume() -> dict[str, Any]:
         if served.torn:
-            raise EngineError(f"{served.torn}, so the weights are of no version; publish one instead of resuming")
+            raise EngineError(f"the weights are of no version; publish one instead of resuming: {served.torn}")
         await served.engine.resume_generation()
         await served.gate.open()
         return served.receipt()

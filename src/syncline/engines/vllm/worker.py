@@ -40,8 +40,7 @@ class WorkerExtension:
 
     def syncline_join(self, invitation: dict[str, Any], first_rank: int, timeout_seconds: float) -> dict[str, str]:
         """Leaves the group of an earlier learner and joins this one's: `plan`, its digest, or the `fault`."""
-        if self._broadcast is not None:
-            self._broadcast.leave()
+        self.syncline_leave()
         self._broadcast = Member(Invitation.from_wire(invitation), rank=first_rank + self.rank, device=self.device)
         return self._broadcast.join(self._shards(), timeout_seconds=timeout_seconds)
 
@@ -50,6 +49,11 @@ class WorkerExtension:
         if self._broadcast is None:
             return {"fault": "this worker is in no learner's group"}
         return self._broadcast.receive(generation, timeout_seconds=timeout_seconds)
+
+    def syncline_leave(self) -> None:
+        """Whoever still sends to this worker, or receives from it, then knows that it will not go on."""
+        if self._broadcast is not None:
+            self._broadcast.leave()
 
     def _shards(self) -> dict[str, Shard]:
         views = checkpoint_views(self.get_model())
