@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import Field
 
-from syncline.engines.vllm.routes import Body, Served, _name, _need_paused, _refuse_older
+from syncline.engines.vllm.routes import Body, Route, Served, _name, _need_paused, _refuse_older
 from syncline.errors import EngineError
 
 log = logging.getLogger("syncline.engine")
@@ -30,7 +30,7 @@ class ReceiveBody(Body):
 
 
 def broadcast_routes(served: Served) -> APIRouter:
-    router = APIRouter(prefix="/syncline/broadcast")
+    router = APIRouter(prefix="/syncline/broadcast", route_class=Route)
 
     @router.get("")
     async def membership() -> dict[str, Any]:
