@@ -20,13 +20,16 @@ from itertools import accumulate
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from syncline.bridges.collective import CLOSE_SECONDS, Deadline, Group, in_thread, listen
+import torch
+
+from syncline.bridges.buckets import Entry, plan
+from syncline.bridges.collective import CLOSE_SECONDS, Deadline, Group, in_thread, listen, say_last
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.gather import Export, Others, whole
 from syncline.bridges.handles import device_name
 from syncline.bridges.invitation import Invitation, manifest_of
 from syncline.bridges.pipeline import Sender
-from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
+from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError, SynclineError
@@ -50,15 +53,19 @@ class BroadcastBridge:
         self._export = export
         self._host = host
         self._others = Others()
-        self._sender: Sender | None = None
+        self._manifest: tuple[Entry, ...] = ()
+        self._device = torch.device("cpu")
+        self._group: Group | None = None
         """`None` while the learner is in no group with its engines."""
         self._closing: list[Future[None]] = []
 
     def attach(self, model: Any) -> None:
         with self._others.told():
             self._fleet.wait_until_ready()
-            self._fleet.refuse_other_model({name: kind_of(tensor) for name, tensor in self._export(model)})
-            self._sender = self._join(model)
+            self._manifest, self._device = manifest_of(self._export(model))
+            self._fleet.refuse_other_model({entry.name: entry.kind for entry in self._manifest})
+            self._sender = Sender(plan(self._manifest, bucket_bytes=self._config.bucket_bytes), self._device)
+            self._connected()
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -83,14 +90,14 @@ class BroadcastBridge:
         with self._others.told() as word:
             served = self._fleet.refuse_backwards(policy_version)
             moves = any(receipt.digest != expected.digest for receipt in served)
-            sender = self._connected(model) if moves else None
+            group = self._connected() if moves else None
             clock.lap("connect")
             self._fleet.pause(self._config.in_flight)
             clock.lap("pause")
             word["moves"] = moves
         with self._others.told():
-            if sender:
-                received = self._move(sender, model, policy_version)
+            if group:
+                received = self._move(group, model, policy_version)
                 clock.lap("transfer")
                 clock.split("transfer", "prove", max(answer.prove_seconds for answer in received))
                 held = [answer.receipt for answer in received]
@@ -101,20 +108,20 @@ class BroadcastBridge:
             self._fleet.resume()
             clock.lap("resume")
         pause = sum(clock.parts.get(part, 0.0) for part in PAUSED)
-        return SyncReport(expected, sender.plan.num_bytes if sender else 0, clock.total, pause, dict(clock.parts))
+        return SyncReport(expected, self._sender.plan.num_bytes if group else 0, clock.total, pause, dict(clock.parts))
 
-    def _move(self, sender: Sender, model: Any, policy_version: int) -> list[Received]:
+    def _move(self, group: Group, model: Any, policy_version: int) -> list[Received]:
         """Sends, while every engine receives."""
         timeout = self._config.timeout_seconds
         named = whole(self._export(model))
-        order = {"generation": sender.group.seat.generation, "policy_version": policy_version}
+        order = {"generation": group.seat.generation, "policy_version": policy_version}
         with self._asked(
             lambda engine: engine.receive_broadcast(**order, timeout_seconds=timeout),
             doing=f"the broadcast of version {policy_version}",
         ) as answers:
             watch, deadline = partial(_raise_first_fault, answers), Deadline.after(timeout)
             try:
-                sender.send(named, deadline=deadline, watch=watch)
+                self._sender.send(group, named, deadline=deadline, watch=watch)
                 deadline.wait(lambda: all(a.done() for a in answers), doing="the engines' proof", watch=watch)
                 return [answer.result() for answer in answers]
             except BaseException as error:
@@ -122,21 +129,19 @@ class BroadcastBridge:
                 self._others.gather_along(named)
                 raise
 
-    def _connected(self, model: Any) -> Sender:
-        """The sender of a group that every engine is still in; a new one when an engine or a publish was lost."""
-        if self._sender is not None:
-            generation = self._sender.group.seat.generation
+    def _connected(self) -> Group:
+        """A group that every engine is still in; a new one when an engine or a publish was lost."""
+        if self._group is not None:
+            generation = self._group.seat.generation
             if all(member.generation == generation for member in self._fleet.each(lambda e: e.membership())):
-                return self._sender
+                return self._group
             self._leave("an engine has restarted")
-        self._sender = self._join(model)
-        return self._sender
+        return self._join()
 
-    def _join(self, model: Any) -> Sender:
+    def _join(self) -> Group:
         """Connects with every worker of every engine. Raises `SyncError` unless all came up with the same plan."""
         timeout = self._config.timeout_seconds
         sizes = [member.world_size for member in self._fleet.each(lambda engine: engine.membership())]
-        manifest, device = manifest_of(self._export(model))
         store, port = listen(self._host, timeout_seconds=timeout)
         invitation = Invitation(
             host=self._host,
@@ -144,8 +149,8 @@ class BroadcastBridge:
             size=1 + sum(sizes),
             generation=uuid4().hex,
             bucket_bytes=self._config.bucket_bytes,
-            device=device_name(device),
-            manifest=manifest,
+            device=device_name(self._device),
+            manifest=self._manifest,
         )
         first_ranks = dict(zip(self._fleet.engines, accumulate(sizes, initial=1), strict=False))
         wire = invitation.to_wire()
@@ -153,18 +158,22 @@ class BroadcastBridge:
             lambda engine: engine.join_broadcast(wire, first_rank=first_ranks[engine], timeout_seconds=timeout),
             doing=f"connecting with {len(sizes)} engines",
         ) as answers:
-            watch = partial(_raise_first_fault, answers)
-            deadline = Deadline.after(timeout)
-            group = Group.connect(invitation.seat(rank=0), device, deadline=deadline, watch=watch, store=store)
-            planned = invitation.plan()
-            if any(answer.result() != planned.digest for answer in answers):
-                raise SyncError("an engine cuts the weights into other buckets; it runs another version of syncline")
-        return Sender(planned, group, device)
+            watch, deadline = partial(_raise_first_fault, answers), Deadline.after(timeout)
+            try:
+                seat = invitation.seat(rank=0)
+                self._group = Group.host(seat, self._device, store=store, deadline=deadline, watch=watch)
+                if any(answer.result() != self._sender.plan.digest for answer in answers):
+                    raise SyncError("an engine cuts the weights into other buckets; it runs another syncline")
+            except BaseException as error:
+                say_last(store, str(error))
+                self._leave(str(error))
+                raise
+        return self._group
 
     def _leave(self, reason: str) -> None:
-        if self._sender is not None:
-            self._closing.append(self._sender.group.leave(reason))
-            self._sender = None
+        if self._group is not None:
+            self._closing.append(self._group.leave(reason))
+            self._group = None
 
     @contextmanager
     def _asked(self, call: Callable[[EngineControl], Answer], *, doing: str) -> Iterator[list["Future[Answer]"]]:

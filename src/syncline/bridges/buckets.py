@@ -38,6 +38,11 @@ class Entry:
         return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
     @property
+    def kind(self) -> str:
+        """As `receipt.kind_of` has it for the tensor."""
+        return f"{self.dtype}{list(self.shape)}"
+
+    @property
     def num_rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
@@ -176,10 +181,11 @@ def refuse_unplanned(manifest: Sequence[Entry], shards: Mapping[str, Shard]) -> 
     planned = {entry.name: entry for entry in manifest}
     for name, shard in shards.items():
         own = Entry(name, str(shard.tensor.dtype).removeprefix("torch."), shard.shape)
-        if planned.get(name) != own:
-            theirs = planned.get(name)
-            sent = f"{theirs.dtype}{list(theirs.shape)}" if theirs else "nothing"
-            raise SyncError(f"{name}: the engine holds {own.dtype}{list(own.shape)}, the learner sends {sent}")
+        sent = planned.get(name)
+        if sent != own:
+            raise SyncError(
+                f"{name}: the engine holds {own.kind}, the learner sends {sent.kind if sent else 'nothing'}"
+            )
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

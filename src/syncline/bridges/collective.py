@@ -88,6 +88,11 @@ def listen(host: str, *, timeout_seconds: float) -> tuple[Any, int]:
         return dist.TCPStore(host, port, master_listen_fd=listener.detach(), **options), port
 
 
+def say_last(store: Any, reason: str) -> None:
+    """The learner's last word to whoever waits for it."""
+    store.set(LAST_WORD, reason)
+
+
 class Group:
     """A connected group. After a fault it is of no further use: leave it and connect anew."""
 
@@ -99,25 +104,18 @@ class Group:
         self._from_learner.rootRank = 0
 
     @classmethod
-    def connect(
-        cls, seat: Seat, device: torch.device, *, deadline: Deadline, watch: Watch, store: Any = None
-    ) -> "Group":
-        """`store` is the learner's own. Raises `SyncError` when not everybody came in time."""
-        timeout = timedelta(seconds=deadline.seconds)
+    def host(cls, seat: Seat, device: torch.device, *, store: Any, deadline: Deadline, watch: Watch) -> "Group":
+        """The learner's end; `store` is its own. Raises `SyncError` when not everybody came, and what `watch` does."""
+        return cls(seat, store, _assembled(seat, device, deadline, watch))
 
-        def connect() -> "Group":
-            met = store or dist.TCPStore(seat.host, seat.port, is_master=False, timeout=timeout)
-            group = cls(seat, met, _backend(seat, met, device, timeout))
-            group._greet(device)
-            return group
-
-        doing = f"connecting {seat.size} parties at {seat.host}:{seat.port}"
-        connecting = in_thread(connect)
-        deadline.wait(connecting.done, doing=doing, watch=watch)
+    @classmethod
+    def join(cls, seat: Seat, device: torch.device, *, deadline: Deadline) -> "Group":
+        """An engine worker's end. Raises `SyncError` when not everybody came, or the learner has left."""
         try:
-            return connecting.result()
-        except RuntimeError as error:  # what torch raises for every fault of a store or a group
-            raise SyncError(f"{doing}: {error}") from error
+            news = _visit(seat, deadline)
+        except RuntimeError as error:
+            raise SyncError(f"nobody at {seat.host}:{seat.port}: {error}") from error
+        return cls(seat, news, _assembled(seat, device, deadline, lambda: _refuse_if_left(news, seat)))
 
     def broadcast(self, tensor: torch.Tensor) -> Any:
         """Starts sending (rank 0) or receiving the flat `tensor`; returns torch's `Work`."""
@@ -128,12 +126,7 @@ class Group:
 
     def refuse_if_left(self) -> None:
         """An engine's watch: raises `SyncError` with the learner's last word, or when it is gone without one."""
-        try:
-            reason = self._store.get(LAST_WORD).decode() if self._store.check([LAST_WORD]) else None
-        except RuntimeError as error:
-            raise SyncError(f"the learner at {self.seat.host}:{self.seat.port} is gone") from error
-        if reason is not None:
-            raise SyncError(f"the learner left: {reason}")
+        _refuse_if_left(self._store, self.seat)
 
     def leave(self, reason: str) -> Future[None]:
         """Ends what is under way. The learner's reason is its last word to the engines still waiting for it.
@@ -142,35 +135,60 @@ class Group:
         or their peer ends; the answer is done when they are closed. A process should wait for it before it exits.
         """
         if self.seat.rank == 0:
-            self._store.set(LAST_WORD, reason)
+            say_last(self._store, reason)
         last = [self._backend]
         self._backend = None
         wait_for([in_thread(last[0].abort)], timeout=CLOSE_SECONDS)
         return in_thread(last.clear)
 
-    def _greet(self, device: torch.device) -> None:
-        """One word from the learner to all: NCCL connects at the first collective, and that must not be a publish."""
-        word = torch.zeros(1, dtype=torch.int64, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        self.broadcast(word).wait()
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+
+def _visit(seat: Seat, deadline: Deadline) -> Any:
+    """A connection to the learner's store. Each user of it has its own: one that waits blocks the others."""
+    return dist.TCPStore(seat.host, seat.port, is_master=False, timeout=timedelta(seconds=deadline.seconds))
 
 
-def _backend(seat: Seat, store: Any, device: torch.device, timeout: timedelta) -> Any:
-    """torch's backend object, used without a `ProcessGroup` around it: nothing is registered anywhere."""
+def _refuse_if_left(store: Any, seat: Seat) -> None:
+    try:
+        reason = store.get(LAST_WORD).decode() if store.check([LAST_WORD]) else None
+    except RuntimeError as error:
+        raise SyncError(f"the learner at {seat.host}:{seat.port} is gone") from error
+    if reason is not None:
+        raise SyncError(f"the learner left: {reason}")
+
+
+def _assembled(seat: Seat, device: torch.device, deadline: Deadline, watch: Watch) -> Any:
+    """The backend, once everybody is there."""
+    doing = f"connecting {seat.size} parties at {seat.host}:{seat.port}"
+    backend = in_thread(lambda: _connected(seat, _visit(seat, deadline), device, deadline))
+    deadline.wait(backend.done, doing=doing, watch=watch)
+    try:
+        return backend.result()
+    except RuntimeError as error:  # what torch raises for every fault of a store or a group
+        watch()
+        raise SyncError(f"{doing}: {error}") from error
+
+
+def _connected(seat: Seat, store: Any, device: torch.device, deadline: Deadline) -> Any:
+    """torch's backend object, used without a `ProcessGroup` around it: nothing is registered anywhere.
+
+    One word goes from the learner to all: NCCL connects at the first collective, and that must not be a publish.
+    """
     place = (dist.PrefixStore(seat.generation, store), seat.rank, seat.size)
     if device.type == "cpu":
         options: Any = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(seat))]
-        options._timeout = timeout
-        return dist.ProcessGroupGloo(*place, options)
+        options._timeout = timedelta(seconds=deadline.seconds)
+        backend = dist.ProcessGroupGloo(*place, options)
+        backend.broadcast([torch.zeros(1)], dist.BroadcastOptions()).wait()
+        return backend
     torch.cuda.set_device(device)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _NEVER
     with _environment(_NO_WATCHDOG):
-        return dist.ProcessGroupNCCL(*place, options)
+        backend = dist.ProcessGroupNCCL(*place, options)
+    backend.broadcast([torch.zeros(1, device=device)], dist.BroadcastOptions()).wait()
+    torch.cuda.current_stream(device).synchronize()
+    return backend
 
 
 def _own_address(seat: Seat) -> str:

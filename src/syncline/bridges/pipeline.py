@@ -23,9 +23,8 @@ MAX_QUEUED = 16
 class Pipeline:
     """The buffers, the stream and the waiting that both ends have alike."""
 
-    def __init__(self, plan: Plan, group: Group, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan = plan
-        self.group = group
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         try:
             self._buffers = [torch.empty(plan.capacity, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -38,8 +37,8 @@ class Pipeline:
     def _buffer(self, bucket: int) -> torch.Tensor:
         return self._buffers[bucket % 2]
 
-    def _start(self, bucket: int) -> Any:
-        return self.group.broadcast(self._buffer(bucket)[: self.plan.buckets[bucket].num_bytes])
+    def _start(self, group: Group, bucket: int) -> Any:
+        return group.broadcast(self._buffer(bucket)[: self.plan.buckets[bucket].num_bytes])
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         if self._stream is None:
@@ -77,14 +76,16 @@ class Pipeline:
 class Sender(Pipeline):
     """The learner's end."""
 
-    def __init__(self, plan: Plan, group: Group, device: torch.device) -> None:
-        super().__init__(plan, group, device)
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        super().__init__(plan, device)
         self._places = [
             [piece.view(self._buffer(i)) for piece in bucket.pieces] for i, bucket in enumerate(plan.buckets)
         ]
 
     @torch.no_grad()
-    def send(self, named: Iterable[tuple[str, torch.Tensor]], *, deadline: Deadline, watch: Watch) -> None:
+    def send(
+        self, group: Group, named: Iterable[tuple[str, torch.Tensor]], *, deadline: Deadline, watch: Watch
+    ) -> None:
         """`named` is read as the buckets go, so of tensors made for it no more than a bucket's worth exists at once.
 
         Raises `SyncError`, and whatever `watch` raises.
@@ -94,7 +95,7 @@ class Sender(Pipeline):
             for i, sources in enumerate(pieces_of(named, self.plan)):
                 self._settle(works, i - 2, deadline, watch)
                 copy_all(self._places[i], sources)
-                works.append(self._start(i))
+                works.append(self._start(group, i))
             for last in range(max(0, len(works) - 2), len(works)):
                 self._settle(works, last, deadline, watch)
         self._finish(deadline, watch)
@@ -103,18 +104,18 @@ class Sender(Pipeline):
 class Receiver(Pipeline):
     """An engine worker's end: what arrives goes straight into the memory that the forward pass reads."""
 
-    def __init__(self, plan: Plan, group: Group, shards: Mapping[str, Shard], device: torch.device) -> None:
-        super().__init__(plan, group, device)
+    def __init__(self, plan: Plan, shards: Mapping[str, Shard], device: torch.device) -> None:
+        super().__init__(plan, device)
         self._parts = [shard_views(bucket, self._buffer(i), shards) for i, bucket in enumerate(plan.buckets)]
 
     @torch.inference_mode()
-    def receive(self, *, deadline: Deadline) -> None:
+    def receive(self, group: Group, *, deadline: Deadline) -> None:
         """Raises `SyncError` when the learner stops or leaves; the memory is then of no version."""
         works: list[Any] = []
-        watch = self.group.refuse_if_left
+        watch = group.refuse_if_left
         with self._on_stream():
             for i in range(len(self.plan.buckets)):
-                works.append(self._start(i))
+                works.append(self._start(group, i))
                 self._unpack(works, i - 1, deadline, watch)
             self._unpack(works, len(works) - 1, deadline, watch)
         self._finish(deadline, watch)

@@ -146,10 +146,12 @@ def test_an_older_version_is_refused_before_anything_moves(engines) -> None:
         bridge.publish(model, policy_version=2)
 
 
-def test_an_engine_that_does_not_come_is_named_at_the_deadline(engines, monkeypatch) -> None:
+def test_an_engine_that_cannot_join_is_named_and_no_other_waits_for_it(engines, monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> str:
         raise EngineError("engine b answered 409: no memory for two buckets")
 
     monkeypatch.setattr(engines[1], "join_broadcast", refuse)
-    with pytest.raises(SyncError, match="no memory for two buckets"):
-        bridge_to(engines, timeout_seconds=1.0).attach(make_model(1))
+    with pytest.raises(SyncError) as refused:
+        bridge_to(engines).attach(make_model(1))
+    assert "\nengine b: engine b answered 409: no memory for two buckets" in str(refused.value)
+    assert "\nengine a: rank 1 could not join the learner: the learner left: engine b answered" in str(refused.value)

@@ -13,7 +13,7 @@ from fake_engine import FakeEngine
 from syncline.bridges.broadcast import BroadcastBridge
 from syncline.bridges.gather import GatheringBridge
 from syncline.config.schema import Bridge
-from syncline.errors import SyncError
+from syncline.errors import EngineError, SyncError
 
 WORLD = 2
 
@@ -27,57 +27,51 @@ def export(model: torch.nn.Module) -> Any:
     return model.named_parameters()
 
 
-def learner(rank: int, folder: str, *, fails: bool) -> None:
+def learner(rank: int, folder: str) -> None:
+    """One rank: two versions that arrive, then one that the engine does not take."""
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     from torch.distributed.fsdp import fully_shard
 
-    whole = make_model()
-    model = make_model()
+    reference, model = make_model(), make_model()
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
-    engine = FakeEngine("engine a", dict(whole.named_parameters()))
+    engine = FakeEngine("engine a", dict(reference.named_parameters()))
     config = Bridge(name="broadcast", bucket_bytes=128, timeout_seconds=30)
     bridge = GatheringBridge(export=export) if rank else BroadcastBridge([engine], config, export=export)
     bridge.attach(model)
-    if fails and rank == 0:
-        engine.before_receive = _die
-    try:
-        for version in range(2):
-            with torch.no_grad():
-                for sharded, one in zip(model.parameters(), whole.parameters(), strict=True):
-                    sharded.mul_(1.5)
-                    one.mul_(1.5)
-            receipt = bridge.publish(model, policy_version=version).receipt
-            Path(folder, f"rank-{rank}-{version}").write_text(receipt.digest)
-        if rank == 0:
-            assert all(torch.equal(engine.held(name), one) for name, one in whole.named_parameters())
-    except SyncError as error:
-        Path(folder, f"fault-{rank}").write_text(str(error))
-    finally:
-        bridge.close()
-        engine.close()
-        dist.destroy_process_group()
+    for version in range(2):
+        step(reference, model)
+        Path(folder, f"digest-{rank}-{version}").write_text(
+            bridge.publish(model, policy_version=version).receipt.digest
+        )
+    if rank == 0:
+        assert all(torch.equal(engine.held(name), tensor) for name, tensor in reference.named_parameters())
+    engine.before_receive = refuse
+    step(reference, model)
+    with pytest.raises(SyncError) as fault:
+        bridge.publish(model, policy_version=2)
+    Path(folder, f"fault-{rank}").write_text(str(fault.value))
+    bridge.close()
+    engine.close()
+    dist.destroy_process_group()
 
 
-def _die() -> None:
-    from syncline.errors import EngineError
+@torch.no_grad()
+def step(*models: torch.nn.Module) -> None:
+    for model in models:
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
 
+
+def refuse() -> None:
     raise EngineError("engine a is gone")
 
 
-def run(rank: int, folder: str, fails: bool) -> None:
-    learner(rank, folder, fails=fails)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_every_rank_gathers_and_one_sends(tmp_path: Path, fails: bool) -> None:
-    processes.spawn(run, args=(str(tmp_path), fails), nprocs=WORLD)  # pyright: ignore[reportPrivateImportUsage]
-    written = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "store"}
-    if fails:
-        assert sorted(written) == ["fault-0", "fault-1"]
-        assert all("engine a is gone" in fault for fault in written.values())
-    else:
-        assert sorted(written) == ["rank-0-0", "rank-0-1", "rank-1-0", "rank-1-1"]
-        assert written["rank-0-1"] == written["rank-1-1"] != written["rank-0-0"]
+def test_every_rank_gathers_one_sends_and_its_fault_is_everybodys(tmp_path: Path) -> None:
+    processes.spawn(learner, args=(str(tmp_path),), nprocs=WORLD)  # pyright: ignore[reportPrivateImportUsage]
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert written["digest-0-1"] == written["digest-1-1"] != written["digest-0-0"]
+    assert "engine a is gone" in written["fault-0"]
+    assert written["fault-1"] == f"rank 0: {written['fault-0']}"

@@ -21,7 +21,7 @@ class Member:
         self._invitation = invitation
         self._rank = rank
         self._device = device
-        self._receiver: Receiver | None = None
+        self._joined: tuple[Group, Receiver] | None = None
         """`None` before joining, and once the group is of no further use."""
         self.closing: Future[None] | None = None
 
@@ -33,19 +33,20 @@ class Member:
         try:
             refuse_unplanned(invitation.manifest, shards)
             planned = invitation.plan()
-            deadline = Deadline.after(timeout_seconds)
-            group = Group.connect(invitation.seat(self._rank), self._device, deadline=deadline, watch=_nobody)
-            self._receiver = Receiver(planned, group, shards, self._device)
+            receiver = Receiver(planned, shards, self._device)
+            seat = invitation.seat(self._rank)
+            self._joined = Group.join(seat, self._device, deadline=Deadline.after(timeout_seconds)), receiver
         except SyncError as error:
-            return {"fault": str(error)}
+            return {"fault": f"rank {self._rank} could not join the learner: {error}"}
         return {"plan": planned.digest}
 
     def receive(self, generation: str, *, timeout_seconds: float) -> dict[str, str]:
         """Nothing, or `fault`. After a fault this worker has left the group."""
-        if self._receiver is None or generation != self._invitation.generation:
+        if self._joined is None or generation != self._invitation.generation:
             return {"fault": f"this worker is not in the learner's group {generation}"}
+        group, receiver = self._joined
         try:
-            self._receiver.receive(deadline=Deadline.after(timeout_seconds))
+            receiver.receive(group, deadline=Deadline.after(timeout_seconds))
         except SyncError as error:
             self.leave()
             return {"fault": f"rank {self._rank} waited for the learner (rank 0): {error}"}
@@ -53,10 +54,6 @@ class Member:
 
     def leave(self) -> None:
         """Its connections close on their own: the engine lives on."""
-        if self._receiver is not None:
-            self.closing = self._receiver.group.leave("")
-            self._receiver = None
-
-
-def _nobody() -> None:
-    """Before the group is connected there is nobody to watch; the deadline is all."""
+        if self._joined is not None:
+            self.closing = self._joined[0].leave("")
+            self._joined = None
