@@ -16,6 +16,7 @@ from syncline.bridges.broadcast import BroadcastBridge
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.restart import RestartBridge
 from syncline.bridges.shared import SharedBridge
+from syncline.cli import main
 from syncline.config.schema import Bridge
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
@@ -173,6 +174,23 @@ def test_a_model_the_engine_does_not_serve_is_refused_by_parameter_name(side: Si
         side.bridge().attach(other)
 
 
+def test_weights_that_are_not_finite_are_not_published(side: Side) -> None:
+    bridge = side.attached()
+    bridge.publish(side.model, policy_version=side.next_version())
+    version = side.engine.receipt().policy_version
+    weight = side.model.model.layers[1].mlp.down_proj.weight
+    good = weight.detach().clone()
+    with pytest.raises(SyncError, match=r"layers\.1\.mlp\.down_proj\.weight is not finite"), bridge.updating():
+        with torch.no_grad():
+            weight[0, 0] = float("nan")
+        bridge.publish(side.model, policy_version=version + 1)
+    assert side.engine.receipt().policy_version == version
+    with torch.no_grad():
+        weight.copy_(good)
+    bridge.publish(side.model, policy_version=version + 1)
+    assert side.mismatch() < TOLERANCE
+
+
 def test_a_failure_while_the_weights_move_leaves_the_engine_paused(side: Side) -> None:
     bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
@@ -196,6 +214,18 @@ def test_requests_kept_in_flight_have_each_token_under_the_version_that_sampled_
     assert max(len(completion.versions) for _, completion in completions) >= 2, "no request was kept over a step"
     assert all(len(completion.token_ids) == completion.versions[-1].end for _, completion in completions)
     assert _worst_span(side, completions, weights) < TOLERANCE
+
+
+def test_verify_tells_whether_the_engine_holds_a_checkpoint(side: Side, tmp_path: Path, capsys) -> None:
+    bridge = side.attached()
+    side.step(bridge)
+    side.model.save_pretrained(tmp_path / "same")
+    argv = ["verify", str(tmp_path / "same"), "--engine-url", side.engine.url]
+    assert main(argv) == 0
+    assert side.engine.receipt().digest in capsys.readouterr().out
+    side.step(bridge)
+    assert main(argv) == SyncError.exit_code
+    assert "model.embed_tokens.weight: the checkpoint float32[70, 128]" in capsys.readouterr().err or DEVICE == "cuda"
 
 
 Sampled = list[tuple[tuple[int, ...], Completion]]

@@ -9,9 +9,12 @@ it does not withstand somebody who crafts a collision.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
+
+from syncline.errors import SyncError
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -52,12 +55,29 @@ def model_digest(parameters: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def differences(learner: Mapping[str, str], engine: Mapping[str, str], *, limit: int = 5) -> list[str]:
+def refuse_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raises `SyncError` naming the first parameter that holds a NaN or an infinity; one pass over the memory.
+
+    Two sides may agree, bit for bit, on weights that nothing can be sampled from.
+    """
+    tensors = {name: tensor.detach() for name, tensor in named if tensor.numel()}
+    largest = torch.stack(
+        torch._foreach_norm(list(tensors.values()), ord=math.inf, dtype=torch.float32)  # pyright: ignore
+    )
+    if largest.isfinite().all():
+        return
+    bad = [name for name, value in zip(tensors, largest.tolist(), strict=True) if not math.isfinite(value)]
+    raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(tensors)} parameters); nothing was published")
+
+
+def differences(
+    learner: Mapping[str, str], engine: Mapping[str, str], *, left: str = "the learner", limit: int = 5
+) -> list[str]:
     """What differs between two sides, a line a parameter, at most `limit` lines and a count of the rest."""
     lines = [f"{name}: missing in the engine" for name in sorted(learner.keys() - engine.keys())]
-    lines += [f"{name}: not in the learner" for name in sorted(engine.keys() - learner.keys())]
+    lines += [f"{name}: not in {left}" for name in sorted(engine.keys() - learner.keys())]
     lines += [
-        f"{name}: learner {learner[name]}, engine {engine[name]}"
+        f"{name}: {left} {learner[name]}, the engine {engine[name]}"
         for name in sorted(learner.keys() & engine.keys())
         if learner[name] != engine[name]
     ]

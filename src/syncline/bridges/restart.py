@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from syncline.bridges.fleet import Fleet
-from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
+from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, refuse_not_finite
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.protocols import EngineControl, Receipt, SyncReport
@@ -56,6 +56,7 @@ class RestartBridge:
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
+        refuse_not_finite(self._export(model))
         digests = parameter_digests(self._export(model))
         expected = Receipt(policy_version, model_digest(digests))
         clock.lap("digest")

@@ -14,7 +14,7 @@ import torch
 
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, open_views
-from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
+from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, refuse_not_finite
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.protocols import EngineControl, Receipt, SyncReport
@@ -52,6 +52,7 @@ class SharedBridge:
             self._fleet.refuse_backwards(policy_version)
             clock = self._pause()
             clock.lap("step")
+            refuse_not_finite(self._parameters(model))
             digests = parameter_digests(self._parameters(model))
             expected = Receipt(policy_version, model_digest(digests))
             clock.lap("digest")

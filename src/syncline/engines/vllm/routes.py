@@ -72,21 +72,24 @@ class Served:
     torn: str | None = None
     """Why the weights are of no version: somebody began to replace them. Naming them ends it, nothing else does."""
 
+    async def measured(self, method: str = "syncline_parameters", *args: Any) -> dict[str, str]:
+        [parameters] = await self.engine.collective_rpc(method, args=args)
+        return parameters
+
     async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
-        [self.parameters] = await self.engine.collective_rpc(method, args=args)
+        self.parameters = await self.measured(method, *args)
         self.is_measured = True
 
     async def refuse_unproved(self) -> None:
         """Raises `EngineError` when the weights are no longer those of the version they were named with."""
         if self.is_measured:
             return
-        named = model_digest(self.parameters)
-        await self.remeasure()
-        if model_digest(self.parameters) != named:
+        if await self.measured() != self.parameters:
             raise EngineError(
-                f"the weights have changed since they were named version {self.gate.policy_version} (digest "
-                f"{named[:12]}); publish a new version instead of resuming"
+                f"the weights have changed since they were named version {self.gate.policy_version}; publish a new "
+                "version instead of resuming"
             )
+        self.is_measured = True
 
     def receipt(self) -> dict[str, Any]:
         return {
@@ -148,6 +151,11 @@ def _weight_routes(served: Served) -> APIRouter:
     @router.get("/syncline/parameters")
     async def parameters() -> dict[str, Any]:
         return {**served.receipt(), "parameters": served.parameters}
+
+    @router.post("/syncline/measure")
+    async def measure() -> dict[str, Any]:
+        measured = await served.measured()
+        return {**served.receipt(), "digest": model_digest(measured), "parameters": measured}
 
     @router.post("/syncline/pause")
     async def pause(body: PauseBody) -> dict[str, Any]:
