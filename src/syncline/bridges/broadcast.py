@@ -29,7 +29,7 @@ from syncline.bridges.gather import Export, Others, whole
 from syncline.bridges.handles import device_name
 from syncline.bridges.invitation import Invitation, manifest_of
 from syncline.bridges.pipeline import Sender
-from syncline.bridges.receipt import model_digest, parameter_digests
+from syncline.bridges.receipt import finite, model_digest, parameter_digests
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError, SynclineError
@@ -84,10 +84,10 @@ class BroadcastBridge:
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
-        digests = parameter_digests(whole(self._export(model)))
-        expected = Receipt(policy_version, model_digest(digests))
-        clock.lap("digest")
         with self._others.told() as word:
+            digests = parameter_digests(finite(whole(self._export(model))))
+            expected = Receipt(policy_version, model_digest(digests))
+            clock.lap("digest")
             served = self._fleet.refuse_backwards(policy_version)
             moves = any(receipt.digest != expected.digest for receipt in served)
             group = self._connected() if moves else None

@@ -134,7 +134,7 @@ def test_a_learner_whose_export_fails_half_way_tells_the_engines(engines) -> Non
 
 def test_an_engine_of_another_model_is_refused_by_parameter_name(engines) -> None:
     other = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Linear(12, 5, bias=False))
-    with pytest.raises(SyncError, match=r"1\.weight: learner float32\[5, 12\], engine float32\[4, 12\]"):
+    with pytest.raises(SyncError, match=r"1\.weight: the learner float32\[5, 12\], the engine float32\[4, 12\]"):
         bridge_to(engines).attach(other)
 
 
