@@ -50,8 +50,8 @@ class FakeEngine:
         self._leave()
         wait_for(self._closing, timeout=CLOSE_SECONDS)
 
-    def shards(self, rank: int) -> dict[str, Shard]:
-        return {name: self._shard(tensor, rank) for name, tensor in self._held.items()}
+    def _shards(self, rank: int) -> list[tuple[str, Shard]]:
+        return [(name, self._shard(tensor, rank)) for name, tensor in self._held.items()]
 
     def _shard(self, tensor: torch.Tensor, rank: int) -> Shard:
         first, last = (tensor.shape[0] * r // self._num_workers for r in (rank, rank + 1))
@@ -89,11 +89,11 @@ class FakeEngine:
         self._leave()
         asked = Invitation.from_wire(invitation)
         self._members = [Member(asked, rank=first_rank + i, device=CPU) for i in range(self._num_workers)]
-        answers = [
-            in_thread(lambda i=i, one=one: one.join(self.shards(i), timeout_seconds=timeout_seconds))
+        joining = [
+            in_thread(lambda i=i, one=one: one.join(self._shards(i), timeout_seconds=timeout_seconds))
             for i, one in enumerate(self._members)
         ]
-        [plan] = {answer["plan"] for answer in _without_faults(answers)}
+        [plan] = set(_answers(joining))
         self._generation = asked.generation
         return plan
 
@@ -102,11 +102,11 @@ class FakeEngine:
         self._version = -1
         try:
             self.before_receive()
-            answers = [
+            receiving = [
                 in_thread(lambda one=one: one.receive(generation, timeout_seconds=timeout_seconds))
                 for one in self._members
             ]
-            _without_faults(answers)
+            _answers(receiving)
         except EngineError:
             self._leave()
             raise
@@ -120,8 +120,9 @@ class FakeEngine:
         raise EngineError(f"{self.name} loads nothing")
 
 
-def _without_faults(answers: Sequence[Future[dict[str, str]]]) -> list[dict[str, str]]:
-    results = [answer.result(60) for answer in answers]
-    if faults := [result["fault"] for result in results if "fault" in result]:
+def _answers(workers: Sequence[Future[Any]]) -> list[Any]:
+    """As the engine's routes do: every worker's fault, or every worker's answer."""
+    wait_for(workers, timeout=60)
+    if faults := [f"rank {rank}: {worker.exception()}" for rank, worker in enumerate(workers) if worker.exception()]:
         raise EngineError("\n".join(faults))
-    return results
+    return [worker.result() for worker in workers]

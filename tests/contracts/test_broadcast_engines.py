@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 from real_engine import make_tiny_model, run_values, running_engine
-from test_weight_bridge import DTYPE, TOLERANCE, Side, other_device
+from test_weight_bridge import DTYPE, TOLERANCE, Side, learner_device
 from transformers import AutoModelForCausalLM
 
 from syncline.bridges.broadcast import BroadcastBridge
@@ -57,17 +57,18 @@ def step(model: torch.nn.Module) -> None:
 
 
 def assert_torn(side: Side, *, named: str) -> None:
-    """Paused, of no version, its receipt measured since, not to be resumed."""
+    """Paused, of no version and no digest, not to be resumed."""
     health = httpx.get(f"{side.engine.url}/health", timeout=10).json()
     assert health["paused"] is True
     assert health["policy_version"] == -1
     assert named in health["torn"]
+    assert all(digest.endswith(":torn") for digest in side.engine.parameters().values())
     with pytest.raises(EngineError, match="publish one instead of resuming"):
         side.engine.resume()
 
 
 def test_two_engines_take_every_version_at_once(sides: list[Side]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(sides[0].model_path, dtype=DTYPE).to(other_device())
+    model = AutoModelForCausalLM.from_pretrained(sides[0].model_path, dtype=DTYPE).to(learner_device("broadcast"))
     bridge = bridge_to(sides)
     bridge.attach(model)
     for version in range(3):
@@ -84,7 +85,7 @@ def test_a_learner_killed_in_the_middle_is_missed_by_the_engine_which_joins_the_
     side = sides[0]
     side.engine.pause(mode="abort", timeout_seconds=30)
     script = Path(__file__).parents[1] / "broadcast_learner.py"
-    argv = [sys.executable, str(script), side.engine.url, str(side.model_path), other_device()]
+    argv = [sys.executable, str(script), side.engine.url, str(side.model_path), learner_device("broadcast")]
     version = side.engine.receipt().policy_version
     with subprocess.Popen([*argv, str(version + 1)], stdout=subprocess.PIPE, text=True) as learner:
         assert learner.stdout is not None
@@ -93,7 +94,7 @@ def test_a_learner_killed_in_the_middle_is_missed_by_the_engine_which_joins_the_
         killed = time.monotonic()
     _until(lambda: httpx.get(f"{side.engine.url}/health", timeout=30).json()["torn"], "waited for the learner")
     assert time.monotonic() - killed < DETECT_SECONDS
-    assert_torn(side, named="waited for the learner (rank 0)")
+    assert_torn(side, named="waited for the learner")
 
     bridge = bridge_to([side])
     bridge.attach(side.model)
@@ -131,7 +132,7 @@ def test_an_engine_killed_in_the_middle_is_named_and_the_other_joins_again(sides
     with pytest.raises(SyncError, match=f"{victim.engine.name}: "):
         bridge.publish(survivor.model, policy_version=version + 1)
     assert time.monotonic() - started < DETECT_SECONDS
-    assert_torn(survivor, named="waited for the learner (rank 0)")
+    assert_torn(survivor, named="waited for the learner")
     with pytest.raises(SynclineError, match=victim.engine.url):
         bridge.publish(survivor.model, policy_version=version + 1)
     bridge.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,25 +48,32 @@ def broadcast(side: "Side", config: Bridge) -> WeightBridge:
 
 MakeBridge = Callable[["Side", Bridge], WeightBridge]
 BRIDGES: dict[str, MakeBridge] = {"restart": restart, "shared": shared, "broadcast": broadcast}
+TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,), "broadcast": (1, 2)}
+"""Ranks of the engine under each bridge."""
 
 
-def other_device() -> str:
-    """The learner's where it may not be the engine's, which is on the first GPU."""
-    if DEVICE == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("NCCL broadcasts between two GPUs, and this machine has one")
-    return "cuda:1" if DEVICE == "cuda" else "cpu"
+def learner_device(name: str, *, ranks: int = 1) -> str:
+    """NCCL has no two ranks on one GPU, and the engine's are on the first."""
+    return f"cuda:{ranks}" if DEVICE == "cuda" and name == "broadcast" else DEVICE
 
 
 class Side:
     """Both sides of a bridge: a learner's model and the engine that should follow it."""
 
-    def __init__(self, name: str, engine: EngineController, model_path: Path, folder: Path) -> None:
+    def __init__(self, name: str, engine: EngineController, model_path: Path, folder: Path, *, ranks: int = 1) -> None:
         self.engine = engine
         self.model_path = model_path
-        device = other_device() if name == "broadcast" else DEVICE
+        device = learner_device(name, ranks=ranks)
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPE).to(device)
         self.folder = folder
         self.name = name
+        self._initial = [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    def reset(self) -> None:
+        """The first weights again: random steps add up, and with them what half precision rounds away."""
+        with torch.no_grad():
+            for parameter, initial in zip(self.model.parameters(), self._initial, strict=True):
+                parameter.copy_(initial)
 
     def bridge(self, *, in_flight: str = "drain") -> WeightBridge:
         return BRIDGES[self.name](self, Bridge.model_validate({"name": self.name, "in_flight": in_flight}))
@@ -119,13 +127,29 @@ def _copy(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-@pytest.fixture(scope="module", params=sorted(BRIDGES))
+def _engines() -> list[Any]:
+    """Every bridge with every number of ranks; several ranks need as many GPUs, where there are GPUs."""
+    return [
+        pytest.param(
+            (name, ranks),
+            id=f"{name}-tp{ranks}",
+            marks=pytest.mark.skipif(0 < torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs"),
+        )
+        for name in sorted(BRIDGES)
+        for ranks in TENSOR_PARALLEL[name]
+        for gpus in [ranks + (name == "broadcast")]
+    ]
+
+
+@pytest.fixture(scope="module", params=_engines())
 def side(request, tmp_path_factory) -> Iterator[Side]:
-    folder = tmp_path_factory.mktemp(request.param)
+    name, ranks = request.param
+    folder = tmp_path_factory.mktemp(f"{name}-tp{ranks}")
     model_path = make_tiny_model(folder / "model")
-    values = run_values(model_path, folder / "run", bridge={"name": request.param})
+    values = run_values(model_path, folder / "run", bridge={"name": name})
+    values["engine"] |= {"device": DEVICE, "devices": list(range(ranks)), "tensor_parallel_size": ranks}
     with running_engine(values, folder) as engine:
-        yield Side(request.param, engine, model_path, folder / "weights")
+        yield Side(name, engine, model_path, folder / "weights", ranks=ranks)
 
 
 def test_before_the_first_publish_no_version_is_claimed(side: Side) -> None:
@@ -233,6 +257,7 @@ Sampled = list[tuple[tuple[int, ...], Completion]]
 
 def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> tuple[Sampled, dict[int, Any]]:
     """Requests before, between and after three steps; prompt and completion of each, and the weights by version."""
+    side.reset()
     bridge.publish(side.model, policy_version=side.next_version())
     weights = {side.next_version() - 1: _copy(side.model)}
     prompts = PROMPTS * 4
@@ -259,8 +284,10 @@ def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> 
 
 
 def _worst_span(side: Side, completions: Sampled, weights: dict[int, Any]) -> float:
+    """The largest mean |Δlogprob| of a span under its own version; a few tokens' mean is given more room."""
     return max(
         side.span_difference(prompt, completion, weights[span.policy_version], (span.start, span.end))
+        * min(1.0, math.sqrt((span.end - span.start) / 12))
         for prompt, completion in completions
         for span in completion.versions
     )

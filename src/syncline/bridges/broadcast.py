@@ -25,7 +25,7 @@ import torch
 from syncline.bridges.buckets import Entry, plan
 from syncline.bridges.collective import CLOSE_SECONDS, Deadline, Group, in_thread, listen, say_last
 from syncline.bridges.fleet import Fleet
-from syncline.bridges.gather import Export, Others, whole
+from syncline.bridges.gather import Export, Others, gathered
 from syncline.bridges.handles import device_name
 from syncline.bridges.invitation import Invitation, manifest_of
 from syncline.bridges.pipeline import Sender
@@ -85,7 +85,7 @@ class BroadcastBridge:
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
         with self._others.told() as word:
-            digests = parameter_digests(finite(whole(self._export(model))))
+            digests = parameter_digests(finite(gathered(self._export(model))))
             expected = Receipt(policy_version, model_digest(digests))
             clock.lap("digest")
             served = self._fleet.refuse_backwards(policy_version)
@@ -113,7 +113,7 @@ class BroadcastBridge:
     def _move(self, group: Group, model: Any, policy_version: int) -> list[Received]:
         """Sends, while every engine receives."""
         timeout = self._config.timeout_seconds
-        named = whole(self._export(model))
+        named = gathered(self._export(model))
         order = {"generation": group.seat.generation, "policy_version": policy_version}
         with self._asked(
             lambda engine: engine.receive_broadcast(**order, timeout_seconds=timeout),

@@ -12,7 +12,7 @@ the memory at ten times the link's speed, beside the sending. `torch._foreach_co
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,38 +154,46 @@ def _next_of(stream: Iterator[tuple[str, torch.Tensor]], entry: Entry) -> tuple[
 
 
 def shard_views(
-    bucket: Bucket, buffer: torch.Tensor, shards: Mapping[str, Shard]
+    bucket: Bucket, buffer: torch.Tensor, shards: Iterable[tuple[str, Shard]]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """`(targets, sources)`: for each piece this rank holds a part of, that part of the memory and of the bucket."""
+    """`(targets, sources)`: for each of this rank's pieces of a parameter, the part of it that lies in the bucket, in
+    the piece's memory and in the bucket's."""
+    held: defaultdict[str, list[Shard]] = defaultdict(list)
+    for name, shard in shards:
+        held[name].append(shard)
     targets, sources = [], []
     for piece in bucket.pieces:
-        if (shard := shards.get(piece.entry.name)) is None:
-            continue
-        target, source = shard.tensor, piece.view(buffer)
-        if target.dim():
-            first = max(piece.start, shard.start[0])
-            last = min(piece.stop, shard.start[0] + target.shape[0])
-            if first >= last:
-                continue
-            target = target[first - shard.start[0] : last - shard.start[0]]
-            source = source[first - piece.start : last - piece.start]
-        for dim in range(1, target.dim()):
-            source = source.narrow(dim, shard.start[dim], target.shape[dim])
-        targets.append(target)
-        sources.append(source)
+        for shard in held[piece.entry.name]:
+            if part := _part_of(shard, piece, piece.view(buffer)):
+                targets.append(part[0])
+                sources.append(part[1])
     return targets, sources
 
 
-def refuse_unplanned(manifest: Sequence[Entry], shards: Mapping[str, Shard]) -> None:
+def _part_of(shard: Shard, piece: Piece, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`source` are the piece's rows, whole."""
+    target = shard.tensor
+    if target.dim():
+        first = max(piece.start, shard.start[0])
+        last = min(piece.stop, shard.start[0] + target.shape[0])
+        if first >= last:
+            return None
+        target = target[first - shard.start[0] : last - shard.start[0]]
+        source = source[first - piece.start : last - piece.start]
+    for dim in range(1, target.dim()):
+        source = source.narrow(dim, shard.start[dim], target.shape[dim])
+    return target, source
+
+
+def refuse_unplanned(manifest: Sequence[Entry], shards: Iterable[tuple[str, Shard]]) -> None:
     """Raises `SyncError` naming a shard of another type or shape than the manifest's, or not in it at all."""
     planned = {entry.name: entry for entry in manifest}
-    for name, shard in shards.items():
-        own = Entry(name, str(shard.tensor.dtype).removeprefix("torch."), shard.shape)
+    for name, shard in shards:
+        own = Entry(name, str(shard.tensor.dtype).removeprefix("torch."), tuple(shard.shape))
         sent = planned.get(name)
         if sent != own:
-            raise SyncError(
-                f"{name}: the engine holds {own.kind}, the learner sends {sent.kind if sent else 'nothing'}"
-            )
+            theirs = sent.kind if sent else "nothing"
+            raise SyncError(f"{name}: the engine holds {own.kind}, the learner sends {theirs}")
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

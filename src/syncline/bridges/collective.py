@@ -12,11 +12,10 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -136,10 +135,19 @@ class Group:
         """
         if self.seat.rank == 0:
             say_last(self._store, reason)
-        last = [self._backend]
+        last, aborted = [self._backend], Event()
         self._backend = None
-        wait_for([in_thread(last[0].abort)], timeout=CLOSE_SECONDS)
-        return in_thread(last.clear)
+
+        def close() -> None:
+            try:
+                last[0].abort()
+            finally:
+                aborted.set()
+                last.clear()  # the only reference: torch closes here
+
+        closing = in_thread(close)
+        aborted.wait(CLOSE_SECONDS)
+        return closing
 
 
 def _visit(seat: Seat, deadline: Deadline) -> Any:

@@ -20,7 +20,7 @@ from syncline.protocols import Receipt, SyncReport
 Export = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 
 
-def whole(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def gathered(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Sharded parameters gathered, one at a time; whole ones as they are."""
     from torch.distributed.tensor import DTensor
 
@@ -73,10 +73,10 @@ class GatheringBridge:
     def publish(self, model: Any, *, policy_version: int) -> SyncReport:
         """Raises `SyncError` with rank 0's fault."""
         clock = Stopwatch()
-        digests = parameter_digests(whole(self._export(model)))
+        digests = parameter_digests(gathered(self._export(model)))
         clock.lap("digest")
         if _hear()["moves"]:
-            for _ in whole(self._export(model)):
+            for _ in gathered(self._export(model)):
                 pass
         _hear()
         clock.lap("gather")

@@ -5,7 +5,7 @@ same buffer; the receiver asks for k+1 before it unpacks k. On GPUs all of it is
 own, so Python runs ahead and waits once, at the end; on CPUs it waits for each bucket. Every wait has a deadline.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -104,7 +104,7 @@ class Sender(Pipeline):
 class Receiver(Pipeline):
     """An engine worker's end: what arrives goes straight into the memory that the forward pass reads."""
 
-    def __init__(self, plan: Plan, shards: Mapping[str, Shard], device: torch.device) -> None:
+    def __init__(self, plan: Plan, shards: Sequence[tuple[str, Shard]], device: torch.device) -> None:
         super().__init__(plan, device)
         self._parts = [shard_views(bucket, self._buffer(i), shards) for i, bucket in enumerate(plan.buckets)]
 

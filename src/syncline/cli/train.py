@@ -102,7 +102,7 @@ def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path)
     from syncline.bridges.broadcast import BroadcastBridge
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
-    from syncline.learner.model import checkpoint_parameters
+    from syncline.learner.model import checkpoint_parameters, saved_parameters
 
     if config.bridge.name == "shared":
         return SharedBridge(engines, config.bridge, parameters=lambda model: model.named_parameters())
@@ -112,6 +112,7 @@ def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path)
         engines,
         config.bridge,
         export=checkpoint_parameters,
+        saved=saved_parameters,
         folder=Path(config.run.dir) / "weights",
         assets=assets,
     )

@@ -75,11 +75,12 @@ def _environments(config: RunConfig) -> Iterator[str]:
 
 def _devices(config: RunConfig) -> Iterator[str]:
     engine, learner = config.engine, config.learner
-    wanted = 1 if config.bridge.name == "shared" else engine.num_replicas
-    if engine.device != "cpu" and len(engine.devices) != wanted:
+    wanted = engine.tensor_parallel_size * (1 if config.bridge.name == "shared" else engine.num_replicas)
+    if engine.device != "cpu" and len(set(engine.devices)) != wanted:
         yield (
-            f"engine.devices: {list(engine.devices)} names {len(engine.devices)} GPUs, and {engine.num_replicas} "
-            f"replicas with bridge.name = {config.bridge.name!r} need {wanted}; name that many"
+            f"engine.devices: {list(engine.devices)} names {len(set(engine.devices))} GPUs, and {engine.num_replicas} "
+            f"replicas of {engine.tensor_parallel_size} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
+            "name that many, or set engine.device to cpu"
         )
     if len(learner.devices) != 1:
         yield f"learner.devices: {list(learner.devices)} names {len(learner.devices)} GPUs; it uses one, so name one"

@@ -117,7 +117,7 @@ class EngineController:
         answer = self._post("/syncline/measure", {}, self._start_timeout_seconds)
         return _receipt(answer), answer["parameters"]
 
-    def export(self, *, fused: bool = False) -> Mapping[str, Any]:
+    def export(self, *, fused: bool = False) -> Sequence[Mapping[str, Any]]:
         return self._call("POST", "/syncline/export", {"fused": fused}, self._start_timeout_seconds)
 
     def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:

@@ -39,7 +39,7 @@ def manifest(model: dict[str, torch.Tensor]) -> list[Entry]:
     return [Entry.of(name, tensor) for name, tensor in model.items()]
 
 
-def through_buckets(model: dict[str, torch.Tensor], shards: dict[str, Shard], *, bucket_bytes: int) -> None:
+def through_buckets(model: dict[str, torch.Tensor], shards: list[tuple[str, Shard]], *, bucket_bytes: int) -> None:
     """Packs the model bucket by bucket, as the learner does, and unpacks the shards' parts, as an engine does."""
     planned = plan(manifest(model), bucket_bytes=bucket_bytes)
     for bucket, sources in zip(planned.buckets, pieces_of(model.items(), planned), strict=True):
@@ -71,10 +71,20 @@ def test_whatever_is_packed_arrives_once_on_every_shard(
 
     all_shards = {name: shards(tensor) for name, tensor in model.items()}
     for rank in range(ranks):
-        through_buckets(model, {name: cuts[rank] for name, cuts in all_shards.items()}, bucket_bytes=bucket_bytes)
+        through_buckets(model, [(name, cuts[rank]) for name, cuts in all_shards.items()], bucket_bytes=bucket_bytes)
     for name, tensor in model.items():
         arrived = [shard.tensor for shard in all_shards[name]]
         assert torch.equal(arrived[0] if tensor.dim() == 0 else torch.cat(arrived, dim % tensor.dim()), tensor)
+
+
+@given(st.integers(1, 300))
+def test_a_rank_that_holds_several_pieces_of_a_parameter_gets_them_all(bucket_bytes: int) -> None:
+    """A layer the checkpoint fuses, split over ranks: rows 1 to 2 and 5 to 7 of eight, and nothing else."""
+    model = {"qkv": torch.arange(32.0).view(8, 4)}
+    pieces = [Shard(torch.zeros(2, 4), (8, 4), (1, 0)), Shard(torch.zeros(3, 4), (8, 4), (5, 0))]
+    through_buckets(model, [("qkv", piece) for piece in pieces], bucket_bytes=bucket_bytes)
+    assert torch.equal(pieces[0].tensor, model["qkv"][1:3])
+    assert torch.equal(pieces[1].tensor, model["qkv"][5:8])
 
 
 @given(models(), st.integers(1, 300))
@@ -132,11 +142,11 @@ def test_a_learner_that_changed_since_it_joined_is_refused_by_parameter_name() -
 def test_an_engine_of_another_model_is_refused_by_parameter_name() -> None:
     sent = [Entry("a", "float32", (4, 2))]
     half = Shard(torch.zeros(2, 2), (4, 2), (2, 0))
-    refuse_unplanned(sent, {"a": half})
+    refuse_unplanned(sent, [("a", half)])
     with pytest.raises(SyncError, match=r"a: the engine holds bfloat16\[4, 2\], the learner sends float32\[4, 2\]"):
-        refuse_unplanned(sent, {"a": Shard(half.tensor.bfloat16(), (4, 2), (2, 0))})
+        refuse_unplanned(sent, [("a", Shard(half.tensor.bfloat16(), (4, 2), (2, 0)))])
     with pytest.raises(SyncError, match=r"b: the engine holds float32\[4, 2\], the learner sends nothing"):
-        refuse_unplanned(sent, {"b": half})
+        refuse_unplanned(sent, [("b", half)])
 
 
 def test_no_more_of_the_model_is_read_than_the_bucket_needs() -> None:

@@ -48,7 +48,7 @@ class Parties:
         self.sender = Sender(planned(like), CPU)
         self.groups = [future.result(SECONDS) for future in joining]
         self.held = [self._shards(rank) for rank in range(num_workers)]
-        self.receivers = [Receiver(planned(like), shards, CPU) for shards in self.held]
+        self.receivers = [Receiver(planned(like), list(shards.items()), CPU) for shards in self.held]
 
     @staticmethod
     def _shards(rank: int) -> dict[str, Shard]:

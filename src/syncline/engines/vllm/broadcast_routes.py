@@ -1,7 +1,7 @@
 """The routes of the `broadcast` bridge: join a learner's group, take a version from it.
 
 From the first byte received until the new weights are named they are of no version (`Served.torn`): a fault leaves the
-engine paused, unable to resume, its parameters measured anew, and ready for the next learner's invitation.
+engine paused, unable to resume, its digests unknown, and ready for the next learner's invitation.
 """
 
 import logging
@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from syncline.engines.vllm.routes import Body, Route, Served, _name, _need_paused, _refuse_older
-from syncline.errors import EngineError
+from syncline.errors import EngineError, SyncError
 
 log = logging.getLogger("syncline.engine")
 
@@ -40,22 +40,17 @@ def broadcast_routes(served: Served) -> APIRouter:
     @router.post("/join")
     async def join(body: JoinBody) -> dict[str, Any]:
         served.generation = ""
-        answers = await served.engine.collective_rpc(
-            "syncline_join", args=(body.invitation, body.first_rank, body.timeout_seconds)
-        )
-        if faults := _faults(answers):
-            raise EngineError(faults)
+        plans = await served.each_rank("syncline_join", body.invitation, body.first_rank, body.timeout_seconds)
         served.generation = body.invitation["generation"]
-        [plan] = {answer["plan"] for answer in answers}
-        return {"plan": plan}
+        return {"plan": plans[0]}
 
     @router.post("/receive")
     async def receive(body: ReceiveBody) -> dict[str, Any]:
         try:
             return await _receive(served, body)
-        except EngineError:
+        except (EngineError, SyncError):
             served.generation = ""
-            await served.engine.collective_rpc("syncline_leave")
+            await served.each_rank("syncline_leave")
             raise
 
     return router
@@ -64,19 +59,14 @@ def broadcast_routes(served: Served) -> APIRouter:
 async def _receive(served: Served, body: ReceiveBody) -> dict[str, Any]:
     _need_paused(served, "a broadcast")
     _refuse_older(served, body.policy_version)
-    served.torn = f"a broadcast of version {body.policy_version} broke off"
-    served.parameters = {}
-    answers = await served.engine.collective_rpc("syncline_receive", args=(body.generation, body.timeout_seconds))
+    served.tear(f"a broadcast of version {body.policy_version} broke off")
+    try:
+        await served.each_rank("syncline_receive", body.generation, body.timeout_seconds)
+    except SyncError as error:
+        served.torn = f"{served.torn}: {error}"
+        log.error("%s", served.torn)
+        raise
     started = time.perf_counter()
     await served.remeasure()
-    if faults := _faults(answers):
-        served.torn = f"{served.torn}: {faults}"
-        log.error("%s", served.torn)
-        raise EngineError(served.torn)
     await _name(served, body.policy_version)
     return {**served.receipt(), "prove_seconds": time.perf_counter() - started}
-
-
-def _faults(answers: list[dict[str, str]]) -> str:
-    """One line a worker that failed."""
-    return "\n".join(answer["fault"] for answer in answers if "fault" in answer)

@@ -1,7 +1,6 @@
-"""A worker's place in a learner's process group. Faults are answers here: an exception would cross vLLM's RPC as text
-of vLLM's own, and the engine must live on to join the next learner."""
+"""A worker's place in a learner's process group."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future
 
 import torch
@@ -25,32 +24,28 @@ class Member:
         """`None` before joining, and once the group is of no further use."""
         self.closing: Future[None] | None = None
 
-    def join(self, shards: Mapping[str, Shard], *, timeout_seconds: float) -> dict[str, str]:
-        """`plan`: the digest of this side's plan; or `fault`."""
+    def join(self, shards: Iterable[tuple[str, Shard]], *, timeout_seconds: float) -> str:
+        """Returns the digest of this side's plan; raises `SyncError`."""
         invitation = self._invitation
         if same_gpu(invitation.device, self._device):
-            return {"fault": f"the learner is on this engine's GPU {invitation.device}; set bridge.name to shared"}
-        try:
-            refuse_unplanned(invitation.manifest, shards)
-            planned = invitation.plan()
-            receiver = Receiver(planned, shards, self._device)
-            seat = invitation.seat(self._rank)
-            self._joined = Group.join(seat, self._device, deadline=Deadline.after(timeout_seconds)), receiver
-        except SyncError as error:
-            return {"fault": f"rank {self._rank} could not join the learner: {error}"}
-        return {"plan": planned.digest}
+            raise SyncError(f"the learner is on this engine's GPU {invitation.device}; set bridge.name to shared")
+        held = list(shards)
+        refuse_unplanned(invitation.manifest, held)
+        receiver = Receiver(invitation.plan(), held, self._device)
+        seat = invitation.seat(self._rank)
+        self._joined = Group.join(seat, self._device, deadline=Deadline.after(timeout_seconds)), receiver
+        return receiver.plan.digest
 
-    def receive(self, generation: str, *, timeout_seconds: float) -> dict[str, str]:
-        """Nothing, or `fault`. After a fault this worker has left the group."""
+    def receive(self, generation: str, *, timeout_seconds: float) -> None:
+        """Takes one version. Raises `SyncError`; this worker has then left the group."""
         if self._joined is None or generation != self._invitation.generation:
-            return {"fault": f"this worker is not in the learner's group {generation}"}
+            raise SyncError(f"this worker is not in the learner's group {generation}")
         group, receiver = self._joined
         try:
             receiver.receive(group, deadline=Deadline.after(timeout_seconds))
         except SyncError as error:
             self.leave()
-            return {"fault": f"rank {self._rank} waited for the learner (rank 0): {error}"}
-        return {}
+            raise SyncError(f"waited for the learner: {error}") from error
 
     def leave(self) -> None:
         """Its connections close on their own: the engine lives on."""

@@ -1,14 +1,20 @@
-"""What runs inside vLLM's workers, called by name over `collective_rpc`."""
+"""What runs inside vLLM's workers, called by name over `collective_rpc`: once on every tensor-parallel rank.
+
+An answer is `{"value": ...}`, or `{"fault": ...}` when this rank cannot do it: vLLM would carry an exception to the
+caller without its type, or end the engine.
+"""
 
 import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from syncline.bridges.handles import export_views, move_to_memory_file
 from syncline.bridges.invitation import Invitation
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import parameter_digests
-from syncline.engines.vllm.layout import checkpoint_views
+from syncline.bridges.receipt import shard_digests, whole
+from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
 from syncline.engines.vllm.receiver import Member
+from syncline.errors import SyncError
 
 
 class WorkerExtension:
@@ -21,11 +27,11 @@ class WorkerExtension:
     _memory_file: tuple[str, int] | None = None
     _broadcast: Member | None = None
 
-    def syncline_parameters(self) -> dict[str, str]:
-        """Checkpoint name → dtype, shape and digest of what the next forward pass will read."""
-        return parameter_digests(checkpoint_views(self.get_model()))
+    def syncline_parameters(self) -> dict[str, Any]:
+        """Digests (`receipt.shard_digests`) of what the next forward pass will read."""
+        return _answer(lambda: shard_digests(checkpoint_views(self.get_model())))
 
-    def syncline_reload(self, path: str) -> dict[str, str]:
+    def syncline_reload(self, path: str) -> dict[str, Any]:
         """Loads the checkpoint at `path` into the parameters' own storages; answers as `syncline_parameters`."""
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self.model_runner.reload_weights(weights_path=path)  # it warns of layers without weights; the digest says more
@@ -37,28 +43,41 @@ class WorkerExtension:
             self._memory_file = move_to_memory_file(self.get_model().parameters())
 
     def syncline_export(self, fused: bool) -> dict[str, Any]:
-        """Where each parameter lies, under its checkpoint name, or (`fused`) as vLLM names and fuses them."""
+        """Where this rank's pieces lie, under their checkpoint names, or (`fused`) as vLLM names and fuses them."""
+        return _answer(lambda: export_views(self._views(fused), memory_file=self._memory_file))
+
+    def _views(self, fused: bool) -> Iterable[tuple[str, Shard]]:
         model = self.get_model()
-        views = {name: p.data for name, p in model.named_parameters()} if fused else dict(checkpoint_views(model))
-        return export_views(views, memory_file=self._memory_file)
+        if fused:
+            return ((name, whole(parameter)) for name, parameter in model.named_parameters())
+        refuse_copies(model)
+        return checkpoint_views(model)
 
-    def syncline_join(self, invitation: dict[str, Any], first_rank: int, timeout_seconds: float) -> dict[str, str]:
-        """Leaves the group of an earlier learner and joins this one's: `plan`, its digest, or the `fault`."""
+    def syncline_join(self, invitation: dict[str, Any], first_rank: int, timeout_seconds: float) -> dict[str, Any]:
+        """Leaves the group of an earlier learner and joins this one's. Answers with the digest of the plan."""
         self.syncline_leave()
-        self._broadcast = Member(Invitation.from_wire(invitation), rank=first_rank + self.rank, device=self.device)
-        return self._broadcast.join(self._shards(), timeout_seconds=timeout_seconds)
+        member = Member(Invitation.from_wire(invitation), rank=first_rank + self.rank, device=self.device)
+        self._broadcast = member
+        return _answer(lambda: member.join(self._views(fused=False), timeout_seconds=timeout_seconds))
 
-    def syncline_receive(self, generation: str, timeout_seconds: float) -> dict[str, str]:
-        """Takes one version from the learner's group: nothing, or the `fault`."""
-        if self._broadcast is None:
-            return {"fault": "this worker is in no learner's group"}
-        return self._broadcast.receive(generation, timeout_seconds=timeout_seconds)
+    def syncline_receive(self, generation: str, timeout_seconds: float) -> dict[str, Any]:
+        """Takes one version from the learner's group."""
+        return _answer(lambda: self._member().receive(generation, timeout_seconds=timeout_seconds))
 
-    def syncline_leave(self) -> None:
+    def syncline_leave(self) -> dict[str, Any]:
         """Whoever still sends to this worker, or receives from it, then knows that it will not go on."""
         if self._broadcast is not None:
             self._broadcast.leave()
+        return {"value": None}
 
-    def _shards(self) -> dict[str, Shard]:
-        views = checkpoint_views(self.get_model())
-        return {name: Shard(view, tuple(view.shape), (0,) * view.dim()) for name, view in views}
+    def _member(self) -> Member:
+        if self._broadcast is None:
+            raise SyncError("this worker is in no learner's group")
+        return self._broadcast
+
+
+def _answer(call: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"value": call()}
+    except SyncError as error:
+        return {"fault": str(error)}
