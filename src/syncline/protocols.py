@@ -127,6 +127,22 @@ class SyncReport:
     parts_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """An engine in a learner's process group: its number of workers, and the group's name; empty: in none."""
+
+    world_size: int
+    generation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What an engine holds after a broadcast, and how long it took to measure and name it."""
+
+    receipt: Receipt
+    prove_seconds: float
+
+
 class EngineControl(Protocol):
     """What a bridge needs of an engine. Every call has a deadline and raises `EngineError` or `EngineTimeout`."""
 
@@ -165,6 +181,17 @@ class EngineControl(Protocol):
 
     def adopt(self, *, policy_version: int) -> Receipt:
         """Names the weights already held: the version moves, the caches are dropped, nothing is loaded."""
+        ...
+
+    def membership(self) -> Membership: ...
+
+    def join_broadcast(self, invitation: Mapping[str, Any], *, first_rank: int, timeout_seconds: float) -> str:
+        """Every worker becomes a rank of the learner's group (`bridges.invitation`). Returns the plan's digest."""
+        ...
+
+    def receive_broadcast(self, *, generation: str, policy_version: int, timeout_seconds: float) -> Received:
+        """Takes a version from the learner's group (paused engines only). Between the start of it and the proof, and
+        after a fault, the weights have no version."""
         ...
 
 

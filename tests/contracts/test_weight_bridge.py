@@ -13,6 +13,7 @@ import torch
 from real_engine import make_tiny_model, run_values, running_engine
 from transformers import AutoModelForCausalLM
 
+from syncline.bridges.broadcast import BroadcastBridge
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.restart import RestartBridge
 from syncline.bridges.shared import SharedBridge
@@ -40,19 +41,30 @@ def shared(side: "Side", config: Bridge) -> WeightBridge:
     return SharedBridge([side.engine], config, parameters=lambda m: m.named_parameters())
 
 
+def broadcast(side: "Side", config: Bridge) -> WeightBridge:
+    config = config.model_copy(update={"bucket_bytes": 200_000, "timeout_seconds": 60.0})  # a few buckets, not one
+    return BroadcastBridge([side.engine], config, export=lambda m: m.named_parameters())
+
+
 MakeBridge = Callable[["Side", Bridge], WeightBridge]
-BRIDGES: dict[str, MakeBridge] = {"restart": restart, "shared": shared}
-TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,)}
+BRIDGES: dict[str, MakeBridge] = {"restart": restart, "shared": shared, "broadcast": broadcast}
+TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,), "broadcast": (1, 2)}
 """Ranks of the engine under each bridge."""
+
+
+def learner_device(name: str, *, ranks: int = 1) -> str:
+    """NCCL has no two ranks on one GPU, and the engine's are on the first."""
+    return f"cuda:{ranks}" if DEVICE == "cuda" and name == "broadcast" else DEVICE
 
 
 class Side:
     """Both sides of a bridge: a learner's model and the engine that should follow it."""
 
-    def __init__(self, name: str, engine: EngineController, model_path: Path, folder: Path) -> None:
+    def __init__(self, name: str, engine: EngineController, model_path: Path, folder: Path, *, ranks: int = 1) -> None:
         self.engine = engine
         self.model_path = model_path
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPE).to(DEVICE)
+        device = learner_device(name, ranks=ranks)
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPE).to(device)
         self.folder = folder
         self.name = name
         self._initial = [parameter.detach().clone() for parameter in self.model.parameters()]
@@ -103,7 +115,7 @@ class Side:
     @staticmethod
     @torch.no_grad()
     def span_difference(prompt: tuple[int, ...], completion: Completion, model: Any, span: tuple[int, int]) -> float:
-        token_ids = torch.tensor([[*prompt, *completion.token_ids]], device=DEVICE)
+        token_ids = torch.tensor([[*prompt, *completion.token_ids]], device=model.device)
         logits = model(token_ids).logits[0].float().cpu() / 0.8
         rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         learner = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
@@ -121,10 +133,11 @@ def _engines() -> list[Any]:
         pytest.param(
             (name, ranks),
             id=f"{name}-tp{ranks}",
-            marks=pytest.mark.skipif(0 < torch.cuda.device_count() < ranks, reason=f"needs {ranks} GPUs"),
+            marks=pytest.mark.skipif(0 < torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs"),
         )
         for name in sorted(BRIDGES)
         for ranks in TENSOR_PARALLEL[name]
+        for gpus in [ranks + (name == "broadcast")]
     ]
 
 
@@ -136,7 +149,7 @@ def side(request, tmp_path_factory) -> Iterator[Side]:
     values = run_values(model_path, folder / "run", bridge={"name": name})
     values["engine"] |= {"device": DEVICE, "devices": list(range(ranks)), "tensor_parallel_size": ranks}
     with running_engine(values, folder) as engine:
-        yield Side(name, engine, model_path, folder / "weights")
+        yield Side(name, engine, model_path, folder / "weights", ranks=ranks)
 
 
 def test_before_the_first_publish_no_version_is_claimed(side: Side) -> None:

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: one command, real processes, a real vLLM; full, LoRA with a reference, one copy."""
+"""The main job as a user runs it: one command, real processes, a real vLLM, every bridge; LoRA with a reference."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from real_engine import make_tiny_model, run_values
 
@@ -16,7 +17,7 @@ OWN_ENVIRONMENT = Path(__file__).parents[2] / "benchmarks"
 """A user's own environment, by import path. Its reward varies in every group, so that every step has a gradient."""
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "shared"])
+@pytest.mark.parametrize("tuning", ["full", "lora", "shared", "broadcast"])
 def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     model = make_tiny_model(tmp_path / "model")
     values = run_values(model, tmp_path / "run", evaluation={"num_tasks": 8})
@@ -29,6 +30,12 @@ def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
         values["learner"]["loss"] = {"name": "dapo", "kl_coef": 0.01}
     if tuning == "shared":
         values["bridge"] = {"name": "shared"}
+    if tuning == "broadcast":  # of merged adapters, which the other bridges' runs do not move
+        if torch.cuda.device_count() == 1:
+            pytest.skip("NCCL broadcasts between two GPUs, and this machine has one")
+        values["bridge"] = {"name": "broadcast", "bucket_bytes": 200_000}
+        values["engine"]["devices"] = [1]
+        values["model"]["lora"] = {"rank": 4}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values))
     argv = [sys.executable, "-m", "syncline", "run", str(file)]

@@ -15,7 +15,7 @@ are whole words, and a split of the last dimension into n equal parts falls betw
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _CHUNK_WORDS = 1 << 24
+_BATCH_BYTES = 256 << 20
 
 
 class Piece(NamedTuple):
@@ -139,14 +140,35 @@ def refuse_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
     Two sides may agree, bit for bit, on weights that nothing can be sampled from.
     """
-    tensors = {name: tensor.detach() for name, tensor in named if tensor.numel()}
-    largest = torch.stack(
-        torch._foreach_norm(list(tensors.values()), ord=math.inf, dtype=torch.float32)  # pyright: ignore
-    )
-    if largest.isfinite().all():
-        return
-    bad = [name for name, value in zip(tensors, largest.tolist(), strict=True) if not math.isfinite(value)]
-    raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(tensors)} parameters); nothing was published")
+    for _ in finite(named):
+        pass
+
+
+def finite(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hands the tensors on and raises at their end as `refuse_not_finite` does. Holds a few of them at a time: they may
+    have been made to be read once."""
+    names: list[str] = []
+    largest: list[torch.Tensor] = []
+    batch: list[torch.Tensor] = []
+    size = 0
+    for name, tensor in named:
+        yield name, tensor
+        if tensor.numel():
+            names.append(name)
+            batch.append(tensor.detach())
+            size += tensor.nbytes
+        if size >= _BATCH_BYTES:
+            largest += _largest(batch)
+            batch, size = [], 0
+    values = torch.stack(largest + _largest(batch)).tolist() if names else []
+    bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
+    if bad:
+        raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(names)} parameters); nothing was published")
+
+
+def _largest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The largest magnitude of each; NaN and infinity carry through."""
+    return list(torch._foreach_norm(tensors, ord=math.inf, dtype=torch.float32)) if tensors else []  # pyright: ignore
 
 
 def differences(

@@ -99,12 +99,15 @@ def assemble(config: RunConfig, *, engine_urls: Sequence[str], trajectories_url:
 
 
 def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path) -> "WeightBridge":
+    from syncline.bridges.broadcast import BroadcastBridge
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
     from syncline.learner.model import checkpoint_parameters, saved_parameters
 
     if config.bridge.name == "shared":
         return SharedBridge(engines, config.bridge, parameters=lambda model: model.named_parameters())
+    if config.bridge.name == "broadcast":
+        return BroadcastBridge(engines, config.bridge, export=checkpoint_parameters, host=config.engine.host)
     return RestartBridge(
         engines,
         config.bridge,

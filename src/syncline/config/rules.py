@@ -125,6 +125,29 @@ def _bridge(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _broadcast(config: RunConfig) -> Iterator[str]:
+    if config.bridge.name != "broadcast":
+        return
+    if config.engine.device == "cuda" and config.learner.device == "cuda":
+        yield from gpus_held_twice(config)
+    for option in ("quantization", "cpu_offload_gb"):
+        if config.engine.extra.get(option):
+            yield (
+                f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "
+                "bridge.name = 'broadcast' writes in place; leave it out, or use restart"
+            )
+
+
+def gpus_held_twice(config: RunConfig) -> Iterator[str]:
+    """On GPUs alone, which `auto` leaves to the machine: whoever knows the machine asks again."""
+    if config.bridge.name == "broadcast" and (both := set(config.engine.devices) & set(config.learner.devices)):
+        yield (
+            f"learner.devices: {list(config.learner.devices)} has GPU {min(both)} of engine.devices = "
+            f"{list(config.engine.devices)}, and NCCL cannot broadcast within one GPU; give the learner its own, or "
+            "set bridge.name to shared"
+        )
+
+
 def _deadlines(config: RunConfig) -> Iterator[str]:
     if config.engine.request_timeout_seconds >= config.trajectory.lease_seconds:
         yield (
@@ -147,4 +170,16 @@ def _ports(config: RunConfig) -> Iterator[str]:
             )
 
 
-_RULES = (_lengths, _distribution, _loss, _schedule, _environments, _devices, _in_flight, _bridge, _deadlines, _ports)
+_RULES = (
+    _lengths,
+    _distribution,
+    _loss,
+    _schedule,
+    _environments,
+    _devices,
+    _in_flight,
+    _bridge,
+    _broadcast,
+    _deadlines,
+    _ports,
+)

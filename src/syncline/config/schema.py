@@ -164,13 +164,16 @@ class Learner(Section):
 
 
 class Bridge(Section):
-    name: Literal["restart", "shared"] = "restart"
-    """`shared`: one copy of the weights in the memory of one device; `restart`: checkpoints, works with everything."""
+    name: Literal["restart", "shared", "broadcast"] = "restart"
+    """`shared`: one copy of the weights in the memory of one device; `broadcast`: full weights to engines on other
+    GPUs; `restart`: checkpoints, works with everything."""
     restart: Literal["in_place", "process"] = "in_place"
     """Reload the running engine's weights, or replace its process."""
     in_flight: Literal["drain", "keep", "abort"] = "drain"
     """What happens to running requests when the weights move: they end first, they freeze and go on under the new
     version (every token keeps the version it was sampled under), or they end at once as aborted."""
+    bucket_bytes: PositiveInt = 128 << 20
+    """With `broadcast`: what one collective call carries. Learner and engine keep two such buffers each."""
     timeout_seconds: PositiveFloat = 300.0
 
 

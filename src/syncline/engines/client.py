@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 
 from syncline.errors import EngineError, EngineTimeout
-from syncline.protocols import Receipt
+from syncline.protocols import Membership, Receipt, Received
 from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
 
 RETRY_SECONDS = 0.2
+GRACE_SECONDS = 5.0
+"""For an engine that says itself what it waited for in vain, which names more than a deadline missed here."""
 _STARTING = (httpx.ConnectError, httpx.ConnectTimeout)
 
 
@@ -129,6 +131,18 @@ class EngineController:
 
     def adopt(self, *, policy_version: int) -> Receipt:
         return _receipt(self._post("/syncline/adopt", {"policy_version": policy_version}, self._start_timeout_seconds))
+
+    def membership(self) -> Membership:
+        return Membership(**self._call("GET", "/syncline/broadcast", None, self._start_timeout_seconds))
+
+    def join_broadcast(self, invitation: Mapping[str, Any], *, first_rank: int, timeout_seconds: float) -> str:
+        body = {"invitation": invitation, "first_rank": first_rank, "timeout_seconds": timeout_seconds}
+        return self._post("/syncline/broadcast/join", body, timeout_seconds + GRACE_SECONDS)["plan"]
+
+    def receive_broadcast(self, *, generation: str, policy_version: int, timeout_seconds: float) -> Received:
+        body = {"generation": generation, "policy_version": policy_version, "timeout_seconds": timeout_seconds}
+        answer = self._post("/syncline/broadcast/receive", body, timeout_seconds + GRACE_SECONDS)
+        return Received(_receipt(answer), answer["prove_seconds"])
 
     def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
         deadline = time.monotonic() + timeout_seconds

@@ -1,12 +1,15 @@
 """The digest, against a plain-Python splitmix64, and the faults it must catch."""
 
 import math
+import weakref
 
 import pytest
 import torch
 
+from syncline.bridges import receipt
 from syncline.bridges.receipt import (
     differences,
+    finite,
     model_digest,
     parameter_digests,
     refuse_not_finite,
@@ -100,3 +103,16 @@ def test_weights_that_are_not_finite_are_refused_by_name(dtype: torch.dtype, val
     named["bad"][2, 3] = value
     with pytest.raises(SyncError, match=r"bad is not finite \(1 of 2 parameters\)"):
         refuse_not_finite(named.items())
+
+
+def test_tensors_made_to_be_looked_at_once_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merged adapter's weights are a second model if all of them are held at once."""
+    monkeypatch.setattr(receipt, "_BATCH_BYTES", 64)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    for _, tensor in finite((str(i), torch.full((8,), float(i))) for i in range(20)):
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(one() is not None for one in alive))
+    assert most <= 4
+    with pytest.raises(SyncError, match=r"bad is not finite \(1 of 5 parameters\)"):
+        list(finite([("bad", torch.tensor([math.nan]))] + [(str(i), torch.ones(16)) for i in range(4)]))

@@ -100,6 +100,14 @@ def test_gpus_that_are_not_there_are_all_named() -> None:
         planned(one, learner={"device": "cuda", "devices": [1]})
 
 
+def test_a_broadcast_within_one_gpu_is_refused_where_there_are_gpus() -> None:
+    sections = {"bridge": {"name": "broadcast"}, "learner": {"device": "auto", "devices": [0]}}
+    with pytest.raises(ConfigError, match=r"learner\.devices: \[0\] has GPU 0 of engine\.devices"):
+        planned(Machine(num_cores=8, gpus=("0", "1")), **sections)
+    planned(Machine(num_cores=8, gpus=()), **sections)
+    planned(Machine(num_cores=8, gpus=("0", "1")), engine={"devices": [1]}, **sections)
+
+
 def test_visible_devices_narrow_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert Machine.here().gpus == ("3", "5")

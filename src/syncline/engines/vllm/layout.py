@@ -43,8 +43,8 @@ def refuse_copies(model: Any) -> None:
         for leaf, parameter in module.named_parameters(recurse=False):
             if _is_derived(module) and parameter.untyped_storage().data_ptr() not in storages:
                 raise SyncError(
-                    f"{prefix}.{leaf} is vLLM's own copy of other weights, which a step in place would leave old; use "
-                    "bridge.name broadcast or restart"
+                    f"{prefix}.{leaf} is vLLM's own copy of other weights, which a write in place would leave old; use "
+                    "bridge.name restart"
                 )
 
 

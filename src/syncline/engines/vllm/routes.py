@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from syncline.bridges.receipt import combined, model_digest
 from syncline.engines.vllm import compat
-from syncline.engines.vllm.gate import Gate, Visit
+from syncline.engines.vllm.gate import UNPUBLISHED, Gate, Visit
 from syncline.errors import EngineError, EngineTimeout, SyncError
 from syncline.types import SamplingParams
 
@@ -67,6 +67,10 @@ class Served:
     is_measured: bool = False
     """`parameters` tells what the engine holds now; not so once it was paused, when somebody may write the weights."""
     restart_from: WeightsBody | None = None
+    generation: str = ""
+    """Of the learner's process group the workers are in; empty: in none."""
+    torn: str | None = None
+    """Why the weights are of no version: somebody began to replace them. Naming them ends it, nothing else does."""
 
     async def measured(self, method: str = "syncline_parameters", *args: Any) -> dict[str, str]:
         return combined(await self.each_rank(method, *args))
@@ -94,9 +98,14 @@ class Served:
             )
         self.is_measured = True
 
+    def tear(self, why: str) -> None:
+        """Until they are named anew the weights have no version, and no digest that anybody measured."""
+        self.torn = why
+        self.parameters = {name: f"{digest.partition(':')[0]}:torn" for name, digest in self.parameters.items()}
+
     def receipt(self) -> dict[str, Any]:
         return {
-            "policy_version": self.gate.policy_version,
+            "policy_version": UNPUBLISHED if self.torn else self.gate.policy_version,
             "digest": model_digest(self.parameters),
             "paused": not self.gate.is_open,
         }
@@ -134,7 +143,7 @@ def _sampling_routes(served: Served) -> APIRouter:
     @router.get("/health")
     async def health() -> JSONResponse:
         fault = await _fault(served.engine)
-        body = {"status": fault or "ok", **served.about, **served.receipt()}
+        body = {"status": fault or "ok", **served.about, **served.receipt(), "torn": served.torn}
         return JSONResponse(body, status_code=HTTPStatus.SERVICE_UNAVAILABLE if fault else HTTPStatus.OK)
 
     @router.post("/syncline/generate")
@@ -178,6 +187,8 @@ def _weight_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/resume")
     async def resume() -> dict[str, Any]:
+        if served.torn:
+            raise EngineError(f"the weights are of no version; publish one instead of resuming: {served.torn}")
         await served.refuse_unproved()
         await served.engine.resume_generation()
         await served.gate.open()
@@ -235,14 +246,19 @@ def _need_paused(served: Served, action: str) -> None:
         raise EngineError(f"{action} needs a paused engine, and requests may be sampling; pause it first")
 
 
-async def _name(served: Served, policy_version: int) -> dict[str, Any]:
+def _refuse_older(served: Served, policy_version: int) -> None:
     if policy_version < served.gate.policy_version:
         raise EngineError(
             f"policy_version {policy_version} is older than {served.gate.policy_version}, which this engine has served"
         )
+
+
+async def _name(served: Served, policy_version: int) -> dict[str, Any]:
+    _refuse_older(served, policy_version)
     await compat.drop_caches(served.engine)
     await compat.name_weights(served.engine, policy_version)
     served.gate.name(policy_version, await compat.sampled_tokens(served.engine))
+    served.torn = None
     return {**served.receipt(), "parameters": served.parameters}
 
 

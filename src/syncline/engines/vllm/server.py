@@ -18,6 +18,7 @@ from typing import Any
 from syncline.config import RunConfig
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.arguments import Start, engine_device, parse, set_environment
+from syncline.engines.vllm.broadcast_routes import broadcast_routes
 from syncline.engines.vllm.gate import Gate
 from syncline.engines.vllm.routes import Served, WeightsBody, add_routes
 
@@ -67,6 +68,7 @@ async def _serve(
             await compat.pause(engine, "abort")
             served.gate.freeze()
         add_routes(app, served)
+        app.include_router(broadcast_routes(served))
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))
         watch = asyncio.create_task(_watch(engine, died))

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from syncline.bridges.handles import export_views, move_to_memory_file
+from syncline.bridges.invitation import Invitation
 from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import shard_digests, whole
 from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
+from syncline.engines.vllm.receiver import Member
 from syncline.errors import SyncError
 
 
@@ -21,7 +23,9 @@ class WorkerExtension:
     get_model: Any
     model_runner: Any
     device: Any
+    rank: int
     _memory_file: tuple[str, int] | None = None
+    _broadcast: Member | None = None
 
     def syncline_parameters(self) -> dict[str, Any]:
         """Digests (`receipt.shard_digests`) of what the next forward pass will read."""
@@ -48,6 +52,28 @@ class WorkerExtension:
             return ((name, whole(parameter)) for name, parameter in model.named_parameters())
         refuse_copies(model)
         return checkpoint_views(model)
+
+    def syncline_join(self, invitation: dict[str, Any], first_rank: int, timeout_seconds: float) -> dict[str, Any]:
+        """Leaves the group of an earlier learner and joins this one's. Answers with the digest of the plan."""
+        self.syncline_leave()
+        member = Member(Invitation.from_wire(invitation), rank=first_rank + self.rank, device=self.device)
+        self._broadcast = member
+        return _answer(lambda: member.join(self._views(fused=False), timeout_seconds=timeout_seconds))
+
+    def syncline_receive(self, generation: str, timeout_seconds: float) -> dict[str, Any]:
+        """Takes one version from the learner's group."""
+        return _answer(lambda: self._member().receive(generation, timeout_seconds=timeout_seconds))
+
+    def syncline_leave(self) -> dict[str, Any]:
+        """Whoever still sends to this worker, or receives from it, then knows that it will not go on."""
+        if self._broadcast is not None:
+            self._broadcast.leave()
+        return {"value": None}
+
+    def _member(self) -> Member:
+        if self._broadcast is None:
+            raise SyncError("this worker is in no learner's group")
+        return self._broadcast
 
 
 def _answer(call: Callable[[], Any]) -> dict[str, Any]:
