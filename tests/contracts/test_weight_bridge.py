@@ -12,12 +12,15 @@ import torch
 from real_engine import make_tiny_model, run_values, running_engine
 from transformers import AutoModelForCausalLM
 
+from syncline.bridges.lora import LoraBridge
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.restart import RestartBridge
 from syncline.bridges.shared import SharedBridge
-from syncline.config.schema import Bridge
+from syncline.config.schema import Bridge, Lora
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
+from syncline.learner.adapter import adapter_layers, base_parameters
+from syncline.learner.model import add_lora
 from syncline.protocols import SyncReport, WeightBridge
 from syncline.types import Completion, SamplingParams
 
@@ -38,8 +41,22 @@ def shared(side: "Side", config: Bridge) -> WeightBridge:
     return SharedBridge([side.engine], config, parameters=lambda m: m.named_parameters())
 
 
+def lora(side: "Side", config: Bridge) -> WeightBridge:
+    return LoraBridge(
+        [side.engine],
+        config,
+        base=base_parameters,
+        layers=adapter_layers,
+        folder=side.folder,
+        shares_base=config.name == "shared",
+    )
+
+
 MakeBridge = Callable[["Side", Bridge], WeightBridge]
-BRIDGES: dict[str, MakeBridge] = {"restart": restart, "shared": shared}
+BRIDGES: dict[str, MakeBridge] = {"restart": restart, "shared": shared, "lora": lora, "shared-lora": lora}
+ADAPTED = ("lora", "shared-lora")
+LORA = {"rank": 4, "alpha": 6.0}
+"""A rank below vLLM's smallest slot, and a scaling of 1.5, which rounds."""
 
 
 class Side:
@@ -48,12 +65,28 @@ class Side:
     def __init__(self, name: str, engine: EngineController, model_path: Path, folder: Path) -> None:
         self.engine = engine
         self.model_path = model_path
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPE).to(DEVICE)
-        self.folder = folder
         self.name = name
+        self.model = self.load(model_path)
+        self.folder = folder
+
+    def load(self, path: Path) -> Any:
+        """The learner's model: whole, or with an adapter where the bridge moves one."""
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(DEVICE)
+        return add_lora(model, Lora.model_validate(LORA)) if self.name in ADAPTED else model
+
+    def digests(self) -> dict[str, str]:
+        """What the engine must hold, computed the plain way."""
+        if self.name not in ADAPTED:
+            return parameter_digests(self.model.named_parameters())
+        tensors: dict[str, torch.Tensor] = dict(base_parameters(self.model))
+        for name, layer in adapter_layers(self.model):
+            tensors[f"{name}.lora_A.weight"] = layer.a.to(DTYPE)
+            tensors[f"{name}.lora_B.weight"] = (layer.b.float() * layer.scaling).to(DTYPE)
+        return parameter_digests(tensors.items())
 
     def bridge(self, *, in_flight: str = "drain") -> WeightBridge:
-        return BRIDGES[self.name](self, Bridge.model_validate({"name": self.name, "in_flight": in_flight}))
+        name = self.name.removesuffix("-lora")
+        return BRIDGES[self.name](self, Bridge.model_validate({"name": name, "in_flight": in_flight}))
 
     def attached(self, *, in_flight: str = "drain") -> WeightBridge:
         bridge = self.bridge(in_flight=in_flight)
@@ -67,7 +100,7 @@ class Side:
         """What a training step does to the weights, as the loop does it."""
         with bridge.updating():
             with torch.no_grad():
-                for parameter in self.model.parameters():
+                for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
                     parameter.add_(torch.randn_like(parameter) * scale)
             return bridge.publish(self.model, policy_version=self.next_version())
 
@@ -108,7 +141,9 @@ def _copy(model: Any) -> Any:
 def side(request, tmp_path_factory) -> Iterator[Side]:
     folder = tmp_path_factory.mktemp(request.param)
     model_path = make_tiny_model(folder / "model")
-    values = run_values(model_path, folder / "run", bridge={"name": request.param})
+    values = run_values(model_path, folder / "run", bridge={"name": request.param.removesuffix("-lora")})
+    if request.param in ADAPTED:
+        values["model"]["lora"] = LORA
     with running_engine(values, folder) as engine:
         yield Side(request.param, engine, model_path, folder / "weights")
 
@@ -125,7 +160,7 @@ def test_publish_proves_the_digest_and_the_engine_samples_from_the_learners_weig
     assert side.mismatch() < TOLERANCE
     version = side.next_version()
     report = side.step(bridge)
-    expected = model_digest(parameter_digests(side.model.named_parameters()))
+    expected = model_digest(side.digests())
     assert report.receipt == side.engine.receipt()
     assert report.receipt.policy_version == version
     assert report.receipt.digest == expected
@@ -152,9 +187,7 @@ def test_versions_only_grow(side: Side) -> None:
 
 
 def test_a_model_the_engine_does_not_serve_is_refused_by_parameter_name(side: Side, tmp_path: Path) -> None:
-    other = AutoModelForCausalLM.from_pretrained(
-        make_tiny_model(tmp_path / "other", hidden_size=64, tied=False), dtype=DTYPE
-    )
+    other = side.load(make_tiny_model(tmp_path / "other", hidden_size=64, tied=False))
     with pytest.raises(SyncError, match=r"lm_head\.weight: missing in the engine"):
         side.bridge().attach(other)
 
@@ -178,6 +211,8 @@ def test_requests_in_flight_end_under_one_version_and_are_never_torn(side: Side)
 
 def test_requests_kept_in_flight_have_each_token_under_the_version_that_sampled_it(side: Side) -> None:
     """They freeze and go on: every span must be of its own version's weights, the tokens before it their context."""
+    if side.name in ADAPTED:
+        return  # requests end, unpaused, under the adapter they began with: the test above
     completions, weights = _sample_over_steps(side, side.attached(in_flight="keep"), max_tokens=80)
     assert max(len(completion.versions) for _, completion in completions) >= 2, "no request was kept over a step"
     assert all(len(completion.token_ids) == completion.versions[-1].end for _, completion in completions)
@@ -228,13 +263,19 @@ def test_weights_changed_behind_the_bridges_back_are_not_sampled_from(side: Side
     bridge.publish(side.model, policy_version=side.next_version())
     side.engine.pause(mode="abort", timeout_seconds=30)
     side.engine.resume()
-    if side.name != "shared":
+    if not side.name.startswith("shared"):
         return  # nobody but the engine itself can write its weights
     side.engine.pause(mode="abort", timeout_seconds=30)
+    written = next(side.model.parameters())
+    before = written.detach().clone()
     with torch.no_grad():
-        next(side.model.parameters()).add_(1)
-    with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead"):
-        side.engine.resume()
+        written.add_(1)
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead"):
+            side.engine.resume()
+    if side.name in ADAPTED:
+        with torch.no_grad():
+            written.copy_(before)  # the base is not published, so no publish can make this good
     bridge.publish(side.model, policy_version=side.next_version())
     assert side.mismatch() < TOLERANCE
 

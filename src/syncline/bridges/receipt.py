@@ -76,8 +76,13 @@ def _digest(tensor: torch.Tensor, offset: int) -> torch.Tensor:
     for start in range(0, words.numel(), _CHUNK_WORDS):
         chunk = words[start : start + _CHUNK_WORDS]
         position = torch.arange(first + start, first + start + chunk.numel(), device=chunk.device)
-        total += _mix(chunk ^ (position * _GOLDEN)).sum()
+        total += mixed_words(chunk, position).sum()
     return total
+
+
+def mixed_words(words: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Each int64 word mixed with its position in the full tensor; a tensor's digest is their sum."""
+    return _mix(words ^ (position * _GOLDEN))
 
 
 def _words(tensor: torch.Tensor, offset: int) -> tuple[torch.Tensor, int]:

@@ -162,13 +162,17 @@ class Learner(Section):
 
 
 class Bridge(Section):
-    name: Literal["restart", "shared"] = "restart"
-    """`shared`: one copy of the weights in the memory of one device; `restart`: checkpoints, works with everything."""
+    name: Literal["restart", "shared", "lora"] = "restart"
+    """`shared`: one copy of the weights in the memory of one device; `lora`: the adapter alone, swapped while requests
+    run; `restart`: checkpoints, works with everything. With `model.lora`, `shared` is one base and swapped adapters."""
     restart: Literal["in_place", "process"] = "in_place"
     """Reload the running engine's weights, or replace its process."""
     in_flight: Literal["drain", "keep", "abort"] = "drain"
     """What happens to running requests when the weights move: they end first, they freeze and go on under the new
-    version (every token keeps the version it was sampled under), or they end at once as aborted."""
+    version (every token keeps the version it was sampled under), or they end at once as aborted. An adapter's requests
+    `drain` without anybody waiting for them: they end under the adapter they began with."""
+    adapter_transfer: Literal["auto", "memory", "files"] = "auto"
+    """How an adapter reaches an engine: memory on the learner's own host, files elsewhere."""
     timeout_seconds: PositiveFloat = 300.0
 
 

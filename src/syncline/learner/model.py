@@ -90,7 +90,8 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 def checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter under its checkpoint name, adapters merged into fresh tensors: the trained base never moves.
 
-    Merged weights are W + scale·B·A, computed in fp32 and rounded once to W's type.
+    Merged weights are V = W + scale·B·A, for DoRA m·V/‖V‖ by rows (Liu et al. 2024, "DoRA", eq. 5), computed in fp32
+    and rounded once to W's type.
     """
     lm = causal_lm(model)
     for prefix, module in lm.named_modules():
@@ -112,6 +113,9 @@ def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     for adapter in layer.active_adapters:
         a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
         merged = merged + layer.scaling[adapter] * (b @ a)
+        if adapter in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[adapter].weight.float()
+            merged = merged * (magnitude / merged.norm(dim=1))[:, None]
     return merged.detach().to(weight.dtype)
 
 

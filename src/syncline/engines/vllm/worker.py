@@ -6,14 +6,13 @@ from typing import Any
 from syncline.bridges.handles import export_views, move_to_memory_file
 from syncline.bridges.receipt import parameter_digests
 from syncline.engines.vllm.layout import checkpoint_views
+from syncline.engines.vllm.slots import AdapterExtension
 
 
-class WorkerExtension:
+class WorkerExtension(AdapterExtension):
     """vLLM appends this class to its worker's bases (`--worker-extension-cls`), so `self` is the worker."""
 
     get_model: Any
-    model_runner: Any
-    device: Any
     _memory_file: tuple[str, int] | None = None
 
     def syncline_parameters(self) -> dict[str, str]:
@@ -32,7 +31,8 @@ class WorkerExtension:
             self._memory_file = move_to_memory_file(self.get_model().parameters())
 
     def syncline_export(self, fused: bool) -> dict[str, Any]:
-        """Where each parameter lies, under its checkpoint name, or (`fused`) as vLLM names and fuses them."""
+        """Where each parameter lies, under its checkpoint name, or (`fused`) as vLLM names and fuses them at load."""
         model = self.get_model()
-        views = {name: p.data for name, p in model.named_parameters()} if fused else dict(checkpoint_views(model))
+        loaded = {name.replace(".base_layer.", "."): p.data for name, p in model.named_parameters()}
+        views = loaded if fused else dict(checkpoint_views(model))
         return export_views(views, memory_file=self._memory_file)

@@ -1,0 +1,157 @@
+"""The worker's side of adapters: vLLM's slots filled from a buffer, and read back for the digest.
+
+vLLM keeps, for each adapted layer, stacked tensors with a padded matrix for every slot, and its kernels read those.
+So the digest is of the slot, not of what was sent, and what lies in a slot beside the adapter must be zero. An adapter
+is pinned: vLLM must not evict it, because it would look for the evicted one on a disk where it never was.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from syncline.bridges.adapter import A, AdapterLayout, B, what_cannot_be_held
+from syncline.bridges.carriers import Receiver, whereabouts
+from syncline.engines.vllm import compat
+from syncline.errors import SyncError
+
+
+def adaptable(manager: Any) -> dict[str, tuple[Any, int]]:
+    """Checkpoint name of each linear layer that can be adapted → vLLM's layer and which of its fused slices it is."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    found: dict[str, tuple[Any, int]] = {}
+    for name, layer in manager.modules.items():
+        parts = manager.packed_modules.get(name, [name])
+        if isinstance(layer, BaseLinearLayerWithLoRA) and layer.n_slices == len(parts):
+            found |= {part: (layer, i) for i, part in enumerate(parts)}
+    return found
+
+
+def sizes(layers: dict[str, tuple[Any, int]]) -> dict[str, list[int]]:
+    """Name → inputs and outputs."""
+    return {n: [layer.lora_a_stacked[i].shape[3], layer.lora_b_stacked[i].shape[2]] for n, (layer, i) in layers.items()}
+
+
+def load(manager: Any, adapter_id: int, layout: AdapterLayout, buffer: torch.Tensor) -> None:
+    """Fills a free slot from the buffer and pins it. The buffer may be written again once the device has caught up."""
+    views = layout.views(buffer)
+    pairs = {name: (views[name + A], views[name + B]) for name in layout.modules()}
+    adapter = compat.new_adapter(adapter_id, pairs)
+    manager.add_adapter(adapter)
+    manager.activate_adapter(adapter_id)
+    manager.pin_adapter(adapter_id)
+    adapter.loras.clear()  # views of a buffer that will hold the next version
+
+
+def read(manager: Any, adapter_id: int, layout: AdapterLayout, buffer: torch.Tensor) -> None:
+    """Copies an adapter out of its slot. Raises `SyncError` when the slot holds more than the layout says."""
+    slot = manager.lora_index_to_id.index(adapter_id)
+    layers, views = adaptable(manager), layout.views(buffer)
+    targets, found = [], []
+    for name in layout.modules():
+        layer, i = layers[name]
+        rank = layout.shapes[name + A][0]
+        targets += [views[name + A], views[name + B]]
+        found += [layer.lora_a_stacked[i][slot, 0, :rank], layer.lora_b_stacked[i][slot, 0, :, :rank]]
+    torch._foreach_copy_(targets, found)
+    rest = {name: tensor for name, tensor in _rest(manager, slot, layout) if tensor.numel()}
+    if rest and torch.stack([tensor.any() for tensor in rest.values()]).any():
+        bad = next(name for name, tensor in rest.items() if tensor.any())
+        raise SyncError(f"{bad}: the engine's slot holds more than the adapter that was loaded into it")
+
+
+def whole(manager: Any) -> AdapterLayout:
+    """The layout of all that a slot can hold, for an adapter whose own is not known."""
+    shapes: dict[str, torch.Size] = {}
+    for name, (layer, i) in adaptable(manager).items():
+        shapes |= {name + A: layer.lora_a_stacked[i].shape[2:], name + B: layer.lora_b_stacked[i].shape[2:]}
+    return AdapterLayout(shapes, str(manager.lora_config.lora_dtype).removeprefix("torch."))
+
+
+def _rest(manager: Any, slot: int, layout: AdapterLayout) -> Iterator[tuple[str, torch.Tensor]]:
+    """What of a slot is no part of the adapter: padding up to the largest rank, and layers that are not adapted."""
+    adapted = {(id(layer), i): name for name, (layer, i) in adaptable(manager).items() if name + A in layout.shapes}
+    for module_name, module in manager.modules.items():
+        stacks = [module.lora_a_stacked, module.lora_b_stacked]
+        slices = zip(*([one] if isinstance(one, torch.Tensor) else one for one in stacks), strict=True)
+        for i, (a, b) in enumerate(slices):
+            name = adapted.get((id(module), i))
+            rank = layout.shapes[name + A][0] if name else 0
+            if name is None:
+                yield module_name, a[slot]
+                yield module_name, b[slot]
+            else:
+                yield name, a[slot, 0, rank:]
+                yield name, b[slot, 0, :, rank:]
+
+
+class AdapterExtension:
+    """Methods of vLLM's worker, called by name. A fault is answered, not raised: the engine goes on as it was."""
+
+    device: Any
+    model_runner: Any
+    _receiver: Receiver | None = None
+    _layouts: dict[int, AdapterLayout] | None = None
+
+    def syncline_adapters(self) -> dict[str, Any]:
+        """What `EngineControl.adapters` answers, but for the number of ranks."""
+        manager = compat.adapter_manager(self.model_runner)
+        return {
+            "dtype": str(manager.lora_config.lora_dtype).removeprefix("torch."),
+            "max_rank": manager.lora_config.max_lora_rank,
+            "modules": sizes(adaptable(manager)),
+            "whereabouts": whereabouts(self.device),
+        }
+
+    def syncline_stage(self, adapter_id: int, adapter: dict[str, Any], drop: list[int]) -> dict[str, Any]:
+        """Drops adapters, loads one; `parameters` as its slot holds them, or `fault`."""
+        manager = compat.adapter_manager(self.model_runner)
+        self._drop(manager, drop)
+        layout = AdapterLayout(adapter["shapes"], adapter["dtype"])
+        try:
+            self._refuse(manager, layout)
+            self._receiver = self._receiver or Receiver(self.device)
+            load(manager, adapter_id, layout, self._receiver.receive(adapter["source"], layout))
+            return self._held(manager, adapter_id, layout)
+        except SyncError as error:
+            manager.remove_adapter(adapter_id)
+            return {"fault": str(error)}
+
+    def syncline_load_folder(self, adapter_id: int, name: str, path: str, drop: list[int]) -> dict[str, Any]:
+        """As `syncline_stage`, from any PEFT folder, by vLLM's own loader and checks."""
+        from vllm.lora.request import LoRARequest
+
+        manager = compat.adapter_manager(self.model_runner)
+        self._drop(manager, drop)
+        try:
+            self.model_runner.add_lora(LoRARequest(name, adapter_id, path))
+            manager.pin_adapter(adapter_id)
+            return self._held(manager, adapter_id, whole(manager))
+        except (ValueError, OSError, KeyError, SyncError) as error:
+            manager.remove_adapter(adapter_id)
+            return {"fault": str(error)}
+
+    def syncline_held(self, adapter_id: int) -> dict[str, Any]:
+        """An adapter's slot, digested again."""
+        manager = compat.adapter_manager(self.model_runner)
+        return self._held(manager, adapter_id, (self._layouts or {})[adapter_id])
+
+    def _held(self, manager: Any, adapter_id: int, layout: AdapterLayout) -> dict[str, Any]:
+        buffer = layout.new_buffer(self.device)
+        read(manager, adapter_id, layout, buffer)
+        self._layouts = {**(self._layouts or {}), adapter_id: layout}
+        return {"parameters": layout.digests(buffer)}
+
+    def _drop(self, manager: Any, adapter_ids: list[int]) -> None:
+        for adapter_id in adapter_ids:
+            manager.remove_adapter(adapter_id)
+            (self._layouts or {}).pop(adapter_id, None)
+
+    @staticmethod
+    def _refuse(manager: Any, layout: AdapterLayout) -> None:
+        held = {"modules": sizes(adaptable(manager)), "max_rank": manager.lora_config.max_lora_rank}
+        if faults := what_cannot_be_held(layout.shapes, held):
+            raise SyncError("; ".join(faults[:5]))
+        if layout.dtype != manager.lora_config.lora_dtype:
+            raise SyncError(f"the adapter is {layout.dtype}, the engine's slots {manager.lora_config.lora_dtype}")
