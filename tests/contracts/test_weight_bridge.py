@@ -55,8 +55,8 @@ def lora(side: "Side", config: Bridge) -> WeightBridge:
 MakeBridge = Callable[["Side", Bridge], WeightBridge]
 BRIDGES: dict[str, MakeBridge] = {"restart": restart, "shared": shared, "lora": lora, "shared-lora": lora}
 ADAPTED = ("lora", "shared-lora")
-LORA = {"rank": 4, "alpha": 6.0}
-"""A rank below vLLM's smallest slot, and a scaling of 1.5, which rounds."""
+LORA = {"rank": 4, "alpha": 22.0}
+"""A rank below vLLM's smallest slot, and a scaling of 5.5, which rounds and makes a stale adapter show."""
 
 
 class Side:

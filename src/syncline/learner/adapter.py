@@ -29,7 +29,7 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     if others or not layers:
         raise SyncError(
             "vLLM serves LoRA pairs of linear layers alone; train without what follows, or set bridge.name to "
-            f"restart, which merges it:\n{listed(others or ['the model has no LoRA layer'])}"
+            f"restart, which merges DoRA and biases:\n{listed(others or ['the model has no LoRA layer'])}"
         )
     yield from layers.items()
 

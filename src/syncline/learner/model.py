@@ -111,6 +111,8 @@ def checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]
 def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     merged = weight.detach().float()
     for adapter in layer.active_adapters:
+        if layer.lora_bias.get(adapter):
+            raise ConfigError([f"the adapter's own bias (lora_bias) of {layer} is not merged; train without it"])
         a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
         merged = merged + layer.scaling[adapter] * (b @ a)
         if adapter in layer.lora_magnitude_vector:
