@@ -31,7 +31,7 @@ ROWS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description="Step time of the main loop.")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b")
-    parser.add_argument("--bridge", choices=("restart", "shared"), default="restart")
+    parser.add_argument("--bridge", choices=("restart", "shared", "lora"), default="restart")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=8)

@@ -76,9 +76,9 @@ class AdapterLayout:
     def pack(self, layers: Mapping[str, LoraLayer], buffer: torch.Tensor) -> None:
         """Writes the layers into the buffer. Raises `SyncError` for a layer that is not finite, by name."""
         views = self.views(buffer)
-        scaled = torch._foreach_mul([x.b.float() for x in layers.values()], [x.scaling for x in layers.values()])
-        torch._foreach_copy_([views[name + A] for name in layers], [layer.a for layer in layers.values()])
-        torch._foreach_copy_([views[name + B] for name in layers], list(scaled))
+        b, scaling = [layer.b.float() for layer in layers.values()], [layer.scaling for layer in layers.values()]
+        copy_all([views[name + A] for name in layers], [layer.a for layer in layers.values()])
+        copy_all([views[name + B] for name in layers], torch._foreach_mul(b, scaling))  # pyright: ignore
         if not buffer.view(self.dtype).isfinite().all():
             bad = [name for name, view in views.items() if not view.isfinite().all()]
             raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(views)} tensors); nothing was published")
@@ -105,6 +105,11 @@ class AdapterLayout:
         kind = str(self.dtype).removeprefix("torch.")
         values = zip(self.shapes.items(), sums.tolist(), strict=True)
         return {name: f"{kind}{list(shape)}:{value % (1 << 64):016x}" for (name, shape), value in values}
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Many small tensors in few kernels; one by one, a GPU would wait for Python."""
+    torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def what_cannot_be_held(shapes: Mapping[str, Sequence[int]], held: Mapping[str, Any]) -> list[str]:

@@ -134,7 +134,7 @@ class LoraBridge:
         asked = self._config.adapter_transfer
         if asked == "files":
             return ["files"] * len(engines)
-        ways = [way_to(engine["whereabouts"], device) for engine in engines]
+        ways: list[Way] = [way_to(engine["whereabouts"], device) for engine in engines]
         if asked == "memory" and "files" in ways:
             raise SyncError(
                 f"engine {self._fleet.engines[ways.index('files')].name} shares no memory with the learner: it is on "

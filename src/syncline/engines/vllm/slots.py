@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from syncline.bridges.adapter import A, AdapterLayout, B, what_cannot_be_held
+from syncline.bridges.adapter import A, AdapterLayout, B, copy_all, what_cannot_be_held
 from syncline.bridges.carriers import Receiver, whereabouts
 from syncline.engines.vllm import compat
 from syncline.errors import SyncError
 
+Layers = dict[str, tuple[Any, int]]
+"""Checkpoint name of each linear layer that can be adapted → vLLM's layer, and which of its fused slices it is."""
 
-def adaptable(manager: Any) -> dict[str, tuple[Any, int]]:
-    """Checkpoint name of each linear layer that can be adapted → vLLM's layer and which of its fused slices it is."""
+
+def adaptable(manager: Any) -> Layers:
+    """What of vLLM's model the bridge can adapt; anything else is left to be refused by name."""
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-    found: dict[str, tuple[Any, int]] = {}
+    found: Layers = {}
     for name, layer in manager.modules.items():
         parts = manager.packed_modules.get(name, [name])
         if isinstance(layer, BaseLinearLayerWithLoRA) and layer.n_slices == len(parts):
@@ -28,7 +31,7 @@ def adaptable(manager: Any) -> dict[str, tuple[Any, int]]:
     return found
 
 
-def sizes(layers: dict[str, tuple[Any, int]]) -> dict[str, list[int]]:
+def sizes(layers: Layers) -> dict[str, list[int]]:
     """Name → inputs and outputs."""
     return {n: [layer.lora_a_stacked[i].shape[3], layer.lora_b_stacked[i].shape[2]] for n, (layer, i) in layers.items()}
 
@@ -44,20 +47,19 @@ def load(manager: Any, adapter_id: int, layout: AdapterLayout, buffer: torch.Ten
     adapter.loras.clear()  # views of a buffer that will hold the next version
 
 
-def read(manager: Any, adapter_id: int, layout: AdapterLayout, buffer: torch.Tensor) -> None:
+def read(manager: Any, layers: Layers, adapter_id: int, layout: AdapterLayout, buffer: torch.Tensor) -> None:
     """Copies an adapter out of its slot. Raises `SyncError` when the slot holds more than the layout says."""
-    slot = manager.lora_index_to_id.index(adapter_id)
-    layers, views = adaptable(manager), layout.views(buffer)
+    slot, views = manager.lora_index_to_id.index(adapter_id), layout.views(buffer)
     targets, found = [], []
     for name in layout.modules():
         layer, i = layers[name]
         rank = layout.shapes[name + A][0]
         targets += [views[name + A], views[name + B]]
         found += [layer.lora_a_stacked[i][slot, 0, :rank], layer.lora_b_stacked[i][slot, 0, :, :rank]]
-    torch._foreach_copy_(targets, found)
-    rest = {name: tensor for name, tensor in _rest(manager, slot, layout) if tensor.numel()}
-    if rest and torch.stack([tensor.any() for tensor in rest.values()]).any():
-        bad = next(name for name, tensor in rest.items() if tensor.any())
+    copy_all(targets, found)
+    rest = [(name, tensor) for name, tensor in _rest(manager, layers, slot, layout) if tensor.numel()]
+    if rest and torch.stack([tensor.any() for _, tensor in rest]).any():
+        bad = next(name for name, tensor in rest if tensor.any())
         raise SyncError(f"{bad}: the engine's slot holds more than the adapter that was loaded into it")
 
 
@@ -69,9 +71,9 @@ def whole(manager: Any) -> AdapterLayout:
     return AdapterLayout(shapes, str(manager.lora_config.lora_dtype).removeprefix("torch."))
 
 
-def _rest(manager: Any, slot: int, layout: AdapterLayout) -> Iterator[tuple[str, torch.Tensor]]:
+def _rest(manager: Any, layers: Layers, slot: int, layout: AdapterLayout) -> Iterator[tuple[str, torch.Tensor]]:
     """What of a slot is no part of the adapter: padding up to the largest rank, and layers that are not adapted."""
-    adapted = {(id(layer), i): name for name, (layer, i) in adaptable(manager).items() if name + A in layout.shapes}
+    adapted = {(id(layer), i): name for name, (layer, i) in layers.items() if name + A in layout.shapes}
     for module_name, module in manager.modules.items():
         stacks = [module.lora_a_stacked, module.lora_b_stacked]
         slices = zip(*([one] if isinstance(one, torch.Tensor) else one for one in stacks), strict=True)
@@ -139,7 +141,7 @@ class AdapterExtension:
 
     def _held(self, manager: Any, adapter_id: int, layout: AdapterLayout) -> dict[str, Any]:
         buffer = layout.new_buffer(self.device)
-        read(manager, adapter_id, layout, buffer)
+        read(manager, adaptable(manager), adapter_id, layout, buffer)
         self._layouts = {**(self._layouts or {}), adapter_id: layout}
         return {"parameters": layout.digests(buffer)}
 
