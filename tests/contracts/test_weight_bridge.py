@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from real_engine import make_tiny_model, run_values, running_engine
 from transformers import AutoModelForCausalLM
 
 from syncline.bridges.lora import LoraBridge
-from syncline.bridges.receipt import model_digest, parameter_digests
+from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, tensor_digest
 from syncline.bridges.restart import RestartBridge
 from syncline.bridges.shared import SharedBridge
+from syncline.cli import main
 from syncline.config.schema import Bridge, Lora
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
@@ -54,6 +56,8 @@ def lora(side: "Side", config: Bridge) -> WeightBridge:
 
 MakeBridge = Callable[["Side", Bridge], WeightBridge]
 BRIDGES: dict[str, MakeBridge] = {"restart": restart, "shared": shared, "lora": lora, "shared-lora": lora}
+TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,), "lora": (1,), "shared-lora": (1,)}
+"""Ranks of the engine under each bridge."""
 ADAPTED = ("lora", "shared-lora")
 LORA = {"rank": 4, "alpha": 22.0}
 """A rank below vLLM's smallest slot, and a scaling of 5.5, which rounds and makes a stale adapter show."""
@@ -68,6 +72,7 @@ class Side:
         self.name = name
         self.model = self.load(model_path)
         self.folder = folder
+        self._initial = [parameter.detach().clone() for parameter in self.model.parameters()]
 
     def load(self, path: Path) -> Any:
         """The learner's model: whole, or with an adapter where the bridge moves one."""
@@ -75,14 +80,23 @@ class Side:
         return add_lora(model, Lora.model_validate(LORA)) if self.name in ADAPTED else model
 
     def digests(self) -> dict[str, str]:
-        """What the engine must hold, computed the plain way."""
+        """What the engine must hold, computed the plain way: an adapter's words are eight bytes, whatever its shape."""
         if self.name not in ADAPTED:
             return parameter_digests(self.model.named_parameters())
-        tensors: dict[str, torch.Tensor] = dict(base_parameters(self.model))
+        digests = parameter_digests(base_parameters(self.model))
         for name, layer in adapter_layers(self.model):
-            tensors[f"{name}.lora_A.weight"] = layer.a.to(DTYPE)
-            tensors[f"{name}.lora_B.weight"] = (layer.b.float() * layer.scaling).to(DTYPE)
-        return parameter_digests(tensors.items())
+            for end, tensor in (("A", layer.a), ("B", layer.b.float() * layer.scaling)):
+                held = tensor.detach().to(DTYPE)
+                digests[f"{name}.lora_{end}.weight"] = (
+                    f"{kind_of(held)}:{tensor_digest(held.view(-1).view(torch.int64)):016x}"
+                )
+        return digests
+
+    def reset(self) -> None:
+        """The first weights again: random steps add up, and with them what half precision rounds away."""
+        with torch.no_grad():
+            for parameter, initial in zip(self.model.parameters(), self._initial, strict=True):
+                parameter.copy_(initial)
 
     def bridge(self, *, in_flight: str = "drain") -> WeightBridge:
         name = self.name.removesuffix("-lora")
@@ -137,15 +151,31 @@ def _copy(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-@pytest.fixture(scope="module", params=sorted(BRIDGES))
+def _engines() -> list[Any]:
+    """Every bridge with every number of ranks; several ranks need as many GPUs, where there are GPUs."""
+    return [
+        pytest.param(
+            (name, ranks),
+            id=f"{name}-tp{ranks}",
+            marks=pytest.mark.skipif(0 < torch.cuda.device_count() < ranks, reason=f"needs {ranks} GPUs"),
+        )
+        for name in sorted(BRIDGES)
+        for ranks in TENSOR_PARALLEL[name]
+    ]
+
+
+@pytest.fixture(scope="module", params=_engines())
 def side(request, tmp_path_factory) -> Iterator[Side]:
-    folder = tmp_path_factory.mktemp(request.param)
+    name, ranks = request.param
+    folder = tmp_path_factory.mktemp(f"{name}-tp{ranks}")
     model_path = make_tiny_model(folder / "model")
-    values = run_values(model_path, folder / "run", bridge={"name": request.param.removesuffix("-lora")})
-    if request.param in ADAPTED:
+    values = run_values(model_path, folder / "run", bridge={"name": name.removesuffix("-lora")})
+    values["engine"] |= {"device": DEVICE, "devices": list(range(ranks)), "tensor_parallel_size": ranks}
+    values["learner"] = {"device": DEVICE}
+    if name in ADAPTED:
         values["model"]["lora"] = LORA
     with running_engine(values, folder) as engine:
-        yield Side(request.param, engine, model_path, folder / "weights")
+        yield Side(name, engine, model_path, folder / "weights")
 
 
 def test_before_the_first_publish_no_version_is_claimed(side: Side) -> None:
@@ -192,6 +222,25 @@ def test_a_model_the_engine_does_not_serve_is_refused_by_parameter_name(side: Si
         side.bridge().attach(other)
 
 
+def test_weights_that_are_not_finite_are_not_published(side: Side) -> None:
+    bridge = side.attached()
+    bridge.publish(side.model, policy_version=side.next_version())
+    version = side.engine.receipt().policy_version
+    trained = [(name, p) for name, p in side.model.named_parameters() if p.requires_grad]
+    weight = next(parameter for name, parameter in trained if "layers.1.mlp.down_proj" in name)
+    good = weight.detach().clone()
+    message = r"layers\.1\.mlp\.down_proj\.(lora_A\.)?weight is not finite"
+    with pytest.raises(SyncError, match=message), bridge.updating():
+        with torch.no_grad():
+            weight[0, 0] = float("nan")
+        bridge.publish(side.model, policy_version=version + 1)
+    assert side.engine.receipt().policy_version == version
+    with torch.no_grad():
+        weight.copy_(good)
+    bridge.publish(side.model, policy_version=version + 1)
+    assert side.mismatch() < TOLERANCE
+
+
 def test_a_failure_while_the_weights_move_leaves_the_engine_paused(side: Side) -> None:
     bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
@@ -219,11 +268,26 @@ def test_requests_kept_in_flight_have_each_token_under_the_version_that_sampled_
     assert _worst_span(side, completions, weights) < TOLERANCE
 
 
+def test_verify_tells_whether_the_engine_holds_a_checkpoint(side: Side, tmp_path: Path, capsys) -> None:
+    bridge = side.attached()
+    side.step(bridge)
+    side.model.save_pretrained(tmp_path / "same")
+    argv = ["verify", str(tmp_path / "same"), "--engine-url", side.engine.url]
+    assert main(argv) == 0
+    assert side.engine.receipt().digest in capsys.readouterr().out
+    side.step(bridge)
+    assert main(argv) == SyncError.exit_code
+    changed = "layers.0.mlp.down_proj.lora_A" if side.name in ADAPTED else "embed_tokens"
+    kind = "[4, 256]" if side.name in ADAPTED else "[70, 128]"
+    assert f"model.{changed}.weight: the checkpoint float32{kind}" in capsys.readouterr().err or DEVICE == "cuda"
+
+
 Sampled = list[tuple[tuple[int, ...], Completion]]
 
 
 def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> tuple[Sampled, dict[int, Any]]:
     """Requests before, between and after three steps; prompt and completion of each, and the weights by version."""
+    side.reset()
     bridge.publish(side.model, policy_version=side.next_version())
     weights = {side.next_version() - 1: _copy(side.model)}
     prompts = PROMPTS * 4
@@ -250,8 +314,10 @@ def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> 
 
 
 def _worst_span(side: Side, completions: Sampled, weights: dict[int, Any]) -> float:
+    """The largest mean |Δlogprob| of a span under its own version; a few tokens' mean is given more room."""
     return max(
         side.span_difference(prompt, completion, weights[span.policy_version], (span.start, span.end))
+        * min(1.0, math.sqrt((span.end - span.start) / 12))
         for prompt, completion in completions
         for span in completion.versions
     )

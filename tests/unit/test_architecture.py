@@ -119,7 +119,7 @@ def test_public_names() -> None:
         "SyncReport",
         "WeightBridge",
     }
-    assert set(VERBS) == {"check", "run", "serve", "trajectories", "env", "train", "evaluate", "report"}
+    assert set(VERBS) == {"check", "run", "serve", "trajectories", "env", "train", "verify", "evaluate", "report"}
 
 
 def test_exit_codes() -> None:

@@ -84,9 +84,10 @@ class AdapterLayout:
             raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(views)} tensors); nothing was published")
 
     def digests(self, buffer: torch.Tensor) -> dict[str, str]:
-        """As `receipt.parameter_digests` of the views, in one pass instead of one a tensor; waits for the device once.
+        """As in `receipt.py`, in one pass instead of one a tensor; waits for the device once.
 
-        Tensors whose rows are no whole words are digested by their bits filled up with zeros.
+        A word is eight bytes of the row-major bits, whatever the shape, the last one filled with zeros: adapters are
+        digested whole, never by shards.
         """
         device = buffer.device
         counts = torch.tensor(self._num_blocks, device=device)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from syncline.bridges.adapter import A, AdapterLayout
 from syncline.bridges.handles import Origin, export_views, new_memory_file, open_views
+from syncline.bridges.receipt import whole
 from syncline.errors import SyncError
 
 _PEFT_PREFIX = "base_model.model."
@@ -78,9 +79,9 @@ class Carrier:
             return None
         if way == "memory" and self._file is not None:
             path, buffer = self._file
-            exported = export_views({"adapter": buffer}, memory_file=(path, self.layout.buffer_words * 8))
+            exported = export_views([("adapter", whole(buffer))], memory_file=(path, self.layout.buffer_words * 8))
         else:
-            exported = export_views({"adapter": self.buffer}, memory_file=None)
+            exported = export_views([("adapter", whole(self.buffer))], memory_file=None)
         return {"memory": exported, "nonce": uuid4().hex}
 
     def _write(self, policy_version: int) -> Path:
@@ -138,7 +139,7 @@ class Receiver:
             self._opened, self._source = None, None
             memory = source["memory"]
             device = torch.device("cpu") if memory["origin"]["device"] == "cpu" else self._device
-            self._opened = open_views(memory, device=device)["adapter"]
+            self._opened = open_views(memory, device=device)["adapter"].tensor
             self._source = source
         if self._opened.numel() != layout.buffer_words:
             raise SyncError(f"the adapter's buffer has {self._opened.numel()} words, its layout {layout.buffer_words}")

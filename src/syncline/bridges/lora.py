@@ -67,7 +67,8 @@ class LoraBridge:
         device = next(iter(layers.values())).a.device
         self._carrier = Carrier(layout, self._ways(engines, device), device=device, folder=self._folder)
         if self._shares_base:
-            bind(base, open_views(self._fleet.engines[0].export(), device=device))
+            [memory] = self._fleet.engines[0].export()
+            bind(base, open_views(memory, device=device))
 
     @contextmanager
     def updating(self) -> Iterator[None]:

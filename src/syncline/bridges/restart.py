@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from syncline.bridges.fleet import Fleet
-from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
+from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, refuse_not_finite
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.protocols import EngineControl, Receipt, SyncReport
@@ -28,15 +28,24 @@ Export = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 
 
 class RestartBridge:
-    """See the module. `export(model)` yields the parameters under their checkpoint names, adapters merged;
-    `folder` is where versions are written; `assets` is a folder with the config and tokenizer files to copy along."""
+    """See the module. `export(model)` yields the parameters under their own names, adapters merged, and `saved(model)`
+    as files name and cut them (by default alike); `folder` is where versions are written; `assets` is a folder with the
+    config and tokenizer files to copy along."""
 
     def __init__(
-        self, engines: Sequence[EngineControl], config: Bridge, *, export: Export, folder: Path, assets: Path
+        self,
+        engines: Sequence[EngineControl],
+        config: Bridge,
+        *,
+        export: Export,
+        saved: Export | None = None,
+        folder: Path,
+        assets: Path,
     ) -> None:
         self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds)
         self._config = config
         self._export = export
+        self._saved = saved or export
         self._folder = folder
         self._assets = assets
 
@@ -56,6 +65,7 @@ class RestartBridge:
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
+        refuse_not_finite(self._export(model))
         digests = parameter_digests(self._export(model))
         expected = Receipt(policy_version, model_digest(digests))
         clock.lap("digest")
@@ -90,7 +100,7 @@ class RestartBridge:
 
     def _write(self, model: Any, policy_version: int) -> tuple[Path, int]:
         path = self._folder / f"version-{policy_version:06d}"
-        return path, write_weights(self._export(model), path, assets=self._assets)
+        return path, write_weights(self._saved(model), path, assets=self._assets)
 
     def _forget_versions_before(self, policy_version: int) -> None:
         for path in self._folder.glob("version-*"):

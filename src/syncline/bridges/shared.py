@@ -6,7 +6,7 @@ token boundary, the step writes in place, `publish` has both sides digest the by
 resume it. Several engines may sample from the one copy: the first owns it, the others were started attached to it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, open_views
-from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
+from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, refuse_not_finite
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
+from syncline.errors import SyncError
 from syncline.protocols import EngineControl, Receipt, SyncReport
 
 Parameters = Callable[[Any], Iterable[tuple[str, torch.nn.Parameter]]]
@@ -39,7 +40,7 @@ class SharedBridge:
         self._fleet.refuse_other_model({name: kind_of(parameter) for name, parameter in own.items()})
         self._pause()
         device = next(iter(own.values())).device
-        bind(own, open_views(self._fleet.engines[0].export(), device=device))
+        bind(own, open_views(self._only_rank(), device=device))
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -52,6 +53,7 @@ class SharedBridge:
             self._fleet.refuse_backwards(policy_version)
             clock = self._pause()
             clock.lap("step")
+            refuse_not_finite(self._parameters(model))
             digests = parameter_digests(self._parameters(model))
             expected = Receipt(policy_version, model_digest(digests))
             clock.lap("digest")
@@ -66,6 +68,17 @@ class SharedBridge:
     def close(self) -> None:
         """The engine owns the memory; nothing else is held."""
         self._fleet.close()
+
+    def _only_rank(self) -> Mapping[str, Any]:
+        owner = self._fleet.engines[0]
+        exports = owner.export()
+        if len(exports) != 1:
+            raise SyncError(
+                f"engine {owner.name} has {len(exports)} tensor-parallel ranks, each with pieces of the "
+                "parameters, and this learner holds whole ones; set engine.tensor_parallel_size to 1, or use "
+                "bridge.name restart"
+            )
+        return exports[0]
 
     def _pause(self) -> Stopwatch:
         """Once for a step, whoever comes first: `updating`, or a publish outside of it."""

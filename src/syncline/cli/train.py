@@ -104,7 +104,7 @@ def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path)
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
     from syncline.learner.adapter import adapter_layers, base_parameters
-    from syncline.learner.model import checkpoint_parameters
+    from syncline.learner.model import checkpoint_parameters, saved_parameters
 
     if serves_adapters(config):
         return LoraBridge(
@@ -121,6 +121,7 @@ def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path)
         engines,
         config.bridge,
         export=checkpoint_parameters,
+        saved=saved_parameters,
         folder=Path(config.run.dir) / "weights",
         assets=assets,
     )

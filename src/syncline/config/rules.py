@@ -83,11 +83,12 @@ def _environments(config: RunConfig) -> Iterator[str]:
 
 def _devices(config: RunConfig) -> Iterator[str]:
     engine, learner = config.engine, config.learner
-    wanted = 1 if config.bridge.name == "shared" else engine.num_replicas
-    if engine.device != "cpu" and len(engine.devices) != wanted:
+    wanted = engine.tensor_parallel_size * (1 if config.bridge.name == "shared" else engine.num_replicas)
+    if engine.device != "cpu" and len(set(engine.devices)) != wanted:
         yield (
-            f"engine.devices: {list(engine.devices)} names {len(engine.devices)} GPUs, and {engine.num_replicas} "
-            f"replicas with bridge.name = {config.bridge.name!r} need {wanted}; name that many"
+            f"engine.devices: {list(engine.devices)} names {len(set(engine.devices))} GPUs, and {engine.num_replicas} "
+            f"replicas of {engine.tensor_parallel_size} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
+            "name that many, or set engine.device to cpu"
         )
     if len(learner.devices) != 1:
         yield f"learner.devices: {list(learner.devices)} names {len(learner.devices)} GPUs; it uses one, so name one"
@@ -157,12 +158,11 @@ def _adapter_engine(config: RunConfig) -> Iterator[str]:
             f"engine.extra.max_loras: {extra['max_loras']} leaves no slot for the next version beside the one that is "
             "sampled from; raise it to 2"
         )
-    for option in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if extra.get(option, 1) != 1:
-            yield (
-                f"engine.extra.{option}: {extra[option]} splits the adapter over devices, whose shards this version "
-                "cannot prove; leave it out, or use restart"
-            )
+    if config.engine.tensor_parallel_size > 1:
+        yield (
+            f"engine.tensor_parallel_size: {config.engine.tensor_parallel_size} splits the adapter over ranks, whose "
+            "pieces this version cannot prove; set it to 1, or use restart"
+        )
     if extra.get("quantization") and config.bridge.name == "lora":
         yield (
             f"engine.extra.quantization: {extra['quantization']!r} changes the base, which bridge.name = 'lora' proves "

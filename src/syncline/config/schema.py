@@ -63,8 +63,10 @@ class Sampling(Section):
 class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: tuple[NonNegativeInt, ...] = (0,)
-    """GPU indices; ignored on a CPU. Each replica takes the next ones, but with bridge.name = shared all run on the
-    same."""
+    """GPU indices; ignored on a CPU. Each replica takes the next ones, one a rank, but with bridge.name = shared all
+    run on the same."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks of a replica that share each layer, a GPU each."""
     num_replicas: PositiveInt = 1
     """Engine processes that sample side by side, all on the same policy version."""
     host: str = "127.0.0.1"

@@ -110,7 +110,12 @@ class EngineController:
     def parameters(self) -> Mapping[str, str]:
         return self._parameters()["parameters"]
 
-    def export(self, *, fused: bool = False) -> Mapping[str, Any]:
+    def measure(self) -> tuple[Receipt, Mapping[str, str]]:
+        """The receipt and each parameter's digest, computed now over what the engine holds."""
+        answer = self._post("/syncline/measure", {}, self._start_timeout_seconds)
+        return _receipt(answer), answer["parameters"]
+
+    def export(self, *, fused: bool = False) -> Sequence[Mapping[str, Any]]:
         return self._call("POST", "/syncline/export", {"fused": fused}, self._start_timeout_seconds)
 
     def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:

@@ -1,6 +1,6 @@
 """The policy: a Hugging Face causal language model, whole or with a LoRA adapter, and its checkpoint parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,16 @@ def learner_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 def load_model(config: Model, *, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
     """The model to train, on `device`, in training mode. Raises `ConfigError` for a path that holds no model."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = learner_dtype(config.dtype, device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, attn_implementation=register_attention())
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            config=without_dropout(AutoConfig.from_pretrained(config.path)),
+            dtype=dtype,
+            attn_implementation=register_attention(),
+        )
         check_attention(model.config)
     except (OSError, ValueError) as error:
         raise ConfigError([f"model.path: {config.path!r} cannot be trained: {error}"]) from error
@@ -46,6 +51,14 @@ def load_model(config: Model, *, device: torch.device, gradient_checkpointing: b
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = model.to(device).train()  # pyright: ignore[reportArgumentType]
     return add_lora(model, config.lora) if config.lora else model
+
+
+def without_dropout(config: Any) -> Any:
+    """The engine samples without dropout, so the policy that is trained has none; some families ship with 0.1."""
+    for field, value in vars(config).items():
+        if field.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(config, field, 0.0)
+    return config
 
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
@@ -106,6 +119,14 @@ def checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]
                 yield name, _merged(owner, parameter)
             else:
                 yield name, parameter.detach()
+
+
+def saved_parameters(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """`checkpoint_parameters` as the family's files name and cut them, which is what engines load: transformers fuses
+    experts, and renames some layers, in memory alone."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(causal_lm(model), dict(checkpoint_parameters(model))).items()
 
 
 def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:

@@ -138,7 +138,7 @@ def test_when_one_engine_cannot_load_none_switches(engines: list[FakeEngine], tm
     engines[1].fault, engines[1].tampers = (None, True) if tampers else ("stage", False)
     with pytest.raises((EngineError, SyncError), match="second") as caught:
         bridge.publish(model, policy_version=1)
-    assert not tampers or "w.lora_B.weight: learner" in str(caught.value)
+    assert not tampers or "w.lora_B.weight: the learner" in str(caught.value)
     assert [engine.receipt() for engine in engines] == [served, served], "no engine serves a version others could not"
     assert [engine.paused for engine in engines] == [True, True]
 

@@ -1,9 +1,18 @@
 """The digest, against a plain-Python splitmix64, and the faults it must catch."""
 
+import math
+
 import pytest
 import torch
 
-from syncline.bridges.receipt import differences, model_digest, parameter_digests, tensor_digest
+from syncline.bridges.receipt import (
+    differences,
+    model_digest,
+    parameter_digests,
+    refuse_not_finite,
+    tensor_digest,
+)
+from syncline.errors import SyncError
 
 MASK = (1 << 64) - 1
 
@@ -21,7 +30,7 @@ def reference_digest(words: list[int]) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_digest_is_the_sum_of_mixed_words(dtype: torch.dtype) -> None:
-    tensor = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     words = [int(word) & MASK for word in tensor.view(torch.int64).flatten()]
     assert tensor_digest(tensor) == reference_digest(words)
 
@@ -74,6 +83,20 @@ def test_differences_name_the_parameter() -> None:
     assert differences(learner, engine) == [
         "only_here: missing in the engine",
         "only_there: not in the learner",
-        "changed: learner 2, engine 9",
+        "changed: the learner 2, the engine 9",
     ]
     assert differences(learner, engine, limit=1)[-1] == "… and 2 more"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(dtype: torch.dtype, value: float) -> None:
+    named = {
+        "good": torch.ones(3, 5, dtype=dtype),
+        "empty": torch.ones(0),
+        "bad": torch.full((4, 4), 1e30, dtype=dtype),
+    }
+    refuse_not_finite(named.items())
+    named["bad"][2, 3] = value
+    with pytest.raises(SyncError, match=r"bad is not finite \(1 of 2 parameters\)"):
+        refuse_not_finite(named.items())

@@ -146,3 +146,17 @@ def test_replicas_take_the_ports_after_the_given_one() -> None:
     wanted = wanted_ports(config(engine={"num_replicas": 2, "devices": [0, 1], "port": 9000}))
     assert wanted["engine.port"][1] == 9000
     assert wanted["engine.port + 1"][1] == 9001
+
+
+def test_each_rank_of_a_replica_has_a_device() -> None:
+    machine = Machine(num_cores=4, gpus=("0", "1", "2", "3"), python="python")
+    built = config(engine={"num_replicas": 2, "tensor_parallel_size": 2, "devices": [0, 1, 2, 3]})
+    specs = {spec.name: spec for spec in plan(built, ports=PORTS | {"engine.port + 1": 8011}, machine=machine)}
+    assert (specs["engine"].devices, specs["engine-1"].devices) == (("0", "1"), ("2", "3"))
+
+
+def test_the_ranks_of_an_engine_on_a_cpu_share_its_threads() -> None:
+    on_cpu = {"device": "cpu"}
+    machine = Machine(num_cores=8, gpus=(), python="python")
+    specs = planned(machine, engine=on_cpu | {"tensor_parallel_size": 2}, learner=on_cpu)
+    assert specs["engine"].env["OMP_NUM_THREADS"] == "4"

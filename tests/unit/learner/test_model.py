@@ -1,14 +1,24 @@
 """Adapters merged exactly, targets that must exist, and scores that equal the plain forward's."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from model_families import save_random_model
 from real_engine import make_tiny_model
 
+from syncline.bridges.restart import write_weights
 from syncline.config.schema import Lora, Model
 from syncline.errors import ConfigError
-from syncline.learner.model import Scorer, causal_lm, checkpoint_parameters, load_model, trainable_parameters
+from syncline.learner.model import (
+    Scorer,
+    causal_lm,
+    checkpoint_parameters,
+    load_model,
+    saved_parameters,
+    trainable_parameters,
+)
 from syncline.learner.packing import pack_samples
 from syncline.types import Completion, FinishReason, TrainingSample, VersionSpan
 
@@ -84,3 +94,31 @@ def test_scores_equal_the_plain_forward_at_the_sampling_temperature(model_path: 
     for token, logprob, spread in zip(batch.labels.tolist(), logprobs, entropy, strict=True):
         torch.testing.assert_close(logprob, expected[token][0])
         torch.testing.assert_close(spread, expected[token][1])
+
+
+def test_a_model_that_ships_with_dropout_is_trained_without(tmp_path: Path) -> None:
+    """Phi-2 and StarCoder2 name 0.1; the engine samples without."""
+    path = save_random_model("starcoder2", tmp_path)
+    model = load(path)
+    token_ids = torch.arange(5, 25)
+    positions, borders = torch.arange(20), torch.tensor([0, 20], dtype=torch.int32)
+    packed = {"position_ids": positions[None], "cu_seq_lens_q": borders, "max_length_q": 20, "use_cache": False}
+    once, again = (model(token_ids[None], **packed).logits for _ in range(2))
+    assert model.training and torch.equal(once, again)
+
+
+def test_experts_are_saved_as_files_name_them_and_load_again(tmp_path: Path) -> None:
+    model = load(save_random_model("mixtral", tmp_path / "model"))
+    for parameter in model.parameters():
+        parameter.data += 0.25
+    write_weights(saved_parameters(model), tmp_path / "saved", assets=tmp_path / "model")
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    assert "model.layers.1.block_sparse_moe.experts.3.w1.weight" in index["weight_map"]
+    again = dict(load(tmp_path / "saved").named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again[name]), name
+
+
+def test_what_files_name_alike_is_saved_as_it_is(model_path: Path) -> None:
+    model = load(model_path)
+    assert dict(saved_parameters(model)).keys() == dict(checkpoint_parameters(model)).keys()

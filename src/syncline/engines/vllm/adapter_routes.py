@@ -51,8 +51,8 @@ def adapter_routes(served: Served) -> APIRouter:
     @router.get("/syncline/adapters")
     async def adapters() -> dict[str, Any]:
         served.adapters.refuse_without()
-        answers = await served.engine.collective_rpc("syncline_adapters")
-        return answers[0] | {"num_ranks": len(answers)}
+        ranks = await served.each_rank("syncline_adapters")
+        return ranks[0] | {"num_ranks": len(ranks)}
 
     @router.post("/syncline/stage")
     async def stage(body: StageBody) -> dict[str, Any]:
@@ -83,11 +83,7 @@ async def _load(served: Served, adapter: Adapter, method: str, *content: Any, ti
         if method == "syncline_stage":
             _stop_by_hand(served)
         drop = await served.adapters.room(timeout_seconds=timeout_seconds)
-        answers = await served.engine.collective_rpc(method, args=(adapter.id, *content, drop))
-        for answer in answers:
-            if "fault" in answer:
-                raise EngineError(answer["fault"])
-        adapter.parameters = answers[0]["parameters"]
+        [adapter.parameters] = await served.each_rank(method, adapter.id, *content, drop)
         served.adapters.held.append(adapter)
 
 

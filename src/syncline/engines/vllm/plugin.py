@@ -67,19 +67,22 @@ def _attached_loader(unpacked: type) -> type:
     parent: Any = unpacked if on_cpu else DefaultModelLoader
 
     class AttachedLoader(parent):
-        """`model_loader_extra_config` is the owner's export (`bridges.handles`), under vLLM's own parameter names."""
+        """`model_loader_extra_config` holds the export of each of the owner's ranks (`bridges.handles`), under vLLM's
+        own parameter names."""
 
         def __init__(self, load_config: Any) -> None:
-            self._exported = load_config.model_loader_extra_config
+            self._ranks = load_config.model_loader_extra_config["ranks"]
             super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={}))
 
         def load_weights(self, model: Any, model_config: Any) -> None:
+            from vllm.distributed import get_tensor_model_parallel_rank
+
             from syncline.bridges.handles import bind, open_views
 
             if on_cpu:
                 _leave_unpacked(model)
             parameters = dict(model.named_parameters())
             device = next(iter(parameters.values())).device
-            bind(parameters, open_views(self._exported, device=device))
+            bind(parameters, open_views(self._ranks[get_tensor_model_parallel_rank()], device=device))
 
     return AttachedLoader

@@ -18,11 +18,11 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from syncline.bridges.adapter import is_adapter_name
-from syncline.bridges.receipt import model_digest
+from syncline.bridges.receipt import combined, model_digest
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.adapters import Adapter, Adapters
 from syncline.engines.vllm.gate import UNPUBLISHED, Gate, Visit
-from syncline.errors import EngineError, EngineTimeout
+from syncline.errors import EngineError, EngineTimeout, SyncError
 from syncline.types import SamplingParams
 
 HEALTH_TIMEOUT_SECONDS = 5.0
@@ -71,12 +71,24 @@ class Served:
     """`parameters` tells what the engine holds now; not so once it was paused, when somebody may write the weights."""
     restart_from: WeightsBody | None = None
 
-    async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
-        [self.parameters] = await self.engine.collective_rpc(method, args=args)
+    async def measured(self, method: str = "syncline_parameters", *args: Any) -> dict[str, str]:
+        """What the next request would be sampled from: the weights, and the adapter that is current."""
+        measured = combined(await self.each_rank(method, *args))
         if current := self.adapters.current:
-            [held] = await self.engine.collective_rpc("syncline_held", args=(current.id,))
-            current.parameters = held["parameters"]
-            self.sample_from_current()
+            [held] = await self.each_rank("syncline_held", current.id)
+            measured |= held
+        return measured
+
+    async def each_rank(self, method: str, *args: Any) -> list[Any]:
+        """What every tensor-parallel rank answers, in rank order. Raises `SyncError` with what a rank cannot do."""
+        answers = await self.engine.collective_rpc(method, args=args)
+        faults = [f"rank {rank}: {answer['fault']}" for rank, answer in enumerate(answers) if "fault" in answer]
+        if faults:
+            raise SyncError("\n".join(faults))
+        return [answer["value"] for answer in answers]
+
+    async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
+        self.parameters = await self.measured(method, *args)
         self.is_measured = True
 
     def base_parameters(self) -> dict[str, str]:
@@ -97,14 +109,12 @@ class Served:
         """Raises `EngineError` when the weights are no longer those of the version they were named with."""
         if self.is_measured:
             return
-        named = self.parameters
-        await self.remeasure()
-        if self.parameters != named:
-            self.parameters, self.is_measured = named, False
+        if await self.measured() != self.parameters:
             raise EngineError(
-                f"the weights have changed since they were named version {self.gate.policy_version} (digest "
-                f"{model_digest(named)[:12]}); publish a new version instead of resuming"
+                f"the weights have changed since they were named version {self.gate.policy_version}; publish a new "
+                "version instead of resuming"
             )
+        self.is_measured = True
 
     def receipt(self) -> dict[str, Any]:
         return {
@@ -131,7 +141,7 @@ class Route(APIRoute):
         async def answer(request: Request) -> Response:
             try:
                 return await handle(request)
-            except EngineError as error:
+            except (EngineError, SyncError) as error:
                 status = HTTPStatus.GATEWAY_TIMEOUT if isinstance(error, EngineTimeout) else HTTPStatus.CONFLICT
                 return JSONResponse({"error": str(error)}, status_code=status)
 
@@ -170,6 +180,11 @@ def _weight_routes(served: Served) -> APIRouter:
     async def parameters() -> dict[str, Any]:
         return {**served.receipt(), "parameters": served.parameters}
 
+    @router.post("/syncline/measure")
+    async def measure() -> dict[str, Any]:
+        measured = await served.measured()
+        return {**served.receipt(), "digest": model_digest(measured), "parameters": measured}
+
     @router.post("/syncline/pause")
     async def pause(body: PauseBody) -> dict[str, Any]:
         await served.gate.close()
@@ -196,11 +211,10 @@ def _weight_routes(served: Served) -> APIRouter:
         return served.receipt()
 
     @router.post("/syncline/export")
-    async def export(body: ExportBody) -> dict[str, Any]:
+    async def export(body: ExportBody) -> list[dict[str, Any]]:
         if not served.shares:
             raise EngineError("this engine was not started to share its weights; set bridge.name to shared")
-        [exported] = await served.engine.collective_rpc("syncline_export", args=(body.fused,))
-        return exported
+        return await served.each_rank("syncline_export", body.fused)
 
     @router.post("/syncline/reload")
     async def reload(body: WeightsBody) -> dict[str, Any]:

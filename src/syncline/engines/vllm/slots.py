@@ -5,14 +5,15 @@ So the digest is of the slot, not of what was sent, and what lies in a slot besi
 is pinned: vLLM must not evict it, because it would look for the evicted one on a disk where it never was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from syncline.bridges.adapter import A, AdapterLayout, B, copy_all, what_cannot_be_held
+from syncline.bridges.adapter import A, AdapterLayout, B, copy_all, listed, what_cannot_be_held
 from syncline.bridges.carriers import Receiver, whereabouts
 from syncline.engines.vllm import compat
+from syncline.engines.vllm.answer import answer
 from syncline.errors import SyncError
 
 Layers = dict[str, tuple[Any, int]]
@@ -89,7 +90,7 @@ def _rest(manager: Any, layers: Layers, slot: int, layout: AdapterLayout) -> Ite
 
 
 class AdapterExtension:
-    """Methods of vLLM's worker, called by name. A fault is answered, not raised: the engine goes on as it was."""
+    """Methods of vLLM's worker, called by name. What it cannot do is a fault, and the engine goes on as it was."""
 
     device: Any
     model_runner: Any
@@ -99,61 +100,70 @@ class AdapterExtension:
     def syncline_adapters(self) -> dict[str, Any]:
         """What `EngineControl.adapters` answers, but for the number of ranks."""
         manager = compat.adapter_manager(self.model_runner)
-        return {
+        about = {
             "dtype": str(manager.lora_config.lora_dtype).removeprefix("torch."),
             "max_rank": manager.lora_config.max_lora_rank,
             "modules": sizes(adaptable(manager)),
             "whereabouts": whereabouts(self.device),
         }
+        return answer(lambda: about)
 
     def syncline_stage(self, adapter_id: int, adapter: dict[str, Any], drop: list[int]) -> dict[str, Any]:
-        """Drops adapters, loads one; `parameters` as its slot holds them, or `fault`."""
-        manager = compat.adapter_manager(self.model_runner)
-        self._drop(manager, drop)
+        """Drops adapters, loads one; name → digest of what its slot then holds."""
         layout = AdapterLayout(adapter["shapes"], adapter["dtype"])
-        try:
-            self._refuse(manager, layout)
+
+        def fill(manager: Any) -> AdapterLayout:
+            _refuse(manager, layout)
             self._receiver = self._receiver or Receiver(self.device)
             load(manager, adapter_id, layout, self._receiver.receive(adapter["source"], layout))
-            return self._held(manager, adapter_id, layout)
-        except SyncError as error:
-            manager.remove_adapter(adapter_id)
-            return {"fault": str(error)}
+            return layout
+
+        return self._added(adapter_id, drop, fill)
 
     def syncline_load_folder(self, adapter_id: int, name: str, path: str, drop: list[int]) -> dict[str, Any]:
         """As `syncline_stage`, from any PEFT folder, by vLLM's own loader and checks."""
         from vllm.lora.request import LoRARequest
 
-        manager = compat.adapter_manager(self.model_runner)
-        self._drop(manager, drop)
-        try:
-            self.model_runner.add_lora(LoRARequest(name, adapter_id, path))
+        def fill(manager: Any) -> AdapterLayout:
+            try:
+                self.model_runner.add_lora(LoRARequest(name, adapter_id, path))
+            except (ValueError, OSError, KeyError) as error:
+                raise SyncError(f"vLLM cannot load {path}: {error}") from error
             manager.pin_adapter(adapter_id)
-            return self._held(manager, adapter_id, whole(manager))
-        except (ValueError, OSError, KeyError, SyncError) as error:
-            manager.remove_adapter(adapter_id)
-            return {"fault": str(error)}
+            return whole(manager)
+
+        return self._added(adapter_id, drop, fill)
 
     def syncline_held(self, adapter_id: int) -> dict[str, Any]:
         """An adapter's slot, digested again."""
-        manager = compat.adapter_manager(self.model_runner)
-        return self._held(manager, adapter_id, (self._layouts or {})[adapter_id])
+        return answer(lambda: self._digests(adapter_id))
 
-    def _held(self, manager: Any, adapter_id: int, layout: AdapterLayout) -> dict[str, Any]:
+    def _added(self, adapter_id: int, drop: list[int], fill: Callable[[Any], AdapterLayout]) -> dict[str, Any]:
+        manager = compat.adapter_manager(self.model_runner)
+        kept = {i: layout for i, layout in (self._layouts or {}).items() if i not in drop}
+        for old in drop:
+            manager.remove_adapter(old)
+
+        def added() -> dict[str, str]:
+            try:
+                self._layouts = {**kept, adapter_id: fill(manager)}
+                return self._digests(adapter_id)
+            except SyncError:
+                manager.remove_adapter(adapter_id)
+                raise
+
+        return answer(added)
+
+    def _digests(self, adapter_id: int) -> dict[str, str]:
+        manager, layout = compat.adapter_manager(self.model_runner), (self._layouts or {})[adapter_id]
         buffer = layout.new_buffer(self.device)
         read(manager, adaptable(manager), adapter_id, layout, buffer)
-        self._layouts = {**(self._layouts or {}), adapter_id: layout}
-        return {"parameters": layout.digests(buffer)}
+        return layout.digests(buffer)
 
-    def _drop(self, manager: Any, adapter_ids: list[int]) -> None:
-        for adapter_id in adapter_ids:
-            manager.remove_adapter(adapter_id)
-            (self._layouts or {}).pop(adapter_id, None)
 
-    @staticmethod
-    def _refuse(manager: Any, layout: AdapterLayout) -> None:
-        held = {"modules": sizes(adaptable(manager)), "max_rank": manager.lora_config.max_lora_rank}
-        if faults := what_cannot_be_held(layout.shapes, held):
-            raise SyncError("; ".join(faults[:5]))
-        if layout.dtype != manager.lora_config.lora_dtype:
-            raise SyncError(f"the adapter is {layout.dtype}, the engine's slots {manager.lora_config.lora_dtype}")
+def _refuse(manager: Any, layout: AdapterLayout) -> None:
+    held = {"modules": sizes(adaptable(manager)), "max_rank": manager.lora_config.max_lora_rank}
+    if faults := what_cannot_be_held(layout.shapes, held):
+        raise SyncError(listed(faults))
+    if layout.dtype != manager.lora_config.lora_dtype:
+        raise SyncError(f"the adapter is {layout.dtype}, the engine's slots {manager.lora_config.lora_dtype}")

@@ -1,11 +1,14 @@
-"""What runs inside vLLM's workers, called by name over `collective_rpc`."""
+"""What runs inside vLLM's workers, called by name over `collective_rpc`: once on every tensor-parallel rank."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from syncline.bridges.handles import export_views, move_to_memory_file
-from syncline.bridges.receipt import parameter_digests
-from syncline.engines.vllm.layout import checkpoint_views
+from syncline.bridges.manifest import Shard
+from syncline.bridges.receipt import shard_digests, whole
+from syncline.engines.vllm.answer import answer
+from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
 from syncline.engines.vllm.slots import AdapterExtension
 
 
@@ -15,11 +18,11 @@ class WorkerExtension(AdapterExtension):
     get_model: Any
     _memory_file: tuple[str, int] | None = None
 
-    def syncline_parameters(self) -> dict[str, str]:
-        """Checkpoint name → dtype, shape and digest of what the next forward pass will read."""
-        return parameter_digests(checkpoint_views(self.get_model()))
+    def syncline_parameters(self) -> dict[str, Any]:
+        """Digests (`receipt.shard_digests`) of what the next forward pass will read."""
+        return answer(lambda: shard_digests(checkpoint_views(self.get_model())))
 
-    def syncline_reload(self, path: str) -> dict[str, str]:
+    def syncline_reload(self, path: str) -> dict[str, Any]:
         """Loads the checkpoint at `path` into the parameters' own storages; answers as `syncline_parameters`."""
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self.model_runner.reload_weights(weights_path=path)  # it warns of layers without weights; the digest says more
@@ -31,8 +34,13 @@ class WorkerExtension(AdapterExtension):
             self._memory_file = move_to_memory_file(self.get_model().parameters())
 
     def syncline_export(self, fused: bool) -> dict[str, Any]:
-        """Where each parameter lies, under its checkpoint name, or (`fused`) as vLLM names and fuses them at load."""
+        """Where this rank's pieces lie, under their checkpoint names, or (`fused`) as vLLM names and fuses them."""
+        return answer(lambda: export_views(self._views(fused), memory_file=self._memory_file))
+
+    def _views(self, fused: bool) -> Iterable[tuple[str, Shard]]:
         model = self.get_model()
-        loaded = {name.replace(".base_layer.", "."): p.data for name, p in model.named_parameters()}
-        views = loaded if fused else dict(checkpoint_views(model))
-        return export_views(views, memory_file=self._memory_file)
+        if fused:  # the names a loader sees: adapters wrap the layers later
+            named = model.named_parameters()
+            return ((name.replace(".base_layer.", "."), whole(parameter)) for name, parameter in named)
+        refuse_copies(model)
+        return checkpoint_views(model)
