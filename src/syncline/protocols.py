@@ -179,6 +179,21 @@ class EngineControl(Protocol):
         """Replaces the engine process by one that loads `path`; returns when the new one is ready, paused."""
         ...
 
+    def adapters(self) -> Mapping[str, Any]:
+        """What adapters it can hold: `dtype`, `max_rank`, `modules` (name → inputs, outputs), `num_ranks`, and its
+        `whereabouts` (`bridges.carriers`). Raises `EngineError` when it was started without."""
+        ...
+
+    def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
+        """Loads an adapter beside the one that is sampled from; name → dtype, shape and digest of what it then holds.
+        `adapter`: its `dtype`, `shapes` by name, and the `source` to read it from (`bridges.carriers`)."""
+        ...
+
+    def switch(self, receipt: Receipt) -> Receipt:
+        """New requests are sampled from the adapter that gives this receipt's digest, as its version; running ones
+        end under the adapter they began with. Raises `EngineError` when it holds no such adapter."""
+        ...
+
     def adopt(self, *, policy_version: int) -> Receipt:
         """Names the weights already held: the version moves, the caches are dropped, nothing is loaded."""
         ...

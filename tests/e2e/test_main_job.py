@@ -17,7 +17,7 @@ OWN_ENVIRONMENT = Path(__file__).parents[2] / "benchmarks"
 """A user's own environment, by import path. Its reward varies in every group, so that every step has a gradient."""
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "shared", "broadcast"])
+@pytest.mark.parametrize("tuning", ["full", "lora", "shared", "lora-shared", "broadcast"])
 def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     model = make_tiny_model(tmp_path / "model")
     values = run_values(model, tmp_path / "run", evaluation={"num_tasks": 8})
@@ -25,10 +25,10 @@ def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     values["environments"] = [{"task": "even_tokens:EvenTokens", "name": "even"}]
     values["learner"] = {"token_budget": 512, "optimizer": {"learning_rate": 1e-3}}
     values["parity"]["interval"] = 2
-    if tuning == "lora":
+    if tuning.startswith("lora"):
         values["model"]["lora"] = {"rank": 4}
         values["learner"]["loss"] = {"name": "dapo", "kl_coef": 0.01}
-    if tuning == "shared":
+    if tuning.endswith("shared"):
         values["bridge"] = {"name": "shared"}
     if tuning == "broadcast":  # of merged adapters, which the other bridges' runs do not move
         if torch.cuda.device_count() == 1:
@@ -50,7 +50,7 @@ def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     assert all(step["sampling/sampling_logp_difference/mean"] < 1e-4 for step in steps), "sampled by other weights"
     assert steps[1]["parity/mean_abs_diff"] < 1e-4
     assert all(step["grad_norm"] > 0 for step in steps)
-    assert ("kl" in steps[-1]) == (tuning == "lora")
+    assert ("kl" in steps[-1]) == tuning.startswith("lora")
     assert (steps[-1]["sync/bytes"] == 0) == (tuning == "shared")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == NUM_STEPS

@@ -121,7 +121,18 @@ def test_public_names() -> None:
         "SyncReport",
         "WeightBridge",
     }
-    assert set(VERBS) == {"check", "run", "serve", "trajectories", "env", "train", "verify", "evaluate", "report"}
+    assert set(VERBS) == {
+        "check",
+        "run",
+        "serve",
+        "trajectories",
+        "env",
+        "train",
+        "verify",
+        "evaluate",
+        "bench",
+        "report",
+    }
 
 
 def test_exit_codes() -> None:

@@ -97,7 +97,7 @@ def _link(args: argparse.Namespace) -> list[float]:
 def _trl(args: argparse.Namespace) -> list[float]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from trl.generation.vllm_client import VLLMClient
+    from trl.generation.vllm_client import VLLMClient  # pyright: ignore[reportMissingImports]  (a reference, no need)
 
     with torch.device("cuda", 0):
         config = AutoConfig.from_pretrained(args.model)

@@ -171,7 +171,9 @@ class _Publisher:
         self._version += 1
         with self._bridge.updating():
             with torch.no_grad():
-                torch._foreach_neg_([p for p in self._model.parameters() if p.requires_grad])
+                for parameter in self._model.parameters():
+                    if parameter.requires_grad:
+                        parameter.neg_()
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             return self._bridge.publish(self._model, policy_version=self._version)

@@ -69,7 +69,7 @@ class Fleet:
             engine.pause(mode="abort", timeout_seconds=self._timeout_seconds)
 
     def refuse_backwards(self, policy_version: int) -> list[Receipt]:
-        """What the engines serve. Raises `SyncError` when one already serves a later version."""
+        """Raises `SyncError` when an engine already serves a later version; answers with what each serves."""
         receipts = self.receipts()
         for engine, served in zip(self.engines, receipts, strict=True):
             if policy_version < served.policy_version:

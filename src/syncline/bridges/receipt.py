@@ -241,8 +241,13 @@ def _digest(tensor: torch.Tensor, row: int, places: _Places) -> torch.Tensor:
         chunk = words[start : start + _CHUNK_WORDS].to(torch.int64)
         index = torch.arange(start, start + chunk.numel(), device=chunk.device)
         position = places.positions(index) if places.length < words.numel() else index + places.first
-        total += _mix(chunk ^ (position * _GOLDEN)).sum()
+        total += mixed_words(chunk, position).sum()
     return total
+
+
+def mixed_words(words: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Each int64 word mixed with its position in the full tensor; a tensor's digest is their sum."""
+    return _mix(words ^ (position * _GOLDEN))
 
 
 def _words(tensor: torch.Tensor, row: int, places: _Places) -> tuple[torch.Tensor, _Places]:

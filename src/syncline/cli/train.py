@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from syncline.config import RunConfig, load
+from syncline.config.rules import serves_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -100,10 +101,21 @@ def assemble(config: RunConfig, *, engine_urls: Sequence[str], trajectories_url:
 
 def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path) -> "WeightBridge":
     from syncline.bridges.broadcast import BroadcastBridge
+    from syncline.bridges.lora import LoraBridge
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
+    from syncline.learner.adapter import adapter_layers, base_parameters
     from syncline.learner.model import checkpoint_parameters, saved_parameters
 
+    if serves_adapters(config):
+        return LoraBridge(
+            engines,
+            config.bridge,
+            base=base_parameters,
+            layers=adapter_layers,
+            folder=Path(config.run.dir) / "adapters",
+            shares_base=config.bridge.name == "shared",
+        )
     if config.bridge.name == "shared":
         return SharedBridge(engines, config.bridge, parameters=lambda model: model.named_parameters())
     if config.bridge.name == "broadcast":

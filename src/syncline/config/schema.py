@@ -164,16 +164,20 @@ class Learner(Section):
 
 
 class Bridge(Section):
-    name: Literal["restart", "shared", "broadcast"] = "restart"
+    name: Literal["restart", "shared", "broadcast", "lora"] = "restart"
     """`shared`: one copy of the weights in the memory of one device; `broadcast`: full weights to engines on other
-    GPUs; `restart`: checkpoints, works with everything."""
+    GPUs; `lora`: the adapter alone, swapped while requests run; `restart`: checkpoints, works with everything. With
+    `model.lora`, `shared` is one base and swapped adapters."""
     restart: Literal["in_place", "process"] = "in_place"
     """Reload the running engine's weights, or replace its process."""
     in_flight: Literal["drain", "keep", "abort"] = "drain"
     """What happens to running requests when the weights move: they end first, they freeze and go on under the new
-    version (every token keeps the version it was sampled under), or they end at once as aborted."""
+    version (every token keeps the version it was sampled under), or they end at once as aborted. An adapter's requests
+    `drain` without anybody waiting for them: they end under the adapter they began with."""
     bucket_bytes: PositiveInt = 128 << 20
     """With `broadcast`: what one collective call carries. Learner and engine keep two such buffers each."""
+    adapter_transfer: Literal["auto", "memory", "files"] = "auto"
+    """How an adapter reaches an engine: memory on the learner's own host, files elsewhere."""
     timeout_seconds: PositiveFloat = 300.0
 
 

@@ -144,6 +144,16 @@ class EngineController:
         answer = self._post("/syncline/broadcast/receive", body, timeout_seconds + GRACE_SECONDS)
         return Received(_receipt(answer), answer["prove_seconds"])
 
+    def adapters(self) -> Mapping[str, Any]:
+        return self._call("GET", "/syncline/adapters", None, self._start_timeout_seconds)
+
+    def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
+        body = {"adapter": dict(adapter), "policy_version": policy_version, "timeout_seconds": timeout_seconds}
+        return self._post("/syncline/stage", body, 2 * timeout_seconds)["parameters"]
+
+    def switch(self, receipt: Receipt) -> Receipt:
+        return _receipt(self._post("/syncline/switch", asdict(receipt), self._start_timeout_seconds))
+
     def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
         deadline = time.monotonic() + timeout_seconds
         self._post("/syncline/restart", {"path": path, "policy_version": policy_version}, timeout_seconds)

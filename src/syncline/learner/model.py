@@ -103,7 +103,8 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 def checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter under its checkpoint name, adapters merged into fresh tensors: the trained base never moves.
 
-    Merged weights are W + scale·B·A, computed in fp32 and rounded once to W's type.
+    Merged weights are V = W + scale·B·A, for DoRA m·V/‖V‖ by rows (Liu et al. 2024, "DoRA", eq. 5), computed in fp32
+    and rounded once to W's type.
     """
     lm = causal_lm(model)
     for prefix, module in lm.named_modules():
@@ -131,8 +132,13 @@ def saved_parameters(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     merged = weight.detach().float()
     for adapter in layer.active_adapters:
+        if layer.lora_bias.get(adapter):
+            raise ConfigError([f"the adapter's own bias (lora_bias) of {layer} is not merged; train without it"])
         a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
         merged = merged + layer.scaling[adapter] * (b @ a)
+        if adapter in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[adapter].weight.float()
+            merged = merged * (magnitude / merged.norm(dim=1))[:, None]
     return merged.detach().to(weight.dtype)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import Field
 
-from syncline.engines.vllm.routes import Body, Route, Served, _name, _need_paused, _refuse_older
+from syncline.engines.vllm.routes import Body, Route, Served, _name, _need_paused
 from syncline.errors import EngineError, SyncError
 
 log = logging.getLogger("syncline.engine")
@@ -58,7 +58,7 @@ def broadcast_routes(served: Served) -> APIRouter:
 
 async def _receive(served: Served, body: ReceiveBody) -> dict[str, Any]:
     _need_paused(served, "a broadcast")
-    _refuse_older(served, body.policy_version)
+    served.refuse_backwards(body.policy_version)
     served.tear(f"a broadcast of version {body.policy_version} broke off")
     try:
         await served.each_rank("syncline_receive", body.generation, body.timeout_seconds)
