@@ -5,8 +5,8 @@ from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
     "narrow": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": 128,
+        "intermediate_size": 256,
         "num_hidden_layers": 24,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
