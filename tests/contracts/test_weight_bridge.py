@@ -14,8 +14,9 @@ from real_engine import make_tiny_model, run_values, running_engine
 from transformers import AutoModelForCausalLM
 
 from syncline.bridges.broadcast import BroadcastBridge
+from syncline.bridges.digest import tensor_digest
 from syncline.bridges.lora import LoraBridge
-from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, tensor_digest
+from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
 from syncline.bridges.restart import RestartBridge
 from syncline.bridges.shared import SharedBridge
 from syncline.cli import main
@@ -190,7 +191,7 @@ def side(request, tmp_path_factory) -> Iterator[Side]:
     model_path = make_tiny_model(folder / "model")
     values = run_values(model_path, folder / "run", bridge={"name": name.removesuffix("-lora")})
     values["engine"] |= {"device": DEVICE, "devices": list(range(ranks)), "tensor_parallel_size": ranks}
-    values["learner"] = {"device": DEVICE}
+    values["learner"] = {"device": DEVICE, "devices": [ranks if name == "broadcast" else 0]}
     if name in ADAPTED:
         values["model"]["lora"] = LORA
     with running_engine(values, folder) as engine:
@@ -324,7 +325,7 @@ def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> 
             for _ in range(3):
                 running += start()
                 await asyncio.sleep(0.1)
-                await asyncio.to_thread(side.step, bridge, scale=0.1)
+                await asyncio.to_thread(side.step, bridge, scale=0.05 if side.name in ADAPTED else 0.1)
                 weights[side.next_version() - 1] = _copy(side.model)
             return await asyncio.gather(*running, *start())
 

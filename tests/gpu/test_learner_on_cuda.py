@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from syncline.bridges.digest import tensor_digest
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import combined, parameter_digests, shard_digests, tensor_digest
+from syncline.bridges.receipt import combined, parameter_digests, shard_digests
 from syncline.config.schema import Optimizer
 from syncline.learner.attention import register_attention
 from syncline.learner.logprobs import token_logprobs

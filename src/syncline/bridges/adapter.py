@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from syncline.bridges.receipt import mixed_words
+from syncline.bridges.digest import mixed_words
 from syncline.errors import SyncError
 
 A, B = ".lora_A.weight", ".lora_B.weight"

@@ -16,19 +16,14 @@ are whole words, and a split of the last dimension into n equal parts falls betw
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from syncline.bridges.digest import piece_digests
 from syncline.bridges.manifest import Shard
 from syncline.errors import SyncError
 
-ROW_WORDS = 32
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-_CHUNK_WORDS = 1 << 24
 _BATCH_BYTES = 256 << 20
 
 
@@ -42,15 +37,6 @@ class Piece(NamedTuple):
     counted: bool
     digest: str
     """Of the piece at its place in the whole, in hex: JSON and msgpack have no unsigned 64 bits."""
-
-
-def tensor_digest(tensor: torch.Tensor, *, offset: int = 0) -> int:
-    """The 64-bit digest of a tensor's bits; `offset` counts the elements before it in the full row-major tensor.
-
-    Shards of whole rows have digests that add up, modulo 2**64.
-    """
-    places = _Places("tensor", offset, tensor.numel(), tensor.numel())
-    return int(_digest(tensor.detach(), _row(tensor.shape), places)) % (1 << 64)
 
 
 def parameter_digests(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
@@ -69,18 +55,19 @@ def shard_digests(named: Iterable[tuple[str, Shard]]) -> dict[str, list[Piece]]:
     All digests leave the device in one transfer, so a GPU is waited for once, not once a parameter. Raises `SyncError`
     for a piece that lies outside the whole, is cut in two dimensions, or inside a word.
     """
-    shards: list[tuple[str, Shard]] = []
-    digests: list[torch.Tensor] = []
-    for name, shard in named:
-        shards.append((name, shard))
-        digests.append(_digest(shard.tensor.detach(), _row(shard.shape), _Places.of(name, shard)))
-    values = torch.stack(digests).tolist() if digests else []
+    facts: list[tuple[str, str, list[int], list[int], bool]] = []
+
+    def noted() -> Iterator[tuple[str, Shard]]:
+        """A piece made to be read once is not held for what is said of it."""
+        for name, shard in named:
+            kind = kind_of(shard.tensor, shard.shape)
+            facts.append((name, kind, list(shard.tensor.shape), list(shard.start), shard.counted))
+            yield name, shard
+
+    values = piece_digests(noted())
     pieces: dict[str, list[Piece]] = {}
-    for (name, shard), value in zip(shards, values, strict=True):
-        kind = kind_of(shard.tensor, shard.shape)
-        digest = f"{value % (1 << 64):016x}"
-        piece = Piece(kind, list(shard.tensor.shape), list(shard.start), shard.counted, digest)
-        pieces.setdefault(name, []).append(piece)
+    for (name, *said), value in zip(facts, values, strict=True):
+        pieces.setdefault(name, []).append(Piece(*said, f"{value:016x}"))
     return pieces
 
 
@@ -184,86 +171,3 @@ def differences(
     ]
     rest = len(lines) - limit
     return lines[:limit] + ([f"… and {rest} more"] if rest > 0 else [])
-
-
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """Where a piece's elements (or words) lie in the row-major whole: runs of `length`, `stride` apart."""
-
-    name: str
-    first: int
-    length: int
-    stride: int
-
-    @classmethod
-    def of(cls, name: str, shard: Shard) -> "_Places":
-        piece, shape, start = tuple(shard.tensor.shape), shard.shape, shard.start
-        inside = len(piece) == len(shape) == len(start) and all(
-            s >= 0 and s + p <= w for s, p, w in zip(start, piece, shape, strict=True)
-        )
-        cut = [i for i, (p, w) in enumerate(zip(piece, shape, strict=False)) if p != w]
-        if not inside or len(cut) > 1:
-            raise SyncError(
-                f"{name}: a piece {list(piece)} at {list(start)} is not a slice of {list(shape)} along one dimension"
-            )
-        if not cut:
-            return cls(name, 0, math.prod(shape), math.prod(shape))
-        dimension = cut[0]
-        inner = math.prod(shape[dimension + 1 :])
-        return cls(name, start[dimension] * inner, piece[dimension] * inner, shape[dimension] * inner)
-
-    def in_words(self, per_word: int) -> "_Places":
-        """Raises `SyncError` when a border falls inside a word."""
-        if any(value % per_word for value in (self.first, self.length, self.stride)):
-            raise SyncError(
-                f"{self.name}: pieces of {self.length} of {self.stride} elements end inside a word of the digest; "
-                f"use a tensor_parallel_size that divides {ROW_WORDS}"
-            )
-        return _Places(self.name, self.first // per_word, self.length // per_word, self.stride // per_word)
-
-    def positions(self, index: torch.Tensor) -> torch.Tensor:
-        return self.first + index // self.length * self.stride + index % self.length
-
-
-def _row(shape: Sequence[int]) -> int:
-    return shape[-1] if shape else 1
-
-
-def _digest(tensor: torch.Tensor, row: int, places: _Places) -> torch.Tensor:
-    """The digest as a 0-d int64 tensor where `tensor` lies; `row` is the whole's last dimension."""
-    words, places = _words(tensor, row, places)
-    if words.is_cuda:
-        from syncline.bridges.digest_kernel import mixed_sum
-
-        return mixed_sum(words, first=places.first, length=places.length, stride=places.stride)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, words.numel(), _CHUNK_WORDS):
-        chunk = words[start : start + _CHUNK_WORDS].to(torch.int64)
-        index = torch.arange(start, start + chunk.numel(), device=chunk.device)
-        position = places.positions(index) if places.length < words.numel() else index + places.first
-        total += mixed_words(chunk, position).sum()
-    return total
-
-
-def mixed_words(words: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Each int64 word mixed with its position in the full tensor; a tensor's digest is their sum."""
-    return _mix(words ^ (position * _GOLDEN))
-
-
-def _words(tensor: torch.Tensor, row: int, places: _Places) -> tuple[torch.Tensor, _Places]:
-    """The bits as integers, a word each, and their places."""
-    flat = tensor.contiguous().view(-1)
-    per_word = 8 // flat.element_size()
-    if row % (ROW_WORDS * per_word) == 0:
-        whole_words = places.in_words(per_word)
-        aligned = flat if flat.storage_offset() % per_word == 0 else flat.clone()
-        return aligned.view(torch.int64), whole_words
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    return flat.view(integers), places
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser on int64 (torch shifts arithmetically, so the sign bits are masked off)."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
-    return x ^ ((x >> 31) & ((1 << 33) - 1))

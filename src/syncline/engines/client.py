@@ -112,10 +112,10 @@ class EngineController:
         self._post("/syncline/resume", {}, self._start_timeout_seconds)
 
     def receipt(self) -> Receipt:
-        return _receipt(self._parameters())
+        return _receipt(self._call("GET", "/syncline/receipt", None, self._start_timeout_seconds))
 
     def parameters(self) -> Mapping[str, str]:
-        return self._parameters()["parameters"]
+        return self._call("GET", "/syncline/parameters", None, self._start_timeout_seconds)["parameters"]
 
     def measure(self) -> tuple[Receipt, Mapping[str, str]]:
         """The receipt and each parameter's digest, computed now over what the engine holds."""
@@ -173,9 +173,6 @@ class EngineController:
         except httpx.HTTPError as error:
             return repr(error)
         return None if response.status_code == httpx.codes.OK else response.text
-
-    def _parameters(self) -> Any:
-        return self._call("GET", "/syncline/parameters", None, self._start_timeout_seconds)
 
     def _post(self, path: str, body: dict[str, Any], timeout_seconds: float) -> Any:
         return self._call("POST", path, body, timeout_seconds)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from syncline.bridges.adapter import AdapterLayout, LoraLayer, what_cannot_be_held
-from syncline.bridges.receipt import kind_of, tensor_digest
+from syncline.bridges.digest import tensor_digest
+from syncline.bridges.receipt import kind_of
 from syncline.errors import SyncError
 
 CPU = torch.device("cpu")

@@ -7,14 +7,8 @@ import pytest
 import torch
 
 from syncline.bridges import receipt
-from syncline.bridges.receipt import (
-    differences,
-    finite,
-    model_digest,
-    parameter_digests,
-    refuse_not_finite,
-    tensor_digest,
-)
+from syncline.bridges.digest import tensor_digest
+from syncline.bridges.receipt import differences, finite, model_digest, parameter_digests, refuse_not_finite
 from syncline.errors import SyncError
 
 MASK = (1 << 64) - 1

@@ -7,15 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from syncline.bridges.digest import ROW_WORDS, tensor_digest
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import (
-    ROW_WORDS,
-    combined,
-    parameter_digests,
-    shard_digests,
-    tensor_digest,
-    whole,
-)
+from syncline.bridges.receipt import combined, parameter_digests, shard_digests, whole
 from syncline.errors import SyncError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.int64)

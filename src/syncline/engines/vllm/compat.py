@@ -80,15 +80,9 @@ async def name_weights(engine: Any, policy_version: int) -> None:
         await engine.update_weight_version(str(policy_version))
 
 
-async def drop_caches(engine: Any) -> None:
-    """Forgets every KV block: vLLM's prefix cache does not know the version of the weights that filled it."""
-    if await engine.reset_prefix_cache() is False:
-        raise EngineError("vLLM kept its prefix cache: requests still hold blocks of the old weights")
-    await engine.reset_mm_cache()
-
-
 async def pause(engine: Any, mode: str) -> None:
-    """Stops the engine core at a token boundary and drops its KV. `mode`: requests inside end by themselves
+    """Stops the engine core at a token boundary and drops every KV block: a prefix cache does not know the version of
+    the weights that filled it. `mode`: requests inside end by themselves
     (`"drain"`), end aborted, or freeze (`"keep"`).
 
     What `pause_generation` does, less the 20 ms it then sleeps to let outputs arrive: the gate knows when they have.

@@ -185,6 +185,10 @@ def _sampling_routes(served: Served) -> APIRouter:
 def _weight_routes(served: Served) -> APIRouter:
     router = APIRouter(route_class=Route)
 
+    @router.get("/syncline/receipt")
+    async def receipt() -> dict[str, Any]:
+        return served.receipt()
+
     @router.get("/syncline/parameters")
     async def parameters() -> dict[str, Any]:
         return {**served.receipt(), "parameters": served.parameters}
@@ -276,12 +280,12 @@ def _need_paused(served: Served, action: str) -> None:
 
 
 async def _name(served: Served, policy_version: int) -> dict[str, Any]:
+    """The pause dropped every KV block, and none was filled since."""
     served.refuse_backwards(policy_version)
-    await compat.drop_caches(served.engine)
     await compat.name_weights(served.engine, policy_version)
     served.gate.name(policy_version, await compat.sampled_tokens(served.engine))
     served.torn = None
-    return {**served.receipt(), "parameters": served.parameters}
+    return served.receipt()
 
 
 async def _sample(served: Served, body: GenerateBody, visit: Visit, adapter: Adapter | None) -> dict[str, Any]:

@@ -21,11 +21,13 @@ class WorkerExtension(AdapterExtension):
     get_model: Any
     rank: int
     _memory_file: tuple[str, int] | None = None
+    _named: tuple[tuple[int, ...], list[tuple[str, Shard]]] = ((), [])
+    """Where the parameters lay when they were named, and their pieces: naming them takes longer than a digest."""
     _broadcast: Member | None = None
 
     def syncline_parameters(self) -> dict[str, Any]:
         """Digests (`receipt.shard_digests`) of what the next forward pass will read."""
-        return answer(lambda: shard_digests(checkpoint_views(self.get_model())))
+        return answer(lambda: shard_digests(self._checkpoint_pieces()))
 
     def syncline_reload(self, path: str) -> dict[str, Any]:
         """Loads the checkpoint at `path` into the parameters' own storages; answers as `syncline_parameters`."""
@@ -41,6 +43,14 @@ class WorkerExtension(AdapterExtension):
     def syncline_export(self, fused: bool) -> dict[str, Any]:
         """Where this rank's pieces lie, under their checkpoint names, or (`fused`) as vLLM names and fuses them."""
         return answer(lambda: export_views(self._views(fused), memory_file=self._memory_file))
+
+    def _checkpoint_pieces(self) -> list[tuple[str, Shard]]:
+        """What `checkpoint_views` yields, named anew whenever a parameter has moved."""
+        model = self.get_model()
+        lie = tuple(parameter.data_ptr() for parameter in model.parameters())
+        if lie != self._named[0]:
+            self._named = (lie, list(checkpoint_views(model)))
+        return self._named[1]
 
     def _views(self, fused: bool) -> Iterable[tuple[str, Shard]]:
         model = self.get_model()
