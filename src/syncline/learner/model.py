@@ -12,8 +12,10 @@ from torch import nn
 from syncline.config.schema import Lora, Model
 from syncline.errors import ConfigError
 from syncline.learner.attention import check_attention, register_attention
+from syncline.learner.distributed import ONE_RANK, Ranks
 from syncline.learner.logprobs import token_logprobs
 from syncline.learner.packing import PackedBatch
+from syncline.learner.tensor_parallel import parallelize
 
 
 def learner_device(asked: str) -> torch.device:
@@ -30,8 +32,13 @@ def learner_dtype(asked: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
 
 
-def load_model(config: Model, *, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
-    """The model to train, on `device`, in training mode. Raises `ConfigError` for a path that holds no model."""
+def load_model(
+    config: Model, *, device: torch.device, gradient_checkpointing: bool = False, ranks: Ranks = ONE_RANK
+) -> nn.Module:
+    """The model to train, on `device`, in training mode; with several ranks, this rank's pieces of it.
+
+    Raises `ConfigError` for a path that holds no model, and for one that cannot be split.
+    """
     from transformers import AutoModelForCausalLM
 
     dtype = learner_dtype(config.dtype, device)
@@ -44,6 +51,7 @@ def load_model(config: Model, *, device: torch.device, gradient_checkpointing: b
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    parallelize(model, ranks)
     model = model.to(device).train()  # pyright: ignore[reportArgumentType]
     return add_lora(model, config.lora) if config.lora else model
 
