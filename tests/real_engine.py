@@ -78,12 +78,12 @@ def run_values(model: Path, run_dir: Path, **sections) -> dict:
 
 
 @contextmanager
-def running_engine(values: dict, folder: Path) -> Iterator[EngineController]:
-    """`syncline serve` as its own process, ready; ended by pid."""
+def running_engine(values: dict, folder: Path, *options: str) -> Iterator[EngineController]:
+    """`syncline serve` as its own process, ready; ended by pid. `options` are more of the command's."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     port = free_port()
-    argv = [sys.executable, "-m", "syncline", "serve", str(folder / "run.yaml"), "--port", str(port)]
+    argv = [sys.executable, "-m", "syncline", "serve", str(folder / "run.yaml"), "--port", str(port), *options]
     with (folder / "engine.log").open("w") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     url = f"http://127.0.0.1:{port}"

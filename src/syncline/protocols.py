@@ -135,7 +135,8 @@ class EngineControl(Protocol):
     def wait_until_ready(self, *, timeout_seconds: float) -> None: ...
 
     def pause(self, *, mode: str, timeout_seconds: float) -> None:
-        """Stops sampling at a token boundary. `mode`: `"drain"` (finish running requests) or `"abort"`."""
+        """Stops sampling at a token boundary. `mode`: running requests end first (`"drain"`), freeze (`"keep"`: they
+        go on under the next version) or end as aborted (`"abort"`)."""
         ...
 
     def resume(self) -> None: ...
@@ -148,8 +149,9 @@ class EngineControl(Protocol):
         """Checkpoint name → dtype, shape and digest of each parameter, to name what differs."""
         ...
 
-    def export(self) -> Mapping[str, Any]:
-        """Where the parameters lie in memory another process of this host can open (`bridges.handles`)."""
+    def export(self, *, fused: bool = False) -> Mapping[str, Any]:
+        """Where the parameters lie in memory another process of this host can open (`bridges.handles`), under their
+        checkpoint names or (`fused`) as the engine names and fuses them. Needs an engine started to share."""
         ...
 
     def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:

@@ -28,36 +28,35 @@ a few hundredths, more as the random weights grow."""
 PROMPTS = tuple(tuple(range(5 + i, 12 + i)) for i in range(6))
 
 
-def restart(side: "Side") -> WeightBridge:
+def restart(side: "Side", config: Bridge) -> WeightBridge:
     return RestartBridge(
-        side.engine, Bridge(), export=lambda m: m.named_parameters(), folder=side.folder, assets=side.model_path
+        [side.engine], config, export=lambda m: m.named_parameters(), folder=side.folder, assets=side.model_path
     )
 
 
-def shared(side: "Side") -> WeightBridge:
-    return SharedBridge(side.engine, Bridge(name="shared"), parameters=lambda m: m.named_parameters())
+def shared(side: "Side", config: Bridge) -> WeightBridge:
+    return SharedBridge([side.engine], config, parameters=lambda m: m.named_parameters())
 
 
-BRIDGES: dict[str, Callable[["Side"], WeightBridge]] = {"restart": restart, "shared": shared}
+MakeBridge = Callable[["Side", Bridge], WeightBridge]
+BRIDGES: dict[str, MakeBridge] = {"restart": restart, "shared": shared}
 
 
 class Side:
     """Both sides of a bridge: a learner's model and the engine that should follow it."""
 
-    def __init__(
-        self, make_bridge: Callable[["Side"], WeightBridge], engine: EngineController, model_path: Path, folder: Path
-    ) -> None:
+    def __init__(self, name: str, engine: EngineController, model_path: Path, folder: Path) -> None:
         self.engine = engine
         self.model_path = model_path
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPE).to(DEVICE)
         self.folder = folder
-        self._make_bridge = make_bridge
+        self.name = name
 
-    def bridge(self) -> WeightBridge:
-        return self._make_bridge(self)
+    def bridge(self, *, in_flight: str = "drain") -> WeightBridge:
+        return BRIDGES[self.name](self, Bridge.model_validate({"name": self.name, "in_flight": in_flight}))
 
-    def attached(self) -> WeightBridge:
-        bridge = self.bridge()
+    def attached(self, *, in_flight: str = "drain") -> WeightBridge:
+        bridge = self.bridge(in_flight=in_flight)
         bridge.attach(self.model)
         return bridge
 
@@ -86,13 +85,18 @@ class Side:
         return max(self.difference(prompts[i // 2], c, self.model) for i, c in enumerate(completions))
 
     @staticmethod
-    @torch.no_grad()
     def difference(prompt: tuple[int, ...], completion: Completion, model: Any) -> float:
+        """Mean |Δlogprob| over the completion, of one version."""
+        return Side.span_difference(prompt, completion, model, (0, len(completion.token_ids)))
+
+    @staticmethod
+    @torch.no_grad()
+    def span_difference(prompt: tuple[int, ...], completion: Completion, model: Any, span: tuple[int, int]) -> float:
         token_ids = torch.tensor([[*prompt, *completion.token_ids]], device=DEVICE)
         logits = model(token_ids).logits[0].float().cpu() / 0.8
         rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         learner = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        return (learner - torch.tensor(completion.logprobs)).abs().mean().item()
+        return (learner - torch.tensor(completion.logprobs))[slice(*span)].abs().mean().item()
 
 
 def _copy(model: Any) -> Any:
@@ -104,8 +108,9 @@ def _copy(model: Any) -> Any:
 def side(request, tmp_path_factory) -> Iterator[Side]:
     folder = tmp_path_factory.mktemp(request.param)
     model_path = make_tiny_model(folder / "model")
-    with running_engine(run_values(model_path, folder / "run"), folder) as engine:
-        yield Side(BRIDGES[request.param], engine, model_path, folder / "weights")
+    values = run_values(model_path, folder / "run", bridge={"name": request.param})
+    with running_engine(values, folder) as engine:
+        yield Side(request.param, engine, model_path, folder / "weights")
 
 
 def test_before_the_first_publish_no_version_is_claimed(side: Side) -> None:
@@ -164,33 +169,78 @@ def test_a_failure_while_the_weights_move_leaves_the_engine_paused(side: Side) -
 
 def test_requests_in_flight_end_under_one_version_and_are_never_torn(side: Side) -> None:
     """Steps move every weight while requests run: each completion must be of one version, and of its weights alone."""
-    bridge = side.attached()
-    bridge.publish(side.model, policy_version=side.next_version())
-    weights = {side.next_version() - 1: _copy(side.model)}
-
-    async def steps() -> list[list[Completion]]:
-        async with EngineClient(side.engine.url, timeout_seconds=120) as client:
-            params = SamplingParams(40, temperature=0.8, seed=1)
-            running = []
-            for _ in range(3):
-                running += [asyncio.create_task(client.generate(p, params, num_completions=2)) for p in PROMPTS * 4]
-                await asyncio.sleep(0.1)
-                await asyncio.to_thread(side.step, bridge, scale=0.1)
-                weights[side.next_version() - 1] = _copy(side.model)
-            running += [asyncio.create_task(client.generate(p, params, num_completions=2)) for p in PROMPTS * 4]
-            return await asyncio.gather(*running)
-
-    groups = asyncio.run(steps())
-    seen = set()
-    for i, completion in enumerate(c for group in groups for c in group):
-        [span] = completion.versions
-        seen.add(span.policy_version)
-        assert side.difference(PROMPTS[(i // 2) % len(PROMPTS)], completion, weights[span.policy_version]) < TOLERANCE
+    completions, weights = _sample_over_steps(side, side.attached(), max_tokens=40)
+    assert all(len(completion.versions) == 1 for _, completion in completions)
+    assert _worst_span(side, completions, weights) < TOLERANCE
+    seen = {span.policy_version for _, completion in completions for span in completion.versions}
     assert len(seen) >= 2, "no request was in flight while the weights moved"
 
 
+def test_requests_kept_in_flight_have_each_token_under_the_version_that_sampled_it(side: Side) -> None:
+    """They freeze and go on: every span must be of its own version's weights, the tokens before it their context."""
+    completions, weights = _sample_over_steps(side, side.attached(in_flight="keep"), max_tokens=80)
+    assert max(len(completion.versions) for _, completion in completions) >= 2, "no request was kept over a step"
+    assert all(len(completion.token_ids) == completion.versions[-1].end for _, completion in completions)
+    assert _worst_span(side, completions, weights) < TOLERANCE
+
+
+Sampled = list[tuple[tuple[int, ...], Completion]]
+
+
+def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> tuple[Sampled, dict[int, Any]]:
+    """Requests before, between and after three steps; prompt and completion of each, and the weights by version."""
+    bridge.publish(side.model, policy_version=side.next_version())
+    weights = {side.next_version() - 1: _copy(side.model)}
+    prompts = PROMPTS * 4
+
+    async def steps() -> list[list[Completion]]:
+        async with EngineClient(side.engine.url, timeout_seconds=120) as client:
+            short = SamplingParams(max_tokens // 8, temperature=0.8, seed=1)
+            params = [SamplingParams(max_tokens, temperature=0.8), short]
+
+            def start() -> list[asyncio.Task[list[Completion]]]:
+                asked = zip(prompts, params * len(prompts), strict=False)
+                return [asyncio.create_task(client.generate(p, one, num_completions=2)) for p, one in asked]
+
+            running = []
+            for _ in range(3):
+                running += start()
+                await asyncio.sleep(0.1)
+                await asyncio.to_thread(side.step, bridge, scale=0.1)
+                weights[side.next_version() - 1] = _copy(side.model)
+            return await asyncio.gather(*running, *start())
+
+    groups = asyncio.run(steps())
+    return [(prompts[i % len(prompts)], completion) for i, group in enumerate(groups) for completion in group], weights
+
+
+def _worst_span(side: Side, completions: Sampled, weights: dict[int, Any]) -> float:
+    return max(
+        side.span_difference(prompt, completion, weights[span.policy_version], (span.start, span.end))
+        for prompt, completion in completions
+        for span in completion.versions
+    )
+
+
+def test_weights_changed_behind_the_bridges_back_are_not_sampled_from(side: Side) -> None:
+    """An engine paused, written to by somebody and resumed without a publish refuses to go on."""
+    bridge = side.attached()
+    bridge.publish(side.model, policy_version=side.next_version())
+    side.engine.pause(mode="abort", timeout_seconds=30)
+    side.engine.resume()
+    if side.name != "shared":
+        return  # nobody but the engine itself can write its weights
+    side.engine.pause(mode="abort", timeout_seconds=30)
+    with torch.no_grad():
+        next(side.model.parameters()).add_(1)
+    with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead"):
+        side.engine.resume()
+    bridge.publish(side.model, policy_version=side.next_version())
+    assert side.mismatch() < TOLERANCE
+
+
 def test_reload_of_a_running_engine_is_refused(side: Side) -> None:
-    with pytest.raises(EngineError, match="pause it first"):
+    with pytest.raises(EngineError, match=r"answered 409.*pause it first"):
         side.engine.adopt(policy_version=side.next_version())
 
 

@@ -22,7 +22,7 @@ def test_the_engine_process_replaces_itself_and_requests_wait_for_it(tmp_path: P
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPE)
     with running_engine(run_values(model_path, tmp_path / "run"), tmp_path) as engine:
         bridge = RestartBridge(
-            engine,
+            [engine],
             Bridge(restart="process"),
             export=lambda m: m.named_parameters(),
             folder=tmp_path / "weights",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from syncline.bridges.receipt import differences, kind_of
 from syncline.errors import SyncError
 
 ALIGNMENT = 64
@@ -130,6 +131,15 @@ def open_views(exported: Mapping[str, Any], *, device: torch.device) -> dict[str
         name: _view(storages[index], getattr(torch, dtype), offset, shape, stride)
         for name, (index, dtype, offset, shape, stride) in exported["tensors"].items()
     }
+
+
+def bind(parameters: Mapping[str, torch.nn.Parameter], views: Mapping[str, torch.Tensor]) -> None:
+    """Rebinds each parameter to the view of its name. Raises `SyncError` naming what is missing, extra or different."""
+    own = {name: kind_of(parameter) for name, parameter in parameters.items()}
+    if faults := differences(own, {name: kind_of(view) for name, view in views.items()}):
+        raise SyncError("the weights to share are of another model:\n" + "\n".join(faults))
+    for name, parameter in parameters.items():
+        parameter.data = views[name]
 
 
 def _refuse_stranger(origin: Origin, device: torch.device) -> None:

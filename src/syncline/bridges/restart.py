@@ -9,7 +9,7 @@ learner's does it resume. Whatever fails on the way leaves it paused.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from syncline.bridges.proof import paused_on_failure, prove, refuse_backwards, refuse_other_model
+from syncline.bridges.fleet import Fleet
 from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
@@ -31,25 +31,27 @@ class RestartBridge:
     """See the module. `export(model)` yields the parameters under their checkpoint names, adapters merged;
     `folder` is where versions are written; `assets` is a folder with the config and tokenizer files to copy along."""
 
-    def __init__(self, engine: EngineControl, config: Bridge, *, export: Export, folder: Path, assets: Path) -> None:
-        self._engine = engine
+    def __init__(
+        self, engines: Sequence[EngineControl], config: Bridge, *, export: Export, folder: Path, assets: Path
+    ) -> None:
+        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds)
         self._config = config
         self._export = export
         self._folder = folder
         self._assets = assets
 
     def attach(self, model: Any) -> None:
-        self._engine.wait_until_ready(timeout_seconds=self._config.timeout_seconds)
-        refuse_other_model(self._engine, {name: kind_of(tensor) for name, tensor in self._export(model)})
+        self._fleet.wait_until_ready()
+        self._fleet.refuse_other_model({name: kind_of(tensor) for name, tensor in self._export(model)})
 
     @contextmanager
     def updating(self) -> Iterator[None]:
         """The engine reads its own copy, so it may go on sampling while the learner's weights change."""
-        with paused_on_failure(self._engine, timeout_seconds=self._config.timeout_seconds):
+        with self._fleet.paused_on_failure():
             yield
 
     def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with paused_on_failure(self._engine, timeout_seconds=self._config.timeout_seconds):
+        with self._fleet.paused_on_failure():
             return self._publish(model, policy_version)
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
@@ -57,28 +59,34 @@ class RestartBridge:
         digests = parameter_digests(self._export(model))
         expected = Receipt(policy_version, model_digest(digests))
         clock.lap("digest")
-        served = self._engine.receipt()
-        refuse_backwards(self._engine, served, policy_version=policy_version)
-        path, moved = (None, 0) if served.digest == expected.digest else self._write(model, policy_version)
+        self._fleet.refuse_backwards(policy_version)
+        unchanged = all(served.digest == expected.digest for served in self._fleet.receipts())
+        path, moved = (None, 0) if unchanged else self._write(model, policy_version)
         clock.lap("write")
-        self._engine.pause(mode=self._config.in_flight, timeout_seconds=self._config.timeout_seconds)
+        self._fleet.pause(self._config.in_flight)
         clock.lap("pause")
-        prove(self._engine, self._move(path, policy_version), expected, digests=digests)
+        self._fleet.prove(self._move(path, policy_version), expected, digests=digests)
         clock.lap("load")
-        self._engine.resume()
+        self._fleet.resume()
         clock.lap("resume")
         self._forget_versions_before(policy_version - 1)
         pause = sum(clock.parts[part] for part in ("pause", "load", "resume"))
         return SyncReport(expected, moved, clock.total, pause, dict(clock.parts))
 
     def close(self) -> None:
-        """Nothing is held between publishes."""
+        """Nothing is held between publishes but the threads."""
+        self._fleet.close()
 
-    def _move(self, path: Path | None, policy_version: int) -> Receipt:
+    def _move(self, path: Path | None, policy_version: int) -> list[Receipt]:
         if path is None:
-            return self._engine.adopt(policy_version=policy_version)
-        load = self._engine.restart if self._config.restart == "process" else self._engine.reload
-        return load(str(path), policy_version=policy_version, timeout_seconds=self._config.timeout_seconds)
+            return self._fleet.adopt(policy_version)
+        timeout = self._config.timeout_seconds
+
+        def load(engine: EngineControl) -> Receipt:
+            move = engine.restart if self._config.restart == "process" else engine.reload
+            return move(str(path), policy_version=policy_version, timeout_seconds=timeout)
+
+        return self._fleet.each(load)
 
     def _write(self, model: Any, policy_version: int) -> tuple[Path, int]:
         path = self._folder / f"version-{policy_version:06d}"

@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="the run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--index", type=int, default=0, help="which of the file's environments, from 0")
-    parser.add_argument("--engine-url", required=True)
+    parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", required=True)
     parser.add_argument("--trajectories-url", required=True)
 
 
@@ -19,12 +19,12 @@ def run(args: argparse.Namespace) -> int:
 
     set_up_logging()
     config = load(args.file, args.overrides)
-    asyncio.run(_work(config, args.index, engine_url=args.engine_url, trajectories_url=args.trajectories_url))
+    asyncio.run(_work(config, args.index, engine_urls=args.engine_urls, trajectories_url=args.trajectories_url))
     return 0
 
 
-async def _work(config: RunConfig, index: int, *, engine_url: str, trajectories_url: str) -> None:
-    from syncline.engines.client import EngineClient
+async def _work(config: RunConfig, index: int, *, engine_urls: list[str], trajectories_url: str) -> None:
+    from syncline.engines.pool import EnginePool
     from syncline.envs.registry import build_environment
     from syncline.envs.rendering import ChatPolicy, load_tokenizer
     from syncline.envs.worker import EnvironmentWorker
@@ -37,7 +37,7 @@ async def _work(config: RunConfig, index: int, *, engine_url: str, trajectories_
     sampling = SamplingParams(config.sampling.max_tokens, temperature=config.sampling.temperature)
     timeout_seconds = config.engine.request_timeout_seconds
     async with (
-        EngineClient(engine_url, timeout_seconds=timeout_seconds) as engine,
+        EnginePool(engine_urls, timeout_seconds=timeout_seconds) as engine,
         TrajectorySink(trajectories_url) as sink,
     ):
         worker = EnvironmentWorker(

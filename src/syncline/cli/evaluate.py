@@ -15,7 +15,7 @@ from syncline.errors import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="the run's YAML file; evaluation.num_tasks says how many tasks")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument("--engine-url", required=True)
+    parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", required=True)
     parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
 
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.file, args.overrides)
     if config.evaluation.num_tasks == 0:
         raise ConfigError(["evaluation.num_tasks: 0 evaluates nothing; set it to the tasks of each environment"])
-    result = asyncio.run(_evaluate(config, engine_url=args.engine_url))
+    result = asyncio.run(_evaluate(config, engine_urls=args.engine_urls))
     write_atomically(args.out, json.dumps(result, indent=2) + "\n")
     for one in result["environments"]:
         interval = " [{:.3f}, {:.3f}]".format(*one["interval"]) if one["interval"] else ""
@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _evaluate(config: RunConfig, *, engine_url: str) -> dict[str, Any]:
-    from syncline.engines.client import EngineClient
+async def _evaluate(config: RunConfig, *, engine_urls: list[str]) -> dict[str, Any]:
+    from syncline.engines.pool import EnginePool
     from syncline.envs.evaluate import evaluate
     from syncline.envs.registry import build_environment
     from syncline.envs.rendering import ChatPolicy, load_tokenizer
@@ -45,7 +45,7 @@ async def _evaluate(config: RunConfig, *, engine_url: str) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     sampling = SamplingParams(config.sampling.max_tokens, temperature=config.evaluation.temperature)
     timeout = config.engine.request_timeout_seconds
-    async with EngineClient(engine_url, timeout_seconds=timeout, unpublished_version=0) as engine:
+    async with EnginePool(engine_urls, timeout_seconds=timeout, unpublished_version=0) as engine:
         policy = ChatPolicy(tokenizer, engine, sampling, max_length=config.model.max_length)
         found = [
             await evaluate(

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, help="where engine.json is written")
     parser.add_argument("--checkpoint", help="weights to start from in place of the model's own")
     parser.add_argument("--policy-version", type=int, default=-1, help="what --checkpoint is; starts paused when given")
+    parser.add_argument("--attach-to", metavar="URL", help="use the weights of this engine (bridge.name = shared)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,5 +22,5 @@ def run(args: argparse.Namespace) -> int:
     from syncline.engines.vllm.server import serve
 
     config = load(args.file, args.overrides)
-    start = Start(port=args.port, checkpoint=args.checkpoint, policy_version=args.policy_version)
+    start = Start(args.port, checkpoint=args.checkpoint, policy_version=args.policy_version, attach_to=args.attach_to)
     return serve(config, start, run_dir=args.run_dir, argv=sys.argv[1:])

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ log = logging.getLogger("syncline.train")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="the run's YAML file; checkpoints in its run.dir are resumed from")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument("--engine-url", required=True)
+    parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", required=True)
     parser.add_argument("--trajectories-url", required=True)
 
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     set_up_logging()
     config = load(args.file, args.overrides)
-    with assemble(config, engine_url=args.engine_url, trajectories_url=args.trajectories_url) as parts:
+    with assemble(config, engine_urls=args.engine_urls, trajectories_url=args.trajectories_url) as parts:
         state = train(config, parts)
     log.info(
         "finished: step %d, policy version %d, %d tokens trained",
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def assemble(config: RunConfig, *, engine_url: str, trajectories_url: str) -> Iterator["Parts"]:
+def assemble(config: RunConfig, *, engine_urls: Sequence[str], trajectories_url: str) -> Iterator["Parts"]:
     """Every part of the loop, built from the configuration and closed in reverse."""
     import torch
 
@@ -71,11 +71,13 @@ def assemble(config: RunConfig, *, engine_url: str, trajectories_url: str) -> It
     accumulate_fp32(model)
     assets = assets_folder(config.model.path)
     with ExitStack() as stack:
-        engine = EngineController(engine_url, start_timeout_seconds=config.engine.start_timeout_seconds)
-        stack.callback(engine.close)
-        bridge = _bridge(config, engine, assets)
+        timeout_seconds = config.engine.start_timeout_seconds
+        engines = [EngineController(url, start_timeout_seconds=timeout_seconds) for url in engine_urls]
+        for engine in engines:
+            stack.callback(engine.close)
+            engine.wait_until_ready(timeout_seconds=timeout_seconds)
+        bridge = _bridge(config, engines, assets)
         stack.callback(bridge.close)
-        engine.wait_until_ready(timeout_seconds=config.engine.start_timeout_seconds)
         bridge.attach(model)
         checkpoints = Checkpoints(folder / "checkpoints", config.learner.num_checkpoints, assets)
         sink = JsonlSink(folder, resumed_step=checkpoints.newest_step())
@@ -91,20 +93,20 @@ def assemble(config: RunConfig, *, engine_url: str, trajectories_url: str) -> It
             source=source,
             sink=sink,
             checkpoints=checkpoints,
-            gate=_gate(config, engine_url),
+            gate=_gate(config, engine_urls),
             device=device,
         )
 
 
-def _bridge(config: RunConfig, engine: "EngineControl", assets: Path) -> "WeightBridge":
+def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path) -> "WeightBridge":
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
     from syncline.learner.model import checkpoint_parameters
 
     if config.bridge.name == "shared":
-        return SharedBridge(engine, config.bridge, parameters=lambda model: model.named_parameters())
+        return SharedBridge(engines, config.bridge, parameters=lambda model: model.named_parameters())
     return RestartBridge(
-        engine,
+        engines,
         config.bridge,
         export=checkpoint_parameters,
         folder=Path(config.run.dir) / "weights",
@@ -127,17 +129,17 @@ def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device") -
     )
 
 
-def _gate(config: RunConfig, engine_url: str) -> "ParityGate":
+def _gate(config: RunConfig, engine_urls: Sequence[str]) -> "ParityGate":
     from transformers import AutoTokenizer
 
-    from syncline.engines.client import EngineClient
+    from syncline.engines.pool import EnginePool
     from syncline.learner.model import Scorer
     from syncline.learner.parity import ParityGate
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
     return ParityGate(
         config=config.parity,
-        connect=lambda: EngineClient(engine_url, timeout_seconds=config.engine.request_timeout_seconds),
+        connect=lambda: EnginePool(engine_urls, timeout_seconds=config.engine.request_timeout_seconds),
         encode=lambda text: tokenizer.encode(text),
         temperature=config.sampling.temperature,
         scorer=Scorer(config.sampling.temperature, config.learner.logprob_chunk_tokens),

@@ -74,10 +74,15 @@ def _environments(config: RunConfig) -> Iterator[str]:
 
 
 def _devices(config: RunConfig) -> Iterator[str]:
-    for section in ("engine", "learner"):
-        devices = getattr(config, section).devices
-        if len(devices) != 1:
-            yield f"{section}.devices: {list(devices)} names {len(devices)} GPUs; this version uses one, so name one"
+    engine, learner = config.engine, config.learner
+    wanted = 1 if config.bridge.name == "shared" else engine.num_replicas
+    if engine.device != "cpu" and len(engine.devices) != wanted:
+        yield (
+            f"engine.devices: {list(engine.devices)} names {len(engine.devices)} GPUs, and {engine.num_replicas} "
+            f"replicas with bridge.name = {config.bridge.name!r} need {wanted}; name that many"
+        )
+    if len(learner.devices) != 1:
+        yield f"learner.devices: {list(learner.devices)} names {len(learner.devices)} GPUs; it uses one, so name one"
     if "cpu" in (config.engine.device, config.learner.device) and "cuda" in (
         config.engine.device,
         config.learner.device,
@@ -85,6 +90,15 @@ def _devices(config: RunConfig) -> Iterator[str]:
         yield (
             f"learner.device: {config.learner.device!r} differs from engine.device = {config.engine.device!r}, and "
             "vLLM is installed for one of them; set both alike"
+        )
+
+
+def _in_flight(config: RunConfig) -> Iterator[str]:
+    bridge = config.bridge
+    if bridge.in_flight == "keep" and bridge.name == "restart" and bridge.restart == "process":
+        yield (
+            "bridge.in_flight: 'keep' cannot keep requests of a process that bridge.restart = 'process' replaces; "
+            "set it to drain, or bridge.restart to in_place"
         )
 
 
@@ -120,8 +134,9 @@ def _deadlines(config: RunConfig) -> Iterator[str]:
 
 
 def _ports(config: RunConfig) -> Iterator[str]:
-    if config.engine.port and config.engine.port == config.trajectory.port:
-        yield f"trajectory.port: {config.trajectory.port} is engine.port too; set one of them to 0 or another number"
+    engine_ports = range(config.engine.port, config.engine.port + config.engine.num_replicas)
+    if config.engine.port and config.trajectory.port in engine_ports:
+        yield f"trajectory.port: {config.trajectory.port} is an engine's port too; set one of the two to 0 or another"
     for section in ("engine", "trajectory"):
         host = getattr(config, section).host
         if host not in LOOPBACK:
@@ -131,4 +146,4 @@ def _ports(config: RunConfig) -> Iterator[str]:
             )
 
 
-_RULES = (_lengths, _distribution, _loss, _schedule, _environments, _devices, _bridge, _deadlines, _ports)
+_RULES = (_lengths, _distribution, _loss, _schedule, _environments, _devices, _in_flight, _bridge, _deadlines, _ports)

@@ -63,10 +63,13 @@ class Sampling(Section):
 class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: tuple[NonNegativeInt, ...] = (0,)
-    """GPU indices of the engine; ignored on a CPU."""
+    """GPU indices; ignored on a CPU. Each replica takes the next ones, but with bridge.name = shared all run on the
+    same."""
+    num_replicas: PositiveInt = 1
+    """Engine processes that sample side by side, all on the same policy version."""
     host: str = "127.0.0.1"
     port: Port = 0
-    """0 leases a free port."""
+    """0 leases free ports; otherwise replica i listens on port + i."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Of each GPU, for weights and KV cache together. Ignored on a CPU."""
     kv_cache_bytes: PositiveInt = 256 << 20
@@ -163,8 +166,9 @@ class Bridge(Section):
     """`shared`: one copy of the weights in the memory of one device; `restart`: checkpoints, works with everything."""
     restart: Literal["in_place", "process"] = "in_place"
     """Reload the running engine's weights, or replace its process."""
-    in_flight: Literal["drain", "abort"] = "drain"
-    """What happens to running requests when the weights move."""
+    in_flight: Literal["drain", "keep", "abort"] = "drain"
+    """What happens to running requests when the weights move: they end first, they freeze and go on under the new
+    version (every token keeps the version it was sampled under), or they end at once as aborted."""
     timeout_seconds: PositiveFloat = 300.0
 
 

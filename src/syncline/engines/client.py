@@ -110,8 +110,8 @@ class EngineController:
     def parameters(self) -> Mapping[str, str]:
         return self._parameters()["parameters"]
 
-    def export(self) -> Mapping[str, Any]:
-        return self._call("POST", "/syncline/export", {}, self._start_timeout_seconds)
+    def export(self, *, fused: bool = False) -> Mapping[str, Any]:
+        return self._call("POST", "/syncline/export", {"fused": fused}, self._start_timeout_seconds)
 
     def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
         body = {"path": path, "policy_version": policy_version}

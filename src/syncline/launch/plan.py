@@ -81,9 +81,16 @@ class Machine:
 def wanted_ports(config: RunConfig) -> dict[str, tuple[str, int]]:
     """Field → (host, port or 0) of every port the run listens on."""
     return {
-        "engine.port": (config.engine.host, config.engine.port),
+        **{
+            _port_field(i): (config.engine.host, config.engine.port and config.engine.port + i)
+            for i in range(config.engine.num_replicas)
+        },
         "trajectory.port": (config.trajectory.host, config.trajectory.port),
     }
+
+
+def _port_field(replica: int) -> str:
+    return f"engine.port + {replica}" if replica else "engine.port"
 
 
 def plan(config: RunConfig, *, ports: Mapping[str, int], machine: Machine) -> tuple[ProcessSpec, ...]:
@@ -93,7 +100,7 @@ def plan(config: RunConfig, *, ports: Mapping[str, int], machine: Machine) -> tu
     before = ("evaluation-before",) if evaluated else ()
     return (
         planner.trajectories(),
-        planner.engine(),
+        *(planner.engine(i) for i in range(config.engine.num_replicas)),
         *([planner.evaluation("evaluation-before", BEFORE_FILE, after="engine")] if evaluated else []),
         *(planner.environment(i, starts_after=before) for i in range(len(config.environments))),
         planner.learner(starts_after=before),
@@ -107,8 +114,9 @@ class _Planner:
         self._machine = machine
         self._folder = Path(config.run.dir)
         self._file = str(self._folder / CONFIG_FILE)
-        self._engine_port, self._trajectory_port = ports["engine.port"], ports["trajectory.port"]
-        self._engine_url = url(config.engine.host, self._engine_port)
+        self._engine_ports = [ports[_port_field(i)] for i in range(config.engine.num_replicas)]
+        self._trajectory_port = ports["trajectory.port"]
+        self._engine_urls = [url(config.engine.host, port) for port in self._engine_ports]
         self._trajectories_url = url(config.trajectory.host, self._trajectory_port)
         self._gpus = _assigned_gpus(config, machine)
         self._threads = shared_threads(config, machine.num_cores)
@@ -131,18 +139,27 @@ class _Planner:
             ends_with="learner",
         )
 
-    def engine(self) -> ProcessSpec:
-        port, timeout = self._engine_port, self._config.engine.start_timeout_seconds
+    def engine(self, replica: int) -> ProcessSpec:
+        """The first is `engine`, the others `engine-1` and so on; with `shared` these attach to the first's weights."""
+        port, timeout = self._engine_ports[replica], self._config.engine.start_timeout_seconds
         devices = self._gpus["engine"]
+        attached = replica > 0 and self._config.bridge.name == "shared"
+        if self._config.bridge.name != "shared":
+            devices = devices[replica : replica + 1]
+        name = _engine_name(replica)
+        options = ["--attach-to", self._engine_urls[0]] if attached else []
         return ProcessSpec(
-            name="engine",
-            argv=self._argv("serve", "--port", str(port), "--run-dir", str(self._folder)),
+            name=name,
+            argv=self._argv("serve", "--port", str(port), "--run-dir", str(self._folder), *options),
             kind=Kind.SERVICE,
-            log=log_path(self._folder, "engine"),
+            log=log_path(self._folder, name),
             env=_environment(devices=devices, num_threads=self._threads["engine"]),
-            ready=Ready(f"{self._engine_url}/health", timeout, EngineTimeout, "raise engine.start_timeout_seconds"),
+            ready=Ready(
+                f"{self._engine_urls[replica]}/health", timeout, EngineTimeout, "raise engine.start_timeout_seconds"
+            ),
             devices=devices,
             ports=(port,),
+            starts_after=(_engine_name(replica - 1),) if attached else (),
         )
 
     def environment(self, index: int, *, starts_after: tuple[str, ...]) -> ProcessSpec:
@@ -175,11 +192,11 @@ class _Planner:
         out = self._folder / file
         return ProcessSpec(
             name=name,
-            argv=self._argv("evaluate", "--engine-url", self._engine_url, "--out", str(out)),
+            argv=self._argv("evaluate", *self._engine_options(), "--out", str(out)),
             kind=Kind.JOB,
             log=log_path(self._folder, name),
             env=_environment(devices=(), num_threads=1),
-            starts_after=(after,),
+            starts_after=(after,) if after == "learner" else self._engine_names(),
             creates=out if after == "engine" else None,
         )
 
@@ -187,7 +204,17 @@ class _Planner:
         return (self._machine.python, "-m", "syncline", verb, self._file, *options)
 
     def _urls(self) -> tuple[str, ...]:
-        return ("--engine-url", self._engine_url, "--trajectories-url", self._trajectories_url)
+        return (*self._engine_options(), "--trajectories-url", self._trajectories_url)
+
+    def _engine_options(self) -> tuple[str, ...]:
+        return tuple(word for engine_url in self._engine_urls for word in ("--engine-url", engine_url))
+
+    def _engine_names(self) -> tuple[str, ...]:
+        return tuple(_engine_name(i) for i in range(self._config.engine.num_replicas))
+
+
+def _engine_name(replica: int) -> str:
+    return f"engine-{replica}" if replica else "engine"
 
 
 def url(host: str, port: int) -> str:

@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "engine.host",
     "engine.port",
     "engine.devices",
+    "engine.num_replicas",
     "engine.num_threads",
     "engine.gpu_memory_utilization",
     "engine.kv_cache_bytes",

@@ -113,3 +113,36 @@ def test_addresses() -> None:
     assert url("::1", 80) == "http://[::1]:80"
     ports = wanted_ports(config(engine={"port": 9000}))
     assert ports == {"engine.port": ("127.0.0.1", 9000), "trajectory.port": ("127.0.0.1", 0)}
+
+
+def _replicated(**sections: Any) -> dict[str, ProcessSpec]:
+    machine = Machine(num_cores=4, gpus=("3", "5"), python="python")
+    ports = PORTS | {"engine.port + 1": 8011}
+    built = config(**sections)
+    assert set(wanted_ports(built)) == set(ports)
+    return {spec.name: spec for spec in plan(built, ports=ports, machine=machine)}
+
+
+def test_replicas_have_a_device_and_a_port_each_and_everybody_knows_all() -> None:
+    specs = _replicated(engine={"num_replicas": 2, "devices": [0, 1]}, evaluation={"num_tasks": 1})
+    assert (specs["engine"].devices, specs["engine-1"].devices) == (("3",), ("5",))
+    assert (specs["engine"].ports, specs["engine-1"].ports) == ((8001,), (8011,))
+    assert specs["engine-1"].starts_after == (), "they share nothing"
+    assert specs["evaluation-before"].starts_after == ("engine", "engine-1")
+    both = ("--engine-url", "http://127.0.0.1:8001", "--engine-url", "http://127.0.0.1:8011")
+    for name in ("learner", "env:arithmetic", "evaluation-after"):
+        assert " ".join(both) in " ".join(specs[name].argv)
+
+
+def test_replicas_of_one_copy_run_on_its_device_and_attach_to_the_first() -> None:
+    specs = _replicated(engine={"num_replicas": 2}, bridge={"name": "shared"})
+    assert specs["engine"].devices == specs["engine-1"].devices == specs["learner"].devices == ("3",)
+    assert "--attach-to" not in specs["engine"].argv
+    assert specs["engine-1"].argv[-2:] == ("--attach-to", "http://127.0.0.1:8001")
+    assert specs["engine-1"].starts_after == ("engine",)
+
+
+def test_replicas_take_the_ports_after_the_given_one() -> None:
+    wanted = wanted_ports(config(engine={"num_replicas": 2, "devices": [0, 1], "port": 9000}))
+    assert wanted["engine.port"][1] == 9000
+    assert wanted["engine.port + 1"][1] == 9001

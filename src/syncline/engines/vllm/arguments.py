@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from syncline.config import RunConfig
+from syncline.engines.client import EngineController
 from syncline.engines.vllm import compat
-from syncline.engines.vllm.plugin import LOAD_FORMAT
+from syncline.engines.vllm.plugin import ATTACHED, UNPACKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,8 @@ class Start:
     checkpoint: str | None = None
     """Weights that differ from the configured model's: the bridge's last version."""
     policy_version: int = -1
+    attach_to: str | None = None
+    """URL of the engine that owns the weights this one uses too."""
 
 
 def engine_device(config: RunConfig) -> str:
@@ -77,11 +80,24 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         "use_tqdm_on_load": False,
     }
     if device == "cpu":
-        values |= {"load_format": LOAD_FORMAT, "kv_cache_memory_bytes": engine.kv_cache_bytes}
+        values |= {"load_format": UNPACKED, "kv_cache_memory_bytes": engine.kv_cache_bytes}
     else:
         values |= {"gpu_memory_utilization": engine.gpu_memory_utilization}
+    if start.attach_to:
+        values |= {"load_format": ATTACHED, "model_loader_extra_config": _owned_by(start.attach_to, config)}
     values |= engine.extra
     return [word for name, value in values.items() for word in _option(name, value)]
+
+
+def _owned_by(url: str, config: RunConfig) -> dict[str, Any]:
+    """Where the parameters of the engine at `url` lie. Waits until it is ready."""
+    timeout_seconds = config.engine.start_timeout_seconds
+    owner = EngineController(url, start_timeout_seconds=timeout_seconds)
+    try:
+        owner.wait_until_ready(timeout_seconds=timeout_seconds)
+        return dict(owner.export(fused=True))
+    finally:
+        owner.close()
 
 
 def engine_dtype(config: RunConfig, device: str) -> str:

@@ -4,6 +4,8 @@ Supported: 0.26 (torch 2.11) to 0.33. vLLM 0.27 moved the server's parts from `e
 `entrypoints.launchers`, and 0.28 taught the engine to name its weights' version.
 """
 
+import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,3 +85,41 @@ async def drop_caches(engine: Any) -> None:
     if await engine.reset_prefix_cache() is False:
         raise EngineError("vLLM kept its prefix cache: requests still hold blocks of the old weights")
     await engine.reset_mm_cache()
+
+
+async def pause(engine: Any, mode: str) -> None:
+    """Stops the engine core at a token boundary and drops its KV. `mode`: requests inside end by themselves
+    (`"drain"`), end aborted, or freeze (`"keep"`).
+
+    What `pause_generation` does, less the 20 ms it then sleeps to let outputs arrive: the gate knows when they have.
+    """
+    mode = "wait" if mode == "drain" else mode
+    await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=True)
+
+
+def can_freeze(*, seed: int | None) -> bool:
+    """Whether a request may be frozen and go on. A frozen request is computed again from its first token, and vLLM
+    then rewinds a seeded request's random generator, which torch's CPU generator cannot: the engine core would die."""
+    from vllm.platforms import current_platform
+
+    return seed is None or not current_platform.is_cpu()
+
+
+async def sampled_tokens(engine: Any) -> dict[str, dict[int, int]]:
+    """Request id → index of the completion → tokens sampled, for every unfinished completion of a paused engine.
+
+    The pause's answer followed the last outputs through one socket, so they have arrived; they are counted once the
+    task that processes them waits for more. vLLM's own version spans (0.28 and later) are counted in the same place.
+    """
+    states = engine.output_processor.request_states
+    queue = engine.engine_core.outputs_queue
+    while states and not (queue.empty() and queue._getters):
+        if engine.errored:
+            raise EngineError("the engine core died while requests were frozen")
+        await asyncio.sleep(0)
+    sampled: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    for state in states.values():
+        request_id = state.parent_req.external_req_id if state.parent_req else state.external_req_id
+        if state.detokenizer is not None:
+            sampled[request_id][state.request_index] = state.detokenizer.num_output_tokens()
+    return dict(sampled)

@@ -1,39 +1,78 @@
-"""The gate every sampling request passes: it knows under which policy version each one runs.
+"""The gate every sampling request passes: it knows under which policy version each token is sampled.
 
-Requests enter while the gate is open and are counted until they leave; `close` stops new ones at the door and waits
-for those inside, so between `close` and `open` nothing samples and the version may change. A request therefore runs
-under one version from its first token to its last. Producers: the generate route. Waits: `close` (for the last
-request to leave, with a deadline) and requests at a closed door (for `open`). Unblocks: a leaving request, `open`.
+Requests enter while the gate is open and stay inside until they end. `close` stops new ones at the door; then either
+those inside end (drain, abort), or the engine freezes them at a token boundary (keep) once each has reached it. Only
+while the gate is `still` may weights and version change, so a token belongs to the version named last before it.
+Producers: the generate route. Waits: `wait_until_empty` and `wait_until_submitted` (for requests inside, with a
+deadline) and requests at a closed door (for `open`). Unblocks: a leaving or submitted request, `open`.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from syncline.errors import EngineTimeout
 
 UNPUBLISHED = -1
+
+Sampled = Mapping[str, Mapping[int, int]]
+"""Request id → index of the completion → tokens it has sampled. Finished completions are left out."""
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """One request inside the gate."""
+
+    request_id: str
+    entered_under: int
+    can_freeze: bool = True
+    """`False`: a pause that keeps requests lets this one end first."""
+    is_submitted: bool = False
+    """The engine has it; from then on it knows how many tokens were sampled."""
+    changes: list[tuple[int, Mapping[int, int]]] = field(default_factory=list)
+    """Each version named since: what every unfinished completion had sampled by then."""
+
+    def spans(self, completion: int, num_tokens: int) -> list[tuple[int, int, int]]:
+        """`(policy version, start, end)` of the completion's tokens; none when some precede the first publish."""
+        starts = [(self.entered_under, 0)]
+        starts += [(version, sampled.get(completion, num_tokens)) for version, sampled in self.changes]
+        ends = [start for _, start in starts[1:]] + [num_tokens]
+        spans = [(version, start, end) for (version, start), end in zip(starts, ends, strict=True) if start < end]
+        return [] if any(version == UNPUBLISHED for version, _, _ in spans) else spans
 
 
 class Gate:
     def __init__(self, policy_version: int = UNPUBLISHED) -> None:
         self.policy_version = policy_version
         self.is_open = True
-        self.num_inside = 0
+        self.is_still = False
+        """Nothing samples and nothing can begin to: weights and version may change."""
+        self._inside: set[Visit] = set()
         self._changed = asyncio.Condition()
 
+    @property
+    def num_inside(self) -> int:
+        return len(self._inside)
+
     @asynccontextmanager
-    async def request(self) -> AsyncIterator[int]:
-        """Waits for the gate to be open; yields the policy version the request runs under."""
+    async def request(self, request_id: str, *, can_freeze: bool = True) -> AsyncIterator[Visit]:
+        """Waits for the gate to be open."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.is_open)
-            self.num_inside += 1
+            visit = Visit(request_id, self.policy_version, can_freeze)
+            self._inside.add(visit)
         try:
-            yield self.policy_version
+            yield visit
         finally:
             async with self._changed:
-                self.num_inside -= 1
+                self._inside.remove(visit)
                 self._changed.notify_all()
+
+    async def submitted(self, visit: Visit) -> None:
+        async with self._changed:
+            visit.is_submitted = True
+            self._changed.notify_all()
 
     async def close(self) -> None:
         """Stops new requests at the door; those inside go on."""
@@ -42,16 +81,52 @@ class Gate:
 
     async def wait_until_empty(self, *, timeout_seconds: float) -> None:
         """Raises `EngineTimeout` when requests are still inside at the deadline."""
-        async with self._changed:
-            try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self.num_inside == 0), timeout_seconds)
-            except TimeoutError as error:
-                raise EngineTimeout(
-                    f"{self.num_inside} requests were still running {timeout_seconds:g} s after the pause; "
-                    "raise bridge.timeout_seconds or set bridge.in_flight=abort"
-                ) from error
+        await self._wait(
+            lambda: not self._inside,
+            timeout_seconds,
+            "were still running",
+            "raise bridge.timeout_seconds or set bridge.in_flight to keep or abort",
+        )
+
+    async def wait_until_submitted(self, *, timeout_seconds: float) -> None:
+        """Raises `EngineTimeout` when the engine has not yet taken every request at the deadline."""
+        await self._wait(
+            lambda: all(visit.is_submitted for visit in self._inside),
+            timeout_seconds,
+            "had not all reached the engine",
+            "raise bridge.timeout_seconds",
+        )
+
+    async def wait_until_freezable(self, *, timeout_seconds: float) -> None:
+        """Raises `EngineTimeout` when requests that cannot be frozen are still inside at the deadline."""
+        await self._wait(
+            lambda: all(visit.is_submitted and visit.can_freeze for visit in self._inside),
+            timeout_seconds,
+            "had not all reached the engine, or cannot be frozen and were still running,",
+            "raise bridge.timeout_seconds or set bridge.in_flight to drain or abort",
+        )
+
+    def freeze(self) -> None:
+        """The engine has stopped: from now on the gate is still."""
+        self.is_still = True
+
+    def name(self, policy_version: int, sampled: Sampled) -> None:
+        """What is sampled from now on is of `policy_version`; `sampled` is where requests inside stand."""
+        for visit in self._inside:
+            visit.changes.append((policy_version, sampled.get(visit.request_id, {})))
+        self.policy_version = policy_version
 
     async def open(self) -> None:
         async with self._changed:
+            self.is_still = False
             self.is_open = True
             self._changed.notify_all()
+
+    async def _wait(self, done: Callable[[], bool], timeout_seconds: float, what: str, remedy: str) -> None:
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(done), timeout_seconds)
+            except TimeoutError as error:
+                raise EngineTimeout(
+                    f"{self.num_inside} requests {what} {timeout_seconds:g} s after the pause; {remedy}"
+                ) from error

@@ -1,27 +1,30 @@
-"""vLLM's `general_plugins` entry point: a model loader for CPUs that leaves weights where they can be replaced.
+"""vLLM's `general_plugins` entry point: model loaders that leave the weights where they can be written.
 
 vLLM's CPU build packs every linear layer's weight into a private oneDNN buffer at load and empties the parameter;
 a later reload then leaves a tied `lm_head` stale, with the right checksums and the wrong logprobs. The loader below
 keeps the weights in checkpoint layout and computes from them, so what is loaded (or written in place) is what is used.
+The second loader reads no checkpoint: it binds the parameters, before anything is compiled or captured, to those of
+another engine on the same device, so that several engines sample from one copy.
 """
 
 import dataclasses
 from typing import Any
 
-LOAD_FORMAT = "syncline_unpacked"
+UNPACKED = "syncline_unpacked"
+ATTACHED = "syncline_attached"
 
 
 def register() -> None:
     """Called by vLLM once in every process it starts."""
     from vllm.model_executor.model_loader import register_model_loader
 
-    register_model_loader(LOAD_FORMAT)(_loader_class())
+    unpacked = _unpacked_loader()
+    register_model_loader(UNPACKED)(unpacked)
+    register_model_loader(ATTACHED)(_attached_loader(unpacked))
 
 
-def _loader_class() -> type:
+def _unpacked_loader() -> type:
     import torch.nn.functional as F
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-    from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -32,11 +35,7 @@ def _loader_class() -> type:
             super().__init__(dataclasses.replace(load_config, load_format="auto"))
 
         def load_weights(self, model: Any, model_config: Any) -> None:
-            for name, module in model.named_modules():
-                if isinstance(getattr(module, "quant_method", None), UnquantizedFusedMoEMethod):
-                    raise ValueError(f"{name}: mixture-of-experts layers are repacked by vLLM's CPU build; use a GPU")
-                if isinstance(module, LinearBase):
-                    module._cpu_skip_gemm_dispatch = True  # pyright: ignore[reportArgumentType]
+            _leave_unpacked(model)
             super().load_weights(model, model_config)
 
         def load_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,3 +46,40 @@ def _loader_class() -> type:
             return model
 
     return UnpackedLoader
+
+
+def _leave_unpacked(model: Any) -> None:
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.linear import LinearBase
+
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "quant_method", None), UnquantizedFusedMoEMethod):
+            raise ValueError(f"{name}: mixture-of-experts layers are repacked by vLLM's CPU build; use a GPU")
+        if isinstance(module, LinearBase):
+            module._cpu_skip_gemm_dispatch = True  # pyright: ignore[reportArgumentType]
+
+
+def _attached_loader(unpacked: type) -> type:
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    parent: Any = unpacked if on_cpu else DefaultModelLoader
+
+    class AttachedLoader(parent):
+        """`model_loader_extra_config` is the owner's export (`bridges.handles`), under vLLM's own parameter names."""
+
+        def __init__(self, load_config: Any) -> None:
+            self._exported = load_config.model_loader_extra_config
+            super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={}))
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            from syncline.bridges.handles import bind, open_views
+
+            if on_cpu:
+                _leave_unpacked(model)
+            parameters = dict(model.named_parameters())
+            device = next(iter(parameters.values())).device
+            bind(parameters, open_views(self._exported, device=device))
+
+    return AttachedLoader

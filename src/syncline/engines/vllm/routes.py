@@ -6,18 +6,20 @@ All bind to the gate (`gate.py`): `generate` passes it, `pause` closes it, the w
 import asyncio
 import os
 import signal
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Literal
 from uuid import uuid4
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from syncline.bridges.receipt import model_digest
 from syncline.engines.vllm import compat
-from syncline.engines.vllm.gate import Gate
+from syncline.engines.vllm.gate import Gate, Visit
 from syncline.errors import EngineError, EngineTimeout
 from syncline.types import SamplingParams
 
@@ -35,13 +37,17 @@ class GenerateBody(Body):
 
 
 class PauseBody(Body):
-    mode: Literal["drain", "abort"]
+    mode: Literal["drain", "abort", "keep"]
     timeout_seconds: float = Field(gt=0)
 
 
 class WeightsBody(Body):
     path: str
     policy_version: int = Field(ge=0)
+
+
+class ExportBody(Body):
+    fused: bool = False
 
 
 class AdoptBody(Body):
@@ -55,11 +61,28 @@ class Served:
     engine: Any
     gate: Gate
     about: dict[str, str]
+    shares: bool = False
+    """Other processes may open its weights."""
     parameters: dict[str, str] = field(default_factory=dict)
+    is_measured: bool = False
+    """`parameters` tells what the engine holds now; not so once it was paused, when somebody may write the weights."""
     restart_from: WeightsBody | None = None
 
     async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
         [self.parameters] = await self.engine.collective_rpc(method, args=args)
+        self.is_measured = True
+
+    async def refuse_unproved(self) -> None:
+        """Raises `EngineError` when the weights are no longer those of the version they were named with."""
+        if self.is_measured:
+            return
+        named = model_digest(self.parameters)
+        await self.remeasure()
+        if model_digest(self.parameters) != named:
+            raise EngineError(
+                f"the weights have changed since they were named version {self.gate.policy_version} (digest "
+                f"{named[:12]}); publish a new version instead of resuming"
+            )
 
     def receipt(self) -> dict[str, Any]:
         return {
@@ -75,18 +98,28 @@ def add_routes(app: FastAPI, served: Served) -> None:
     app.include_router(_weight_routes(served))
     health = [route for route in app.router.routes if getattr(route, "path", None) == "/health"]
     app.router.routes = [health[-1], *(r for r in app.router.routes if r not in health)]
-    app.add_exception_handler(EngineError, _answer_error)
 
 
-async def _answer_error(_: Request, error: Exception) -> JSONResponse:
-    status = HTTPStatus.GATEWAY_TIMEOUT if isinstance(error, EngineTimeout) else HTTPStatus.CONFLICT
-    return JSONResponse({"error": str(error)}, status_code=status)
+class Route(APIRoute):
+    """Answers our own errors: by the time we get vLLM's app, its error handlers may be fixed."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except EngineError as error:
+                status = HTTPStatus.GATEWAY_TIMEOUT if isinstance(error, EngineTimeout) else HTTPStatus.CONFLICT
+                return JSONResponse({"error": str(error)}, status_code=status)
+
+        return answer
 
 
 def _sampling_routes(served: Served) -> APIRouter:
     from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
-    router = APIRouter()
+    router = APIRouter(route_class=Route)
 
     @router.get("/health")
     async def health() -> JSONResponse:
@@ -98,14 +131,15 @@ def _sampling_routes(served: Served) -> APIRouter:
     @with_cancellation
     async def generate(body: GenerateBody, raw_request: Request) -> JSONResponse:
         del raw_request
-        async with served.gate.request() as policy_version:
-            return JSONResponse(await _sample(served.engine, body, policy_version))
+        can_freeze = compat.can_freeze(seed=body.sampling.seed)
+        async with served.gate.request(f"syncline-{uuid4().hex}", can_freeze=can_freeze) as visit:
+            return JSONResponse(await _sample(served, body, visit))
 
     return router
 
 
 def _weight_routes(served: Served) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=Route)
 
     @router.get("/syncline/parameters")
     async def parameters() -> dict[str, Any]:
@@ -114,22 +148,31 @@ def _weight_routes(served: Served) -> APIRouter:
     @router.post("/syncline/pause")
     async def pause(body: PauseBody) -> dict[str, Any]:
         await served.gate.close()
-        if body.mode == "drain":
+        wait = {
+            "drain": served.gate.wait_until_empty,
+            "keep": served.gate.wait_until_freezable,
+            "abort": served.gate.wait_until_submitted,
+        }[body.mode]
+        await wait(timeout_seconds=body.timeout_seconds)
+        await _within(body.timeout_seconds, compat.pause(served.engine, body.mode), "stop sampling")
+        if body.mode != "keep":
             await served.gate.wait_until_empty(timeout_seconds=body.timeout_seconds)
-        await served.engine.pause_generation(mode="wait" if body.mode == "drain" else "abort")
-        await served.gate.wait_until_empty(timeout_seconds=body.timeout_seconds)
+        served.gate.freeze()
+        served.is_measured = False
         return served.receipt()
 
     @router.post("/syncline/resume")
     async def resume() -> dict[str, Any]:
+        await served.refuse_unproved()
         await served.engine.resume_generation()
         await served.gate.open()
         return served.receipt()
 
     @router.post("/syncline/export")
-    async def export() -> dict[str, Any]:
-        _need_paused(served, "export")
-        [exported] = await served.engine.collective_rpc("syncline_export")
+    async def export(body: ExportBody) -> dict[str, Any]:
+        if not served.shares:
+            raise EngineError("this engine was not started to share its weights; set bridge.name to shared")
+        [exported] = await served.engine.collective_rpc("syncline_export", args=(body.fused,))
         return exported
 
     @router.post("/syncline/reload")
@@ -166,11 +209,16 @@ async def _fault(engine: Any) -> str | None:
     return None
 
 
+async def _within(timeout_seconds: float, answer: Awaitable[None], what: str) -> None:
+    try:
+        await asyncio.wait_for(answer, timeout_seconds)
+    except TimeoutError as error:
+        raise EngineTimeout(f"the engine core did not {what} in {timeout_seconds:g} s") from error
+
+
 def _need_paused(served: Served, action: str) -> None:
-    if served.gate.is_open or served.gate.num_inside:
-        raise EngineError(
-            f"{action} needs a paused engine, and {served.gate.num_inside} requests may be sampling; pause it first"
-        )
+    if not served.gate.is_still:
+        raise EngineError(f"{action} needs a paused engine, and requests may be sampling; pause it first")
 
 
 async def _name(served: Served, policy_version: int) -> dict[str, Any]:
@@ -180,16 +228,32 @@ async def _name(served: Served, policy_version: int) -> dict[str, Any]:
         )
     await compat.drop_caches(served.engine)
     await compat.name_weights(served.engine, policy_version)
-    served.gate.policy_version = policy_version
+    served.gate.name(policy_version, await compat.sampled_tokens(served.engine))
     return {**served.receipt(), "parameters": served.parameters}
 
 
-async def _sample(engine: Any, body: GenerateBody, policy_version: int) -> dict[str, Any]:
+async def _sample(served: Served, body: GenerateBody, visit: Visit) -> dict[str, Any]:
+    try:
+        collector = await served.engine.add_request(
+            visit.request_id, {"prompt_token_ids": list(body.prompt_token_ids)}, _params(body)
+        )
+    except ValueError as error:
+        raise EngineError(f"vLLM refused the request: {error}") from error
+    await served.gate.submitted(visit)
+    try:
+        final = await collector.get()
+    except asyncio.CancelledError:
+        await served.engine.abort(visit.request_id)
+        raise
+    return {"completions": [_completion(output, visit) for output in final.outputs]}
+
+
+def _params(body: GenerateBody) -> Any:
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     asked = body.sampling
-    params = VllmSamplingParams(
+    return VllmSamplingParams(
         n=body.num_completions,
         max_tokens=asked.max_tokens,
         temperature=asked.temperature,
@@ -201,23 +265,13 @@ async def _sample(engine: Any, body: GenerateBody, policy_version: int) -> dict[
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    final: Any = None
-    try:
-        async for output in engine.generate(
-            {"prompt_token_ids": list(body.prompt_token_ids)}, params, f"syncline-{uuid4().hex}"
-        ):
-            final = output
-    except ValueError as error:
-        raise EngineError(f"vLLM refused the request: {error}") from error
-    return {"completions": [_completion(output, policy_version) for output in final.outputs]}
 
 
-def _completion(output: Any, policy_version: int) -> dict[str, Any]:
+def _completion(output: Any, visit: Visit) -> dict[str, Any]:
     token_ids = list(output.token_ids)
-    versions = [[policy_version, 0, len(token_ids)]] if token_ids and policy_version >= 0 else []
     return {
         "token_ids": token_ids,
         "logprobs": [row[token].logprob for token, row in zip(token_ids, output.logprobs, strict=True)],
-        "versions": versions,
+        "versions": visit.spans(output.index, len(token_ids)),
         "finish_reason": output.finish_reason,
     }

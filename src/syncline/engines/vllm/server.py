@@ -38,7 +38,7 @@ def serve(config: RunConfig, start: Start, *, run_dir: Path | None, argv: list[s
     listen_address, sock = compat.server_parts().setup_server(args, reuse_port=False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it here: 40 ms an answer
     try:
-        restart, died = asyncio.run(_serve(args, sock, start, about, run_dir))
+        restart, died = asyncio.run(_serve(args, sock, start, about, run_dir, shares=config.bridge.name == "shared"))
     finally:
         sock.close()
     if restart is not None:
@@ -50,18 +50,22 @@ def serve(config: RunConfig, start: Start, *, run_dir: Path | None, argv: list[s
 
 
 async def _serve(
-    args: Namespace, sock: Any, start: Start, about: dict[str, str], run_dir: Path | None
+    args: Namespace, sock: Any, start: Start, about: dict[str, str], run_dir: Path | None, *, shares: bool
 ) -> tuple[WeightsBody | None, str | None]:
     parts = compat.server_parts()
     died: list[str] = []
     async with parts.build_engine_client(args) as engine:
         app = parts.build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await parts.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
-        served = Served(engine, Gate(start.policy_version), about)
+        served = Served(engine, Gate(start.policy_version), about, shares=shares)
+        if shares and not start.attach_to:
+            await engine.collective_rpc("syncline_share")
         await served.remeasure()
         if start.policy_version >= 0:
             await compat.name_weights(engine, start.policy_version)
             await served.gate.close()
+            await compat.pause(engine, "abort")
+            served.gate.freeze()
         add_routes(app, served)
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))

@@ -26,9 +26,13 @@ class WorkerExtension:
         self.model_runner.reload_weights(weights_path=path)  # it warns of layers without weights; the digest says more
         return self.syncline_parameters()
 
-    def syncline_export(self) -> dict[str, Any]:
-        """Where each checkpoint parameter lies. On a CPU the parameters move, once, into a memory file, in place."""
+    def syncline_share(self) -> None:
+        """Makes the parameters shareable: on a CPU they move, in place, into a memory file. Before anything samples."""
+        if self.device.type == "cpu":
+            self._memory_file = move_to_memory_file(self.get_model().parameters())
+
+    def syncline_export(self, fused: bool) -> dict[str, Any]:
+        """Where each parameter lies, under its checkpoint name, or (`fused`) as vLLM names and fuses them."""
         model = self.get_model()
-        if self.device.type == "cpu" and self._memory_file is None:
-            self._memory_file = move_to_memory_file(model.parameters())
-        return export_views(dict(checkpoint_views(model)), memory_file=self._memory_file)
+        views = {name: p.data for name, p in model.named_parameters()} if fused else dict(checkpoint_views(model))
+        return export_views(views, memory_file=self._memory_file)

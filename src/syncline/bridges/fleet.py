@@ -1,0 +1,96 @@
+"""The engines a bridge serves, asked all at once: what one of them must do, all must.
+
+Who waits for whom: the caller waits until every engine has answered or missed its deadline. The first fault, in the
+engines' order, is raised; the others have ended by then, so nothing goes on behind the caller's back.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+from syncline.bridges.receipt import differences
+from syncline.errors import EngineError, SyncError
+from syncline.protocols import EngineControl, Receipt
+
+Answer = TypeVar("Answer")
+
+
+class Fleet:
+    """One engine or several. Every fault names its engine."""
+
+    def __init__(self, engines: Sequence[EngineControl], *, timeout_seconds: float) -> None:
+        if not engines:
+            raise ValueError("a bridge needs an engine")
+        self.engines = tuple(engines)
+        self._timeout_seconds = timeout_seconds
+        self._threads = ThreadPoolExecutor(len(self.engines), thread_name_prefix="syncline-fleet")
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    def each(self, call: Callable[[EngineControl], Answer]) -> list[Answer]:
+        """`call(engine)` for every engine at once; the answers in the engines' order."""
+        if len(self.engines) == 1:
+            return [call(self.engines[0])]
+        calls = [self._threads.submit(call, engine) for engine in self.engines]
+        faults = [fault for fault in (one.exception() for one in calls) if fault is not None]
+        if faults:
+            raise faults[0]
+        return [one.result() for one in calls]
+
+    def wait_until_ready(self) -> None:
+        self.each(lambda engine: engine.wait_until_ready(timeout_seconds=self._timeout_seconds))
+
+    def pause(self, mode: str) -> None:
+        self.each(lambda engine: engine.pause(mode=mode, timeout_seconds=self._timeout_seconds))
+
+    def resume(self) -> None:
+        self.each(lambda engine: engine.resume())
+
+    def receipts(self) -> list[Receipt]:
+        return self.each(lambda engine: engine.receipt())
+
+    def adopt(self, policy_version: int) -> list[Receipt]:
+        return self.each(lambda engine: engine.adopt(policy_version=policy_version))
+
+    @contextmanager
+    def paused_on_failure(self) -> Iterator[None]:
+        """Whatever escapes leaves every engine paused: nothing is sampled from a state nobody proved."""
+        try:
+            yield
+        except BaseException:
+            self.each(self._stop)
+            raise
+
+    def _stop(self, engine: EngineControl) -> None:
+        """An engine that no longer answers samples nothing either."""
+        with suppress(EngineError):
+            engine.pause(mode="abort", timeout_seconds=self._timeout_seconds)
+
+    def refuse_backwards(self, policy_version: int) -> None:
+        """Raises `SyncError` when an engine already serves a later version."""
+        for engine, served in zip(self.engines, self.receipts(), strict=True):
+            if policy_version < served.policy_version:
+                raise SyncError(
+                    f"policy_version {policy_version} is older than {served.policy_version}, which engine "
+                    f"{engine.name} already serves; versions only grow, so restart the engine to go back"
+                )
+
+    def refuse_other_model(self, learner: Mapping[str, str]) -> None:
+        """`learner` is name → `dtype[shape]`. Raises `SyncError` naming what is missing, extra or of another kind."""
+        for engine, parameters in zip(self.engines, self.each(lambda engine: engine.parameters()), strict=True):
+            served = {name: digest.partition(":")[0] for name, digest in parameters.items()}
+            if faults := differences(learner, served):
+                lines = "\n".join(faults)
+                raise SyncError(f"engine {engine.name} serves another model than the learner trains:\n{lines}")
+
+    def prove(self, held: Sequence[Receipt], expected: Receipt, *, digests: Mapping[str, str]) -> None:
+        """Raises `SyncError` naming the parameters that differ, unless every engine holds what the learner computed."""
+        for engine, receipt in zip(self.engines, held, strict=True):
+            if receipt != expected:
+                faults = "\n".join(differences(digests, engine.parameters()))
+                raise SyncError(
+                    f"engine {engine.name} holds version {receipt.policy_version} digest {receipt.digest[:12]} after "
+                    f"a publish of version {expected.policy_version} digest {expected.digest[:12]}:\n{faults}"
+                )
