@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from syncline.bridges.manifest import Shard
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.restart import copy_assets
 from syncline.errors import CheckpointError
-from syncline.learner.distributed import ONE_RANK, Ranks
-from syncline.learner.pieces import cut, shard, wholes
+from syncline.learner.places import cut, shard, wholes
 
 PREFIX = "step-"
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from syncline.bridges.manifest import Shard
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.config.schema import Lora, Model
 from syncline.errors import ConfigError
 from syncline.learner.attention import check_attention, register_attention
-from syncline.learner.distributed import ONE_RANK, Ranks
 from syncline.learner.logprobs import token_logprobs
 from syncline.learner.packing import PackedBatch
+from syncline.learner.places import shard
 from syncline.learner.tensor_parallel import parallelize
 
 
@@ -112,7 +114,12 @@ def checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]
             if owner is not None and leaf == "weight" and hasattr(owner, "lora_A"):
                 yield name, _merged(owner, parameter)
             else:
-                yield name, parameter.detach()
+                yield name, parameter
+
+
+def checkpoint_shards(model: nn.Module) -> Iterator[tuple[str, Shard]]:
+    """As `checkpoint_parameters`, with this rank's piece of each."""
+    return ((name, shard(parameter)) for name, parameter in checkpoint_parameters(model))
 
 
 def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -165,10 +172,10 @@ class Reference:
     disable: Any = None
 
     @classmethod
-    def of(cls, policy: nn.Module, config: Model, *, device: torch.device) -> "Reference":
+    def of(cls, policy: nn.Module, config: Model, *, device: torch.device, ranks: Ranks = ONE_RANK) -> "Reference":
         if config.lora:
             return cls(policy, policy.disable_adapter)
-        return cls(load_model(config, device=device).requires_grad_(False).eval())
+        return cls(load_model(config, device=device, ranks=ranks).requires_grad_(False).eval())
 
     def switched(self) -> AbstractContextManager[Any]:
         return self.disable() if self.disable else nullcontext()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.utils.hooks import RemovableHandle
 
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.config.schema import Optimizer
 from syncline.errors import CheckpointError, TrainingError
-from syncline.learner.distributed import ONE_RANK, Ranks
-from syncline.learner.pieces import Piece, complete_gradients, local, local_gradient, piece_of
+from syncline.learner.places import Place, complete_gradients, local, local_gradient, place_of
 
 CHUNK_ELEMENTS = 1 << 24
 """Elements stepped at a time: the float32 master exists for these only (64 MiB)."""
@@ -69,7 +69,7 @@ class _Slot:
 
     name: str
     parameter: nn.Parameter
-    piece: Piece
+    place: Place
     exp_avg: Tensor
     exp_avg_sq: Tensor
     low_bits: Tensor | None
@@ -116,7 +116,7 @@ class SplitMasterAdamW:
         gradient at all; nothing is changed then.
         """
         graded = [(slot, gradient) for slot in self._slots if (gradient := slot.gradient) is not None]
-        complete_gradients(((slot.piece, gradient) for slot, gradient in graded), self._ranks)
+        complete_gradients(((slot.place, gradient) for slot, gradient in graded), self._ranks)
         norm = _global_norm(graded, self._ranks)
         clip = min(1.0, self._config.max_grad_norm / (norm + 1e-6))
         self._num_steps += 1
@@ -153,7 +153,7 @@ class SplitMasterAdamW:
 
     def _update(self, slot: _Slot, gradient: Tensor, *, learning_rate: float, clip: float) -> None:
         low_bits = slot.low_bits if slot.low_bits is not None else slot.exp_avg
-        tensors = (local(slot.parameter), gradient, slot.exp_avg, slot.exp_avg_sq, low_bits)
+        tensors = (local(slot.parameter).detach(), gradient, slot.exp_avg, slot.exp_avg_sq, low_bits)
         beta1, beta2 = self._config.betas
         for weight, grad, exp_avg, exp_avg_sq, low in _chunks(tensors):
             split = weight.dtype == torch.bfloat16
@@ -188,7 +188,7 @@ def _slot(name: str, parameter: nn.Parameter, weight_decay: float) -> _Slot:
     return _Slot(
         name=name,
         parameter=parameter,
-        piece=piece_of(parameter),
+        place=place_of(parameter),
         exp_avg=torch.zeros(shape, device=device),
         exp_avg_sq=torch.zeros(shape, device=device),
         low_bits=torch.zeros(shape, dtype=torch.int16, device=device) if parameter.dtype == torch.bfloat16 else None,
@@ -201,7 +201,7 @@ def _global_norm(graded: list[tuple[_Slot, Tensor]], ranks: Ranks) -> float:
     if not graded:
         raise ValueError("no parameter has a gradient")
     norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for _, gradient in graded])
-    counted = torch.tensor([slot.piece.counted for slot, _ in graded], device=norms.device)
+    counted = torch.tensor([slot.place.counted for slot, _ in graded], device=norms.device)
     norms = ranks.stacked(norms.where(counted, 0.0))
     norm = torch.linalg.vector_norm(norms)
     if not norm.isfinite():

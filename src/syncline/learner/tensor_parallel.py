@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from syncline.bridges.ranks import TENSOR_PARALLEL, Ranks
 from syncline.errors import ConfigError
-from syncline.learner.distributed import TENSOR_PARALLEL, Ranks
-from syncline.learner.pieces import Gradient, Piece, set_piece
+from syncline.learner.places import Gradient, Place, set_place
 from syncline.learner.vocabulary import VocabularyParallel
 
 SUMMED = "replicated_with_grad_allreduce"
@@ -40,8 +40,8 @@ def parallelize(model: Any, ranks: Ranks) -> None:
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     for parameter in model.parameters():
-        if not isinstance(parameter, DTensor) and not hasattr(parameter, "piece"):
-            set_piece(parameter, _copy(parameter, Gradient.EQUAL, ranks))
+        if not isinstance(parameter, DTensor) and not hasattr(parameter, "place"):
+            set_place(parameter, _copy(parameter, Gradient.EQUAL, ranks))
 
 
 def _styles(model: Any, ranks: Ranks) -> Iterator[tuple[str, ParallelStyle]]:
@@ -125,8 +125,8 @@ def _key_heads(model: Any, name: str, module: Any) -> int | None:
     return heads if module.out_features == heads * attention.head_dim else None
 
 
-def _copy(parameter: Tensor, gradient: Gradient, ranks: Ranks) -> Piece:
-    return Piece(tuple(parameter.shape), (0,) * parameter.ndim, gradient, counted=ranks.is_first)
+def _copy(parameter: Tensor, gradient: Gradient, ranks: Ranks) -> Place:
+    return Place(tuple(parameter.shape), (0,) * parameter.ndim, gradient, counted=ranks.is_first)
 
 
 class _Summed(ParallelStyle):
@@ -137,7 +137,7 @@ class _Summed(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for parameter in module.parameters():
-            set_piece(parameter, _copy(parameter, Gradient.SUMMED, self._ranks))
+            set_place(parameter, _copy(parameter, Gradient.SUMMED, self._ranks))
         return module
 
 
@@ -155,7 +155,7 @@ class _SharedHeads(ParallelStyle):
             row = self._ranks.rank // copies * size
             part = nn.Parameter(whole.detach()[row : row + size].clone(), requires_grad=whole.requires_grad)
             start = (row, *(0 for _ in whole.shape[1:]))
-            set_piece(part, Piece(tuple(whole.shape), start, Gradient.SUMMED, counted=first))
+            set_place(part, Place(tuple(whole.shape), start, Gradient.SUMMED, counted=first))
             module.register_parameter(name, part)
 
         def sum_input_gradient(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:

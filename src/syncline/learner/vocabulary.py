@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from syncline.learner.distributed import ONE_RANK, Ranks
-from syncline.learner.pieces import Gradient, Piece, set_piece
+from syncline.bridges.ranks import ONE_RANK, Ranks
+from syncline.learner.places import Gradient, Place, set_place
 
 PADDED_TO = 64
 """vLLM's `DEFAULT_VOCAB_PADDING_SIZE`."""
@@ -84,7 +84,7 @@ class VocabularyParallel(ParallelStyle):
         for name, whole in list(module.named_parameters(recurse=False)):
             part = nn.Parameter(whole.detach()[rows.start : rows.stop].clone(), requires_grad=whole.requires_grad)
             start = (rows.start, *(0 for _ in whole.shape[1:]))
-            set_piece(part, Piece(tuple(whole.shape), start, Gradient.OWN))
+            set_place(part, Place(tuple(whole.shape), start, Gradient.OWN))
             module.register_parameter(name, part)
         module.vocabulary = Vocabulary(rows.start, self._ranks)  # pyright: ignore[reportArgumentType]
         if isinstance(module, nn.Embedding):

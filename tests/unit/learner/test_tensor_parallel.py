@@ -9,12 +9,12 @@ import torch
 from rank_processes import on_ranks
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.errors import ConfigError
 from syncline.learner.attention import register_attention
-from syncline.learner.distributed import ONE_RANK, Ranks
 from syncline.learner.model import Scorer
 from syncline.learner.packing import PackedBatch, pack_samples
-from syncline.learner.pieces import complete_gradients, local_gradient, piece_of, shard, wholes
+from syncline.learner.places import complete_gradients, local_gradient, place_of, shard, wholes
 from syncline.learner.tensor_parallel import parallelize
 from syncline.learner.vocabulary import vocabulary_rows
 from syncline.types import TrainingSample, VersionSpan
@@ -81,7 +81,7 @@ def values_and_gradients(ranks: Ranks, path: str) -> tuple[Any, Any, dict[str, t
         name: whole.clone() for name, whole in wholes(((n, shard(p)) for n, p in model.named_parameters()), ranks)
     }
     graded = [(name, p, local_gradient(p.grad, p)) for name, p in model.named_parameters()]
-    complete_gradients(((piece_of(p), gradient) for _, p, gradient in graded), ranks)
+    complete_gradients(((place_of(p), gradient) for _, p, gradient in graded), ranks)
     shards = [(name, shard_like(p, gradient)) for name, p, gradient in graded]
     return logprobs, entropy, values, {name: whole.clone() for name, whole in wholes(shards, ranks)}
 

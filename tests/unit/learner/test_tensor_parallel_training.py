@@ -9,13 +9,13 @@ from rank_processes import on_ranks
 from test_tensor_parallel import FAMILIES, save, scored
 from transformers import AutoModelForCausalLM
 
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.config.schema import Model, Optimizer
 from syncline.errors import TrainingError
 from syncline.learner.checkpoint import Checkpoints, TrainState
-from syncline.learner.distributed import ONE_RANK, Ranks
 from syncline.learner.model import load_model, trainable_parameters
 from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
-from syncline.learner.pieces import shard, wholes
+from syncline.learner.places import shard, wholes
 
 FAMILY = "qwen3, key heads shared"
 OPTIMIZER = Optimizer(learning_rate=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from syncline.bridges.manifest import Shard
-from syncline.learner.distributed import TENSOR_PARALLEL, Ranks
+from syncline.bridges.ranks import TENSOR_PARALLEL, Ranks
 
 
 class Gradient(StrEnum):
@@ -27,7 +27,7 @@ class Gradient(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Place:
     """Of a parameter of `shape`, from the element `start` on, one index a dimension."""
 
     shape: tuple[int, ...]
@@ -37,31 +37,31 @@ class Piece:
     """`False`: another rank holds the same piece and counts it in norms and digests."""
 
 
-def set_piece(parameter: Tensor, piece: Piece) -> None:
-    parameter.piece = piece  # pyright: ignore[reportAttributeAccessIssue]
+def set_place(parameter: Tensor, place: Place) -> None:
+    parameter.place = place  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def piece_of(parameter: Tensor) -> Piece:
+def place_of(parameter: Tensor) -> Place:
     """The whole, unless a split says otherwise."""
     if isinstance(parameter, DTensor):
-        return _piece_of_dtensor(parameter)
+        return _place_of_dtensor(parameter)
     shape = tuple(parameter.shape)
-    return getattr(parameter, "piece", None) or Piece(shape, (0,) * len(shape))
+    return getattr(parameter, "place", None) or Place(shape, (0,) * len(shape))
 
 
-def _piece_of_dtensor(parameter: DTensor) -> Piece:
+def _place_of_dtensor(parameter: DTensor) -> Place:
     mesh, [placement] = parameter.device_mesh, parameter.placements
     rank, start = mesh.get_local_rank(TENSOR_PARALLEL), [0] * parameter.ndim
     if not placement.is_shard():
-        return Piece(tuple(parameter.shape), tuple(start), Gradient.EQUAL, counted=rank == 0)
+        return Place(tuple(parameter.shape), tuple(start), Gradient.EQUAL, counted=rank == 0)
     start[placement.dim] = rank * (parameter.shape[placement.dim] // mesh.size())  # pyright: ignore
-    return Piece(tuple(parameter.shape), tuple(start))
+    return Place(tuple(parameter.shape), tuple(start))
 
 
 def local(parameter: Tensor) -> Tensor:
-    """This rank's memory of a parameter, to be read and written in place; no autograd."""
+    """The tensor that holds this rank's piece: written in place, or with its `.data` rebound, it changes the model."""
     with torch.no_grad():
-        return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -73,36 +73,36 @@ def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 def shard(parameter: Tensor) -> Shard:
-    piece = piece_of(parameter)
-    return Shard(local(parameter), piece.shape, piece.start, piece.counted)
+    place = place_of(parameter)
+    return Shard(local(parameter), place.shape, place.start, place.counted)
 
 
-def complete_gradients(gradients: Iterable[tuple[Piece, Tensor]], ranks: Ranks) -> None:
+def complete_gradients(gradients: Iterable[tuple[Place, Tensor]], ranks: Ranks) -> None:
     """Makes every gradient whole, in place, with one message. All ranks must hand in the same parameters, in order."""
-    shared = [(piece, gradient) for piece, gradient in gradients if piece.gradient is not Gradient.OWN]
+    shared = [(place, gradient) for place, gradient in gradients if place.gradient is not Gradient.OWN]
     if ranks.world_size == 1 or not shared:
         return
-    wholes = [_whole_with(gradient, piece).div_(_divisor(piece, ranks)) for piece, gradient in shared]
+    wholes = [_whole_with(gradient, place).div_(_divisor(place, ranks)) for place, gradient in shared]
     summed = ranks.sum_(torch.cat([whole.flatten() for whole in wholes])).split([whole.numel() for whole in wholes])
-    for (piece, gradient), whole in zip(shared, summed, strict=True):
-        gradient.copy_(cut(whole.view(piece.shape), piece, gradient.shape))
+    for (place, gradient), whole in zip(shared, summed, strict=True):
+        gradient.copy_(cut(whole.view(place.shape), place, gradient.shape))
 
 
-def _divisor(piece: Piece, ranks: Ranks) -> int:
-    return ranks.world_size if piece.gradient is Gradient.EQUAL else 1
+def _divisor(place: Place, ranks: Ranks) -> int:
+    return ranks.world_size if place.gradient is Gradient.EQUAL else 1
 
 
-def _whole_with(gradient: Tensor, piece: Piece) -> Tensor:
-    whole = torch.zeros(piece.shape, dtype=torch.float32, device=gradient.device)
-    cut(whole, piece, gradient.shape).copy_(gradient)
+def _whole_with(gradient: Tensor, place: Place) -> Tensor:
+    whole = torch.zeros(place.shape, dtype=torch.float32, device=gradient.device)
+    cut(whole, place, gradient.shape).copy_(gradient)
     return whole
 
 
-def cut(whole: Tensor, piece: Piece | Shard, shape: Sequence[int]) -> Tensor:
+def cut(whole: Tensor, place: Place | Shard, shape: Sequence[int]) -> Tensor:
     """The view of a whole that a piece with this local shape is. Raises `ValueError` for a whole of another shape."""
-    if tuple(whole.shape) != piece.shape:
-        raise ValueError(f"a tensor of shape {list(whole.shape)} where {list(piece.shape)} was expected")
-    for dimension, (start, length) in enumerate(zip(piece.start, shape, strict=True)):
+    if tuple(whole.shape) != place.shape:
+        raise ValueError(f"a tensor of shape {list(whole.shape)} where {list(place.shape)} was expected")
+    for dimension, (start, length) in enumerate(zip(place.start, shape, strict=True)):
         whole = whole.narrow(dimension, start, length)
     return whole
 
@@ -112,16 +112,16 @@ def wholes(shards: Iterable[tuple[str, Shard]], ranks: Ranks) -> Iterator[tuple[
 
     Without other ranks these are the parameters' own tensors. Bits are moved, never added: -0.0 stays -0.0.
     """
-    shards = list(shards)
     if ranks.world_size == 1:
-        yield from ((name, shard.tensor) for name, shard in shards)
+        yield from ((name, shard.tensor.detach()) for name, shard in shards)
         return
+    shards = list(shards)
     places = ranks.gathered([(s.start, tuple(s.tensor.shape), s.counted) for _, s in shards])
     for i, (name, own) in enumerate(shards):
         whole = torch.empty(own.shape, dtype=own.tensor.dtype, device=own.tensor.device)
         for rank, (start, shape, counted) in enumerate(place[i] for place in places):
             if counted:
-                part = own.tensor.contiguous() if rank == ranks.rank else whole.new_empty(shape)
+                part = own.tensor.detach().contiguous() if rank == ranks.rank else whole.new_empty(shape)
                 ranks.broadcast_(part, source=rank)
-                cut(whole, Piece(own.shape, start), shape).copy_(part)
+                cut(whole, Place(own.shape, start), shape).copy_(part)
         yield name, whole
