@@ -149,9 +149,10 @@ class EngineControl(Protocol):
         """Checkpoint name → dtype, shape and digest of each parameter, to name what differs."""
         ...
 
-    def export(self, *, fused: bool = False) -> Mapping[str, Any]:
-        """Where the parameters lie in memory another process of this host can open (`bridges.handles`), under their
-        checkpoint names or (`fused`) as the engine names and fuses them. Needs an engine started to share."""
+    def export(self, *, fused: bool = False) -> Sequence[Mapping[str, Any]]:
+        """Where the parameters lie in memory another process of this host can open (`bridges.handles`): one export a
+        tensor-parallel rank, in rank order, under their checkpoint names or (`fused`) as the engine names and fuses
+        them. Needs an engine started to share."""
         ...
 
     def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:

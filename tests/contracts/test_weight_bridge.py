@@ -18,6 +18,7 @@ from syncline.bridges.shared import SharedBridge
 from syncline.config.schema import Bridge
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
+from syncline.learner.model import checkpoint_shards
 from syncline.protocols import SyncReport, WeightBridge
 from syncline.types import Completion, SamplingParams
 
@@ -35,11 +36,13 @@ def restart(side: "Side", config: Bridge) -> WeightBridge:
 
 
 def shared(side: "Side", config: Bridge) -> WeightBridge:
-    return SharedBridge([side.engine], config, parameters=lambda m: m.named_parameters())
+    return SharedBridge([side.engine], config, shards=checkpoint_shards)
 
 
 MakeBridge = Callable[["Side", Bridge], WeightBridge]
 BRIDGES: dict[str, MakeBridge] = {"restart": restart, "shared": shared}
+TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,)}
+"""Ranks of the engine under each bridge; `shared` on several needs as many learner ranks (test_shared_ranks)."""
 
 
 class Side:
@@ -104,13 +107,28 @@ def _copy(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-@pytest.fixture(scope="module", params=sorted(BRIDGES))
+def _engines() -> list[Any]:
+    """Every bridge with every number of ranks; several ranks need as many GPUs, where there are GPUs."""
+    return [
+        pytest.param(
+            (name, ranks),
+            id=f"{name}-tp{ranks}",
+            marks=pytest.mark.skipif(0 < torch.cuda.device_count() < ranks, reason=f"needs {ranks} GPUs"),
+        )
+        for name in sorted(BRIDGES)
+        for ranks in TENSOR_PARALLEL[name]
+    ]
+
+
+@pytest.fixture(scope="module", params=_engines())
 def side(request, tmp_path_factory) -> Iterator[Side]:
-    folder = tmp_path_factory.mktemp(request.param)
+    name, ranks = request.param
+    folder = tmp_path_factory.mktemp(f"{name}-tp{ranks}")
     model_path = make_tiny_model(folder / "model")
-    values = run_values(model_path, folder / "run", bridge={"name": request.param})
+    values = run_values(model_path, folder / "run", bridge={"name": name})
+    values["engine"] |= {"device": DEVICE, "devices": list(range(ranks)), "tensor_parallel_size": ranks}
     with running_engine(values, folder) as engine:
-        yield Side(request.param, engine, model_path, folder / "weights")
+        yield Side(name, engine, model_path, folder / "weights")
 
 
 def test_before_the_first_publish_no_version_is_claimed(side: Side) -> None:

@@ -1,8 +1,9 @@
 """Both ends of shared memory: the engine exports where its parameters lie, the learner opens the same bytes.
 
-A parameter becomes a storage (a CUDA IPC handle, or a memory file of the engine's worker on a CPU) and a place in it.
-Handles say whose they are (process, boot, device, torch); opening anybody else's is refused, because the bytes behind
-a recycled pid or another GPU would be somebody else's.
+Each rank of an engine exports its own pieces. A piece becomes a storage (a CUDA IPC handle, or a memory file of the
+engine's worker on a CPU), a place in it, and a place in the whole parameter. Handles say whose they are (process, boot,
+device, torch); opening anybody else's is refused, because the bytes behind a recycled pid or another GPU would be
+somebody else's.
 """
 
 import base64
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import differences, kind_of
 from syncline.errors import SyncError
 
@@ -81,21 +83,40 @@ def move_to_memory_file(parameters: Iterable[torch.nn.Parameter]) -> tuple[str, 
     return path, total
 
 
-def export_views(views: Mapping[str, torch.Tensor], *, memory_file: tuple[str, int] | None) -> dict[str, Any]:
-    """Where each tensor lies, as plain values: `origin`, `storages`, `tensors`. CPU tensors lie in `memory_file`."""
-    device = next(iter(views.values())).device
-    storages: dict[int, int] = {}
+def export_views(named: Iterable[tuple[str, Shard]], *, memory_file: tuple[str, int] | None) -> dict[str, Any]:
+    """Where each piece lies, as plain values: `origin`, `storages`, `tensors`. CPU tensors lie in `memory_file`.
+
+    Raises `SyncError` naming a parameter that this rank holds in several pieces: no one tensor is a view of them.
+    """
     handles: list[dict[str, Any]] = []
-    tensors: dict[str, list[Any]] = {}
-    for name, view in views.items():
-        storage = view.untyped_storage()
-        if storage.data_ptr() not in storages:
-            storages[storage.data_ptr()] = len(handles)
+    places: dict[int, int] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+    device = torch.device("cpu")
+    for name, shard in named:
+        if name in tensors:
+            raise SyncError(
+                f"{name} is fused in the checkpoint and split over ranks, so one rank holds pieces of it that are not "
+                "neighbours; set engine.tensor_parallel_size to 1, or use bridge.name broadcast or restart"
+            )
+        storage, device = shard.tensor.untyped_storage(), shard.tensor.device
+        if storage.data_ptr() not in places:
+            places[storage.data_ptr()] = len(handles)
             handles.append(_memory_handle(memory_file) if memory_file else _cuda_handle(storage, device))
-        dtype = str(view.dtype).removeprefix("torch.")
-        place = [storages[storage.data_ptr()], dtype, view.storage_offset(), list(view.shape), list(view.stride())]
-        tensors[name] = place
+        tensors[name] = _placed(shard, places[storage.data_ptr()])
     return {"origin": asdict(Origin.here(device)), "storages": handles, "tensors": tensors}
+
+
+def _placed(shard: Shard, storage: int) -> dict[str, Any]:
+    return {
+        "storage": storage,
+        "dtype": str(shard.tensor.dtype).removeprefix("torch."),
+        "offset": shard.tensor.storage_offset(),
+        "size": list(shard.tensor.shape),
+        "stride": list(shard.tensor.stride()),
+        "shape": list(shard.shape),
+        "start": list(shard.start),
+        "counted": shard.counted,
+    }
 
 
 def _memory_handle(memory_file: tuple[str, int]) -> dict[str, Any]:
@@ -122,24 +143,37 @@ def _plain(value: Any) -> Any:
 # The learner's end
 
 
-def open_views(exported: Mapping[str, Any], *, device: torch.device) -> dict[str, torch.Tensor]:
-    """The engine's tensors in this process, the same bytes. Raises `SyncError` for another boot's or device's."""
+def open_views(exported: Mapping[str, Any], *, device: torch.device) -> dict[str, Shard]:
+    """One rank's pieces in this process, the same bytes. Raises `SyncError` for another boot's or device's."""
     origin = Origin(**exported["origin"])
     _refuse_stranger(origin, device)
     storages = [_open(handle, device) for handle in exported["storages"]]
+    return {name: _opened(storages[place["storage"]], place) for name, place in exported["tensors"].items()}
+
+
+def _opened(storage: torch.UntypedStorage, place: Mapping[str, Any]) -> Shard:
+    tensor = _view(storage, getattr(torch, place["dtype"]), place["offset"], place["size"], place["stride"])
+    return Shard(tensor, tuple(place["shape"]), tuple(place["start"]), place["counted"])
+
+
+def bind(own: Mapping[str, Shard], theirs: Mapping[str, Shard], *, rank: int) -> None:
+    """Rebinds each piece of this rank to the memory of the piece of its name.
+
+    Raises `SyncError` naming rank and parameter where one is missing, extra, or another piece.
+    """
+    if faults := differences(_pieces(own), _pieces(theirs)):
+        raise SyncError(
+            f"rank {rank}: the weights to share are of another model, or split otherwise:\n" + "\n".join(faults)
+        )
+    for name, shard in own.items():
+        shard.tensor.data = theirs[name].tensor
+
+
+def _pieces(shards: Mapping[str, Shard]) -> dict[str, str]:
+    """Name → `float32[64, 128] at [64, 0] of [128, 128]`."""
     return {
-        name: _view(storages[index], getattr(torch, dtype), offset, shape, stride)
-        for name, (index, dtype, offset, shape, stride) in exported["tensors"].items()
+        name: f"{kind_of(shard.tensor)} at {list(shard.start)} of {list(shard.shape)}" for name, shard in shards.items()
     }
-
-
-def bind(parameters: Mapping[str, torch.nn.Parameter], views: Mapping[str, torch.Tensor]) -> None:
-    """Rebinds each parameter to the view of its name. Raises `SyncError` naming what is missing, extra or different."""
-    own = {name: kind_of(parameter) for name, parameter in parameters.items()}
-    if faults := differences(own, {name: kind_of(view) for name, view in views.items()}):
-        raise SyncError("the weights to share are of another model:\n" + "\n".join(faults))
-    for name, parameter in parameters.items():
-        parameter.data = views[name]
 
 
 def _refuse_stranger(origin: Origin, device: torch.device) -> None:

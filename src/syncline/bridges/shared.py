@@ -4,42 +4,48 @@ CUDA IPC on a GPU, a memory file on a CPU; nothing is copied or transferred, CUD
 Because the optimizer writes what the engine reads, the engine is paused around every step: `updating` stops it at a
 token boundary, the step writes in place, `publish` has both sides digest the bytes they see, and only equal digests
 resume it. Several engines may sample from the one copy: the first owns it, the others were started attached to it.
+Where engine and learner are split over ranks, each rank of the learner has the pieces of one rank of the engine.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, open_views
-from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
+from syncline.bridges.manifest import Shard
+from syncline.bridges.ranks import ONE_RANK, Ranks
+from syncline.bridges.receipt import combined, kind_of, model_digest, shard_digests
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
+from syncline.errors import SyncError
 from syncline.protocols import EngineControl, Receipt, SyncReport
 
-Parameters = Callable[[Any], Iterable[tuple[str, torch.nn.Parameter]]]
+Shards = Callable[[Any], Iterable[tuple[str, Shard]]]
 
 
 class SharedBridge:
-    """See the module. `parameters(model)` yields the parameters under their checkpoint names, tied ones once."""
+    """See the module. `shards(model)` yields this rank's pieces under their checkpoint names, tied ones once; their
+    tensors are those the model computes with, so that rebinding their `.data` rebinds the model."""
 
-    def __init__(self, engines: Sequence[EngineControl], config: Bridge, *, parameters: Parameters) -> None:
-        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds)
+    def __init__(
+        self, engines: Sequence[EngineControl], config: Bridge, *, shards: Shards, ranks: Ranks = ONE_RANK
+    ) -> None:
+        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds, ranks=ranks)
+        self._ranks = ranks
         self._in_flight = config.in_flight
-        self._parameters = parameters
+        self._shards = shards
         self._paused: Stopwatch | None = None
         """Running since the pause; `None` while the engines sample."""
 
     def attach(self, model: Any) -> None:
         """Rebinds every parameter to the owner's memory. The engines stay paused until the first publish."""
         self._fleet.wait_until_ready()
-        own = dict(self._parameters(model))
-        self._fleet.refuse_other_model({name: kind_of(parameter) for name, parameter in own.items()})
+        own = dict(self._shards(model))
+        self._fleet.refuse_other_model({name: kind_of(shard.tensor, shard.shape) for name, shard in own.items()})
         self._pause()
-        device = next(iter(own.values())).device
-        bind(own, open_views(self._fleet.engines[0].export(), device=device))
+        theirs = open_views(self._export_of_own_rank(), device=next(iter(own.values())).tensor.device)
+        bind(own, theirs, rank=self._ranks.rank)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -52,7 +58,7 @@ class SharedBridge:
             self._fleet.refuse_backwards(policy_version)
             clock = self._pause()
             clock.lap("step")
-            digests = parameter_digests(self._parameters(model))
+            digests = combined(self._ranks.gathered(shard_digests(self._shards(model))))
             expected = Receipt(policy_version, model_digest(digests))
             clock.lap("digest")
             self._fleet.prove(self._fleet.adopt(policy_version), expected, digests=digests)
@@ -66,6 +72,17 @@ class SharedBridge:
     def close(self) -> None:
         """The engine owns the memory; nothing else is held."""
         self._fleet.close()
+
+    def _export_of_own_rank(self) -> Mapping[str, Any]:
+        """The owner's memory as this rank shares it."""
+        exports = self._ranks.from_first(lambda: self._fleet.engines[0].export())
+        if len(exports) != self._ranks.world_size:
+            raise SyncError(
+                f"engine {self._fleet.engines[0].name} has {len(exports)} tensor-parallel ranks and the learner "
+                f"{self._ranks.world_size}; set learner.tensor_parallel_size to engine.tensor_parallel_size, or use "
+                "bridge.name restart"
+            )
+        return exports[self._ranks.rank]
 
     def _pause(self) -> Stopwatch:
         """Once for a step, whoever comes first: `updating`, or a publish outside of it."""

@@ -75,14 +75,20 @@ def _environments(config: RunConfig) -> Iterator[str]:
 
 def _devices(config: RunConfig) -> Iterator[str]:
     engine, learner = config.engine, config.learner
-    wanted = 1 if config.bridge.name == "shared" else engine.num_replicas
-    if engine.device != "cpu" and len(engine.devices) != wanted:
+    num_apart = 1 if config.bridge.name == "shared" else engine.num_replicas
+    num_gpus = num_apart * engine.tensor_parallel_size
+    if engine.device != "cpu" and len(set(engine.devices)) != num_gpus:
         yield (
-            f"engine.devices: {list(engine.devices)} names {len(engine.devices)} GPUs, and {engine.num_replicas} "
-            f"replicas with bridge.name = {config.bridge.name!r} need {wanted}; name that many"
+            f"engine.devices: {list(engine.devices)} names {len(set(engine.devices))} GPUs, and engine.num_replicas = "
+            f"{engine.num_replicas} of engine.tensor_parallel_size = {engine.tensor_parallel_size} with bridge.name = "
+            f"{config.bridge.name!r} need {num_gpus}; name that many, or set engine.device to cpu"
         )
-    if len(learner.devices) != 1:
-        yield f"learner.devices: {list(learner.devices)} names {len(learner.devices)} GPUs; it uses one, so name one"
+    if learner.device != "cpu" and len(set(learner.devices)) != learner.tensor_parallel_size:
+        yield (
+            f"learner.devices: {list(learner.devices)} names {len(set(learner.devices))} GPUs for "
+            f"learner.tensor_parallel_size = {learner.tensor_parallel_size}; name one for each rank, or set "
+            "learner.device to cpu"
+        )
     if "cpu" in (config.engine.device, config.learner.device) and "cuda" in (
         config.engine.device,
         config.learner.device,
@@ -90,6 +96,17 @@ def _devices(config: RunConfig) -> Iterator[str]:
         yield (
             f"learner.device: {config.learner.device!r} differs from engine.device = {config.engine.device!r}, and "
             "vLLM is installed for one of them; set both alike"
+        )
+
+
+def _ranks(config: RunConfig) -> Iterator[str]:
+    size = config.learner.tensor_parallel_size
+    if size == 1:
+        return
+    if config.model.lora:
+        yield (
+            f"learner.tensor_parallel_size: {size} does not split adapters, and model.lora is set; set it to 1, or "
+            "leave model.lora out"
         )
 
 
@@ -109,6 +126,12 @@ def _bridge(config: RunConfig) -> Iterator[str]:
         yield (
             "model.lora: an adapter is no part of the engine's weights, which bridge.name = 'shared' trains in place; "
             "set bridge.name to restart"
+        )
+    if config.engine.tensor_parallel_size != config.learner.tensor_parallel_size:
+        yield (
+            f"learner.tensor_parallel_size: {config.learner.tensor_parallel_size} is not engine.tensor_parallel_size = "
+            f"{config.engine.tensor_parallel_size}, and with bridge.name = 'shared' each rank of the one trains the "
+            "memory of one of the other; set both alike, or use restart"
         )
     if config.engine.devices != config.learner.devices or config.engine.device != config.learner.device:
         yield (
@@ -146,4 +169,16 @@ def _ports(config: RunConfig) -> Iterator[str]:
             )
 
 
-_RULES = (_lengths, _distribution, _loss, _schedule, _environments, _devices, _in_flight, _bridge, _deadlines, _ports)
+_RULES = (
+    _lengths,
+    _distribution,
+    _loss,
+    _schedule,
+    _environments,
+    _devices,
+    _ranks,
+    _in_flight,
+    _bridge,
+    _deadlines,
+    _ports,
+)

@@ -110,7 +110,7 @@ class EngineController:
     def parameters(self) -> Mapping[str, str]:
         return self._parameters()["parameters"]
 
-    def export(self, *, fused: bool = False) -> Mapping[str, Any]:
+    def export(self, *, fused: bool = False) -> Sequence[Mapping[str, Any]]:
         return self._call("POST", "/syncline/export", {"fused": fused}, self._start_timeout_seconds)
 
     def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:

@@ -142,10 +142,10 @@ class _Planner:
     def engine(self, replica: int) -> ProcessSpec:
         """The first is `engine`, the others `engine-1` and so on; with `shared` these attach to the first's weights."""
         port, timeout = self._engine_ports[replica], self._config.engine.start_timeout_seconds
-        devices = self._gpus["engine"]
+        devices, ranks = self._gpus["engine"], self._config.engine.tensor_parallel_size
         attached = replica > 0 and self._config.bridge.name == "shared"
         if self._config.bridge.name != "shared":
-            devices = devices[replica : replica + 1]
+            devices = devices[replica * ranks : (replica + 1) * ranks]
         name = _engine_name(replica)
         options = ["--attach-to", self._engine_urls[0]] if attached else []
         return ProcessSpec(
@@ -153,7 +153,7 @@ class _Planner:
             argv=self._argv("serve", "--port", str(port), "--run-dir", str(self._folder), *options),
             kind=Kind.SERVICE,
             log=log_path(self._folder, name),
-            env=_environment(devices=devices, num_threads=self._threads["engine"]),
+            env=_environment(devices=devices, num_threads=max(1, self._threads["engine"] // ranks)),
             ready=Ready(
                 f"{self._engine_urls[replica]}/health", timeout, EngineTimeout, "raise engine.start_timeout_seconds"
             ),
@@ -176,13 +176,14 @@ class _Planner:
         )
 
     def learner(self, *, starts_after: tuple[str, ...]) -> ProcessSpec:
-        devices = self._gpus["learner"]
+        """One process; with several ranks it starts them itself, and they end with it."""
+        devices, ranks = self._gpus["learner"], self._config.learner.tensor_parallel_size
         return ProcessSpec(
             name="learner",
             argv=self._argv("train", *self._urls()),
             kind=Kind.JOB,
             log=log_path(self._folder, "learner"),
-            env=_environment(devices=devices, num_threads=self._threads["learner"]),
+            env=_environment(devices=devices, num_threads=max(1, self._threads["learner"] // ranks)),
             devices=devices,
             starts_after=starts_after,
         )

@@ -2,7 +2,8 @@
 
 No token attends across a sequence's border, nothing is padded and no T x T mask exists. On a GPU in half precision
 torch's variable-length FlashAttention does the work; elsewhere one SDPA call for each run of equally long sequences
-does (`packing` puts the longest first, so equal lengths are neighbours). What neither can do is refused by name.
+does (`packing` puts the longest first, so equal lengths are neighbours). Neither caps its scores, so the attention of
+Gemma 2 is written out for each run. What none can do is refused by name.
 """
 
 import inspect
@@ -54,10 +55,10 @@ def packed_attention(
     """
     _refuse_unsupported(module, query, attention_mask, kwargs)
     borders, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    window, scale = kwargs.get("sliding_window"), kwargs.get("scaling")
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    window, scale, softcap = kwargs.get("sliding_window"), kwargs.get("scaling"), kwargs.get("softcap")
+    if softcap is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _flash(query, key, value, borders, longest, window=window, scale=scale), None
-    return _sdpa(query, key, value, borders.tolist(), window=window, scale=scale), None
+    return _by_runs(query, key, value, borders.tolist(), window=window, scale=scale, softcap=softcap), None
 
 
 def _refuse_unsupported(
@@ -67,7 +68,6 @@ def _refuse_unsupported(
         "an attention mask": attention_mask is not None,
         "attention that is not causal": not kwargs.get("is_causal", getattr(module, "is_causal", True)),
         "attention dropout": kwargs.get("dropout", 0.0) != 0.0,
-        "softcap": kwargs.get("softcap") is not None,
         "attention sinks (s_aux)": kwargs.get("s_aux") is not None,
         "a position bias": kwargs.get("position_bias") is not None,
         "output_attentions": bool(kwargs.get("output_attentions")),
@@ -110,22 +110,49 @@ def _flash(
     return out.unsqueeze(0)
 
 
-def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, borders: list[int], *, window: int | None, scale: float | None
+def _by_runs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: list[int],
+    *,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
 ) -> Tensor:
     outputs = []
     for start, count, length in _equal_runs(borders):
         rows = slice(start, start + count * length)
-        mask = None if window is None or length <= window else _window_mask(length, window, query.device)
-        out = scaled_dot_product_attention(
-            *(_as_batch(x, rows, count) for x in (query, key, value)),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        batch = [_as_batch(x, rows, count) for x in (query, key, value)]
+        seen = None if window is None or length <= window else window
+        out = _sdpa(*batch, window=seen, scale=scale) if softcap is None else _capped(*batch, seen, scale, softcap)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float | None) -> Tensor:
+    mask = None if window is None else _window_mask(query.shape[2], window, query.device)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None, softcap: float
+) -> Tensor:
+    """Scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2, arXiv 2408.00118, section 2)."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = (query @ key.transpose(-1, -2)).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.tanh(scores / softcap) * softcap
+    length = query.shape[2]
+    seen = _window_mask(length, length if window is None else window, query.device)
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype) @ value
 
 
 def _as_batch(x: Tensor, rows: slice, count: int) -> Tensor:

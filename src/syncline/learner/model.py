@@ -41,11 +41,16 @@ def load_model(
 
     Raises `ConfigError` for a path that holds no model, and for one that cannot be split.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = learner_dtype(config.dtype, device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, attn_implementation=register_attention())
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            config=without_dropout(AutoConfig.from_pretrained(config.path)),
+            dtype=dtype,
+            attn_implementation=register_attention(),
+        )
         check_attention(model.config)
     except (OSError, ValueError) as error:
         raise ConfigError([f"model.path: {config.path!r} cannot be trained: {error}"]) from error
@@ -56,6 +61,14 @@ def load_model(
     parallelize(model, ranks)
     model = model.to(device).train()  # pyright: ignore[reportArgumentType]
     return add_lora(model, config.lora) if config.lora else model
+
+
+def without_dropout(config: Any) -> Any:
+    """The engine samples without dropout, so the policy that is trained has none; some families ship with 0.1."""
+    for field, value in vars(config).items():
+        if field.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(config, field, 0.0)
+    return config
 
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:

@@ -59,9 +59,11 @@ def _place_of_dtensor(parameter: DTensor) -> Place:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """The tensor that holds this rank's piece: written in place, or with its `.data` rebound, it changes the model."""
-    with torch.no_grad():
-        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    """The tensor that holds this rank's piece: written in place, or with its `.data` rebound, it changes the model.
+
+    `DTensor.to_local` would do for writing, but answers a tensor of its own, whose rebinding nobody sees.
+    """
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
 def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def reference_digest(words: list[int]) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_digest_is_the_sum_of_mixed_words(dtype: torch.dtype) -> None:
-    tensor = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     words = [int(word) & MASK for word in tensor.view(torch.int64).flatten()]
     assert tensor_digest(tensor) == reference_digest(words)
 

@@ -21,6 +21,12 @@ MODELS = {
     "qwen2": {},
     "llama": {"attention_bias": True},
     "mistral": {"sliding_window": 3},
+    "gemma2": {
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attn_logit_softcapping": 0.01,
+        "query_pre_attn_scalar": 5,
+    },
     "gemma3_text": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
 }
 LENGTHS = (7, 5, 5, 5, 2, 1)
@@ -79,7 +85,6 @@ def test_a_sequence_does_not_see_its_neighbours() -> None:
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ({"softcap": 30.0}, "softcap"),
         ({"s_aux": torch.zeros(4)}, "attention sinks"),
         ({"is_causal": False}, "not causal"),
         ({"cu_seq_lens_q": None}, "without cu_seq_lens_q"),
@@ -99,11 +104,6 @@ def test_padding_is_refused() -> None:
             (8,),
             attention_mask=torch.ones(1, 8, dtype=torch.int64),
         )
-
-
-def test_softcapped_attention_of_gemma2_is_refused_before_it_is_wrong() -> None:
-    with pytest.raises(ValueError, match=r"Gemma2Attention: .*softcap"):
-        packed_logits(model("gemma2", ATTENTION), torch.zeros(8, dtype=torch.int64), (8,))
 
 
 def test_attention_dropout_is_refused_in_training() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_families import save_random_model
 from real_engine import make_tiny_model
 
 from syncline.config.schema import Lora, Model
@@ -84,3 +85,14 @@ def test_scores_equal_the_plain_forward_at_the_sampling_temperature(model_path: 
     for token, logprob, spread in zip(batch.labels.tolist(), logprobs, entropy, strict=True):
         torch.testing.assert_close(logprob, expected[token][0])
         torch.testing.assert_close(spread, expected[token][1])
+
+
+def test_a_model_that_ships_with_dropout_is_trained_without(tmp_path: Path) -> None:
+    """Phi-2 and StarCoder2 name 0.1; the engine samples without."""
+    path = save_random_model("starcoder2", tmp_path)
+    model = load(path)
+    token_ids = torch.arange(5, 25)
+    positions, borders = torch.arange(20), torch.tensor([0, 20], dtype=torch.int32)
+    packed = {"position_ids": positions[None], "cu_seq_lens_q": borders, "max_length_q": 20, "use_cache": False}
+    once, again = (model(token_ids[None], **packed).logits for _ in range(2))
+    assert model.training and torch.equal(once, again)

@@ -45,7 +45,8 @@ def set_environment(config: RunConfig, device: str) -> None:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault("OMP_NUM_THREADS", str(config.engine.num_threads or os.cpu_count() or 1))
+        threads = config.engine.num_threads or os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads // config.engine.tensor_parallel_size)))
 
 
 def parse(config: RunConfig, device: str, start: Start) -> Namespace:
@@ -76,6 +77,7 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         "worker_extension_cls": "syncline.engines.vllm.worker.WorkerExtension",
         "generation_config": "vllm",
         "enforce_eager": eager,
+        "tensor_parallel_size": engine.tensor_parallel_size,
         "disable_uvicorn_access_log": True,
         "use_tqdm_on_load": False,
     }
@@ -95,7 +97,7 @@ def _owned_by(url: str, config: RunConfig) -> dict[str, Any]:
     owner = EngineController(url, start_timeout_seconds=timeout_seconds)
     try:
         owner.wait_until_ready(timeout_seconds=timeout_seconds)
-        return dict(owner.export(fused=True))
+        return {"ranks": list(owner.export(fused=True))}
     finally:
         owner.close()
 

@@ -67,19 +67,23 @@ def _attached_loader(unpacked: type) -> type:
     parent: Any = unpacked if on_cpu else DefaultModelLoader
 
     class AttachedLoader(parent):
-        """`model_loader_extra_config` is the owner's export (`bridges.handles`), under vLLM's own parameter names."""
+        """`model_loader_extra_config` has the owner's exports (`bridges.handles`), one a rank, under vLLM's names."""
 
         def __init__(self, load_config: Any) -> None:
             self._exported = load_config.model_loader_extra_config
             super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={}))
 
         def load_weights(self, model: Any, model_config: Any) -> None:
+            from vllm.distributed import get_tensor_model_parallel_rank
+
             from syncline.bridges.handles import bind, open_views
+            from syncline.bridges.manifest import Shard
 
             if on_cpu:
                 _leave_unpacked(model)
-            parameters = dict(model.named_parameters())
-            device = next(iter(parameters.values())).device
-            bind(parameters, open_views(self._exported, device=device))
+            own = {n: Shard(p, tuple(p.shape), (0,) * p.dim()) for n, p in model.named_parameters()}
+            rank = get_tensor_model_parallel_rank()
+            theirs = open_views(self._exported["ranks"][rank], device=next(iter(own.values())).tensor.device)
+            bind(own, theirs, rank=rank)
 
     return AttachedLoader

@@ -17,10 +17,10 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
-from syncline.bridges.receipt import model_digest
+from syncline.bridges.receipt import combined, model_digest
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.gate import Gate, Visit
-from syncline.errors import EngineError, EngineTimeout
+from syncline.errors import EngineError, EngineTimeout, SyncError
 from syncline.types import SamplingParams
 
 HEALTH_TIMEOUT_SECONDS = 5.0
@@ -69,8 +69,16 @@ class Served:
     restart_from: WeightsBody | None = None
 
     async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
-        [self.parameters] = await self.engine.collective_rpc(method, args=args)
+        self.parameters = combined(await self.each_rank(method, *args))
         self.is_measured = True
+
+    async def each_rank(self, method: str, *args: Any) -> list[Any]:
+        """What every tensor-parallel rank answers, in rank order. Raises `SyncError` with what a rank cannot do."""
+        answers = await self.engine.collective_rpc(method, args=args)
+        faults = [f"rank {rank}: {a['fault']}" for rank, a in enumerate(answers) if "fault" in a]
+        if faults:
+            raise SyncError("\n".join(faults))
+        return [answer["value"] for answer in answers]
 
     async def refuse_unproved(self) -> None:
         """Raises `EngineError` when the weights are no longer those of the version they were named with."""
@@ -109,7 +117,7 @@ class Route(APIRoute):
         async def answer(request: Request) -> Response:
             try:
                 return await handle(request)
-            except EngineError as error:
+            except (EngineError, SyncError) as error:
                 status = HTTPStatus.GATEWAY_TIMEOUT if isinstance(error, EngineTimeout) else HTTPStatus.CONFLICT
                 return JSONResponse({"error": str(error)}, status_code=status)
 
@@ -169,11 +177,10 @@ def _weight_routes(served: Served) -> APIRouter:
         return served.receipt()
 
     @router.post("/syncline/export")
-    async def export(body: ExportBody) -> dict[str, Any]:
+    async def export(body: ExportBody) -> list[dict[str, Any]]:
         if not served.shares:
             raise EngineError("this engine was not started to share its weights; set bridge.name to shared")
-        [exported] = await served.engine.collective_rpc("syncline_export", args=(body.fused,))
-        return exported
+        return await served.each_rank("syncline_export", body.fused)
 
     @router.post("/syncline/reload")
     async def reload(body: WeightsBody) -> dict[str, Any]:

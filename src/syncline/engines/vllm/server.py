@@ -59,7 +59,7 @@ async def _serve(
         await parts.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         served = Served(engine, Gate(start.policy_version), about, shares=shares)
         if shares and not start.attach_to:
-            await engine.collective_rpc("syncline_share")
+            await served.each_rank("syncline_share")
         await served.remeasure()
         if start.policy_version >= 0:
             await compat.name_weights(engine, start.policy_version)

@@ -1,0 +1,66 @@
+"""vLLM's parameter names → the ones a learner's transformers model has.
+
+vLLM maps checkpoint names to its own (`hf_to_vllm_mapper`), forwards only; the way back is tried through the same
+tables and kept if the way forwards leads to the parameter again. transformers in turn renames what old checkpoints
+call otherwise (`.block_sparse_moe.` → `.mlp.`), and its own table is applied too.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from syncline.errors import SyncError
+
+
+class CheckpointNames:
+    """See the module."""
+
+    def __init__(self, model: Any) -> None:
+        self.packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+        """Name of a layer that vLLM fuses → names of the checkpoint's layers in it, in order."""
+        self._mapper = getattr(model, "hf_to_vllm_mapper", None)
+        self._renames = _transformers_renames(getattr(getattr(model, "config", None), "model_type", None))
+
+    def of(self, piece: str, parameter: str) -> str:
+        """The learner's name of `piece`, which lies in vLLM's `parameter`. Raises `SyncError` when no table has it."""
+        name = piece if self._mapper is None or _is_expert(parameter) else self._reversed(piece, parameter)
+        for renaming in self._renames:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    def _reversed(self, piece: str, parameter: str) -> str:
+        mapper: Any = self._mapper
+        for candidate in _candidates(piece, mapper):
+            if mapper.apply_list([candidate]) == [parameter]:
+                return candidate
+        raise SyncError(f"{piece}: vLLM loads {parameter} under a name that its hf_to_vllm_mapper cannot be asked for")
+
+
+def _candidates(name: str, mapper: Any) -> Iterator[str]:
+    """The name itself, then each way back through one entry of the mapper's tables."""
+    yield name
+    for before, after in _renamed(mapper.orig_to_new_prefix):
+        if name.startswith(after):
+            yield before + name.removeprefix(after)
+    for before, after in _renamed(mapper.orig_to_new_suffix):
+        if name.endswith(after):
+            yield name.removesuffix(after) + before
+    for before, after in _renamed(mapper.orig_to_new_substr):
+        if after and after in name:
+            yield name.replace(after, before, 1)
+
+
+def _renamed(table: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
+    """Entries that map to `None` are weights that vLLM does not load."""
+    return ((before, after) for before, after in table.items() if after is not None)
+
+
+def _is_expert(parameter: str) -> bool:
+    return ".experts." in parameter
+
+
+def _transformers_renames(model_type: str | None) -> list[Any]:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    entries = get_checkpoint_conversion_mapping(model_type) or []
+    return [entry for entry in entries if isinstance(entry, WeightRenaming)]
