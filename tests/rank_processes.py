@@ -1,4 +1,4 @@
-"""Functions run on several ranks: real processes that meet over gloo on this machine, with a deadline."""
+"""Functions run on several ranks: real processes of this machine that meet, with a deadline."""
 
 import multiprocessing
 import os
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from syncline.learner.distributed import joined_ranks
+from syncline.learner.distributed import joined_ranks, rank_device
 
 DEADLINE_SECONDS = 120.0
 
 
-def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2) -> list[Any]:
+def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, device: str = "cpu") -> list[Any]:
     """`function(ranks, *args)` on every rank at once; what each returned, by rank. A rank's failure fails the test."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
@@ -25,7 +25,9 @@ def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2) -> l
     with tempfile.TemporaryDirectory() as folder:
         answers = [Path(folder) / str(rank) for rank in range(world_size)]
         processes = [
-            context.Process(target=_run, args=(rank, world_size, port, answers[rank], function, args))
+            context.Process(
+                target=_run, args=(_environment(rank, world_size, port), device, answers[rank], function, args)
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -47,8 +49,9 @@ def _answer(rank: int, path: Path) -> Any:
     return result
 
 
-def _run(rank: int, world_size: int, port: int, answer: Path, function: Callable[..., Any], args: tuple) -> None:
-    os.environ |= {
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would set."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -56,9 +59,13 @@ def _run(rank: int, world_size: int, port: int, answer: Path, function: Callable
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
+
+
+def _run(environment: dict[str, str], device: str, answer: Path, function: Callable[..., Any], args: tuple) -> None:
+    os.environ |= environment
     torch.set_num_threads(1)
     try:
-        with joined_ranks(torch.device("cpu"), timeout_seconds=60) as ranks:
+        with joined_ranks(rank_device(torch.device(device)), timeout_seconds=60) as ranks:
             outcome = (None, function(ranks, *args))
     except Exception:
         outcome = (traceback.format_exc(), None)

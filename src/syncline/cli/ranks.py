@@ -22,8 +22,8 @@ def is_rank() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
-def run_ranks(num_ranks: int, argv: Sequence[str]) -> int:
-    """Runs `syncline ARGV` as `num_ranks` ranks of this host until all have ended. Returns the exit code.
+def run_ranks(num_ranks: int, argv: Sequence[str], *, module: str = "syncline") -> int:
+    """Runs `python -m MODULE ARGV` as `num_ranks` ranks of this host until all have ended. Returns the exit code.
 
     The ranks meet on a port of the loopback interface that the kernel picks and the launcher holds.
     """
@@ -36,7 +36,7 @@ def run_ranks(num_ranks: int, argv: Sequence[str]) -> int:
     tethered = [sys.executable, "-I", "-S", str(Path(tether.__file__)), str(os.getpid())]
     options = [f"--nproc-per-node={num_ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     options += ["--local-addr=127.0.0.1", "--no-python"]
-    command = [*options, *tethered, sys.executable, "-m", "syncline", *argv]
+    command = [*options, *tethered, sys.executable, "-m", module, *argv]
     try:
         torchrun.run(torchrun.parse_args(command))
     except ChildFailedError as error:

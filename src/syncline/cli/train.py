@@ -72,7 +72,7 @@ def assemble(
 
     from syncline.engines.client import EngineController
     from syncline.learner.checkpoint import Checkpoints
-    from syncline.learner.distributed import OnFirst
+    from syncline.learner.distributed import on_first
     from syncline.learner.loop import Parts
     from syncline.learner.model import assets_folder, load_model, trainable_parameters
     from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
@@ -104,8 +104,8 @@ def assemble(
             optimizer=SplitMasterAdamW(trainable_parameters(model), config.learner.optimizer, ranks=ranks),
             step=_step(config, model, device, ranks),
             bridge=bridge,
-            source=OnFirst(source, ranks),
-            sink=OnFirst(sink, ranks),
+            source=on_first(source, ranks),
+            sink=on_first(sink, ranks),
             checkpoints=checkpoints,
             gate=_gate(config, engine_urls, ranks),
             device=device,

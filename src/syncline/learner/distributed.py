@@ -55,12 +55,14 @@ def _is_collective(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-class OnFirst:
-    """A part that rank 0 alone has, such as a rollout source: every rank makes every call, rank 0 carries it out, and
-    all get its answer or its error. So whoever holds one need not know of ranks."""
+def on_first(part: Any, ranks: Ranks) -> Any:
+    """A part that rank 0 alone has (`None` elsewhere), such as a rollout source, for all: every rank makes every call,
+    rank 0 carries it out, and each gets its answer or its error. So whoever holds one need not know of ranks."""
+    return part if ranks.world_size == 1 else _OnFirst(part, ranks)
 
+
+class _OnFirst:
     def __init__(self, part: Any, ranks: Ranks) -> None:
-        """`part` may be `None` on other ranks than 0."""
         self._part = part
         self._ranks = ranks
 
