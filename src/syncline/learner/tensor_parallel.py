@@ -7,6 +7,7 @@ a layer that the engine splits and the learner does not would train other weight
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from syncline.bridges.ranks import TENSOR_PARALLEL, Ranks
 from syncline.errors import ConfigError
-from syncline.learner.places import Gradient, Place, set_place
+from syncline.learner.places import Gradient, Place, local, set_place
 from syncline.learner.vocabulary import VocabularyParallel
 
 SUMMED = "replicated_with_grad_allreduce"
@@ -40,23 +41,25 @@ def parallelize(model: Any, ranks: Ranks) -> None:
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     for parameter in model.parameters():
-        if not isinstance(parameter, DTensor) and not hasattr(parameter, "place"):
+        if isinstance(parameter, DTensor):
+            piece = local(parameter)
+            piece.data = piece.clone()  # a piece of whole rows is a view, which would keep the whole alive
+        elif not hasattr(parameter, "place"):
             set_place(parameter, _copy(parameter, Gradient.EQUAL, ranks))
 
 
 def _styles(model: Any, ranks: Ranks) -> Iterator[tuple[str, ParallelStyle]]:
     plan = _plan(model)
     vocabulary = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    splits_output = {
-        name.rpartition(".")[0] for name, _ in model.named_modules() if plan.get(_any_layer(name)) == "colwise"
-    }
+    colwise = [name for name, _ in model.named_modules() if plan.get(_any_layer(name)) == "colwise"]
+    inputs = {parent: _Input(users) for parent, users in Counter(name.rpartition(".")[0] for name in colwise).items()}
     faults: list[str] = []
     for name, module in model.named_modules():
         if id(module) in vocabulary:
             yield name, VocabularyParallel(ranks)
             continue
         parent, planned = name.rpartition(".")[0], plan.get(_any_layer(name))
-        fault = _fault(module, planned, parent in splits_output) or _uneven(model, name, module, planned, ranks)
+        fault = _fault(module, planned, parent in inputs) or _uneven(model, name, module, planned, ranks)
         if fault:
             faults.append(f"learner.tensor_parallel_size: {ranks.world_size}, but {name} {fault}")
         elif planned == SUMMED:
@@ -65,7 +68,10 @@ def _styles(model: Any, ranks: Ranks) -> Iterator[tuple[str, ParallelStyle]]:
             yield name, RowwiseParallel()
         elif planned == "colwise":
             heads = _key_heads(model, name, module)
-            yield name, _SharedHeads(ranks, heads) if heads and heads < ranks.world_size else ColwiseParallel()
+            if heads is not None and heads < ranks.world_size:
+                yield name, _SharedHeads(ranks, heads, inputs[parent])
+            else:
+                yield name, _Colwise(inputs[parent])
     if faults:
         raise ConfigError(faults)
 
@@ -141,12 +147,43 @@ class _Summed(ParallelStyle):
         return module
 
 
+class _Input:
+    """What neighbouring column-parallel layers (query, key, value) are all applied to, as one DTensor: the gradients of
+    all of them are then summed over the ranks at once."""
+
+    def __init__(self, num_users: int) -> None:
+        self._num_users = num_users
+        self._left = 0
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def of(self, value: Tensor, mesh: DeviceMesh) -> Tensor:
+        if self._held is None or self._held[0] is not value:
+            self._held = value, DTensor.from_local(value, mesh, [Replicate()], run_check=False)
+            self._left = self._num_users
+        distributed = self._held[1]
+        self._left -= 1
+        if not self._left:
+            self._held = None
+        return distributed
+
+
+class _Colwise(ColwiseParallel):
+    def __init__(self, shared: _Input) -> None:
+        super().__init__()
+        self._shared = shared
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(lambda _, inputs: self._shared.of(inputs[0], device_mesh))
+        return super()._apply(module, device_mesh)
+
+
 class _SharedHeads(ParallelStyle):
     """A key or value projection with fewer heads than ranks: neighbours hold the same head, as in vLLM."""
 
-    def __init__(self, ranks: Ranks, num_heads: int) -> None:
+    def __init__(self, ranks: Ranks, num_heads: int, shared: _Input) -> None:
         self._ranks = ranks
         self._num_heads = num_heads
+        self._shared = shared
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         copies = self._ranks.world_size // self._num_heads
@@ -159,9 +196,8 @@ class _SharedHeads(ParallelStyle):
             module.register_parameter(name, part)
 
         def sum_input_gradient(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-            return DTensor.from_local(inputs[0], device_mesh, [Replicate()], run_check=False).to_local(
-                grad_placements=[Partial()]
-            )
+            distributed: Any = self._shared.of(inputs[0], device_mesh)
+            return distributed.to_local(grad_placements=[Partial()])
 
         module.register_forward_pre_hook(sum_input_gradient)
         return module

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import on_ranks
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from syncline.bridges.ranks import ONE_RANK, Ranks
@@ -14,7 +16,7 @@ from syncline.errors import ConfigError
 from syncline.learner.attention import register_attention
 from syncline.learner.model import Scorer
 from syncline.learner.packing import PackedBatch, pack_samples
-from syncline.learner.places import complete_gradients, local_gradient, place_of, shard, wholes
+from syncline.learner.places import complete_gradients, local, local_gradient, place_of, shard, wholes
 from syncline.learner.tensor_parallel import parallelize
 from syncline.learner.vocabulary import vocabulary_rows
 from syncline.types import TrainingSample, VersionSpan
@@ -90,8 +92,33 @@ def shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> Any:
     return replace(shard(parameter), tensor=tensor)
 
 
+class CountedSums(TorchDispatchMode):
+    """As torch's `CommDebugMode`, without its hooks on modules, which do not bear modules within autograd functions."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        self.number += func.overloadpacket.__name__ in ("all_reduce", "all_reduce_", "allreduce_")
+        return func(*args, **(kwargs or {}))
+
+
+def num_sums(ranks: Ranks, path: str) -> int:
+    """Sums over the ranks in the forward and backward pass of one micro-batch."""
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=register_attention())
+    parallelize(model, ranks)
+    for name, parameter in model.named_parameters():
+        piece = local(parameter)
+        assert piece.untyped_storage().nbytes() == piece.nbytes, f"{name} keeps the whole alive"
+    with CountedSums() as counted:
+        Scorer(1.0, 64).score(model, batches()[0])[0].sum().backward()
+    return counted.number
+
+
 def of_every_family(ranks: Ranks, folder: str) -> dict[str, Any]:
-    return {family: values_and_gradients(ranks, f"{folder}/{family}") for family in FAMILIES}
+    sums = num_sums(ranks, f"{folder}/{next(iter(FAMILIES))}")
+    return {"num_sums": sums} | {family: values_and_gradients(ranks, f"{folder}/{family}") for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +192,9 @@ def test_a_model_without_a_plan_is_refused() -> None:
     config = LlamaConfig(**SIZES)
     config.base_model_tp_plan = None
     assert "'llama' has no tensor-parallel plan" in refused(config, 2)
+
+
+def test_a_layer_sums_twice_in_each_direction(answers: list[dict[str, Any]]) -> None:
+    """After attention and after the MLP; backward, what query, key and value send to their one input, and gate and up
+    to theirs. Beside them the embedding's rows forward and the head's hidden states backward."""
+    assert [answer["num_sums"] for answer in answers] == [4 * SIZES["num_hidden_layers"] + 2] * len(answers)

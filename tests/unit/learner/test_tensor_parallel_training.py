@@ -25,7 +25,10 @@ OPTIMIZER = Optimizer(learning_rate=1e-2, eps=1e-3, weight_decay=0.1, max_grad_n
 class Run:
     def __init__(self, ranks: Ranks, path: str, *, dtype: str, resume: Path | None = None) -> None:
         self.ranks = ranks
-        self.model = load_model(Model(path=path, dtype=dtype), device=torch.device("cpu"), ranks=ranks)  # pyright: ignore
+        recomputed = ranks.world_size > 1  # activations computed again in the backward pass must change nothing
+        config = Model(path=path, dtype=dtype)  # pyright: ignore
+        device = torch.device("cpu")
+        self.model = load_model(config, device=device, gradient_checkpointing=recomputed, ranks=ranks)
         accumulate_fp32(self.model)
         self.optimizer = SplitMasterAdamW(trainable_parameters(self.model), OPTIMIZER, ranks=ranks)
         self.assets = Path(path)
