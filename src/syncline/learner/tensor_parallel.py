@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from syncline.bridges.ranks import TENSOR_PARALLEL, Ranks
 from syncline.errors import ConfigError
 from syncline.learner.places import Gradient, Place, local, set_place
-from syncline.learner.vocabulary import VocabularyParallel
+from syncline.learner.vocabulary import VocabularyParallel, padded_vocabulary
 
 SUMMED = "replicated_with_grad_allreduce"
 """transformers' word for a parameter that every rank has and applies to its own heads."""
@@ -55,13 +55,16 @@ def _styles(model: Any, ranks: Ranks) -> Iterator[tuple[str, ParallelStyle]]:
     inputs = {parent: _Input(users) for parent, users in Counter(name.rpartition(".")[0] for name in colwise).items()}
     faults: list[str] = []
     for name, module in model.named_modules():
-        if id(module) in vocabulary:
-            yield name, VocabularyParallel(ranks)
-            continue
         parent, planned = name.rpartition(".")[0], plan.get(_any_layer(name))
-        fault = _fault(module, planned, parent in inputs) or _uneven(model, name, module, planned, ranks)
+        if id(module) in vocabulary:
+            planned, fault = "vocabulary", _indivisible(module, ranks)
+        else:
+            beside_split = parent in inputs or name in inputs
+            fault = _fault(module, planned, beside_split) or _uneven(model, name, module, planned, ranks)
         if fault:
             faults.append(f"learner.tensor_parallel_size: {ranks.world_size}, but {name} {fault}")
+        elif planned == "vocabulary":
+            yield name, VocabularyParallel(ranks)
         elif planned == SUMMED:
             yield name, _Summed(ranks)
         elif planned == "rowwise":
@@ -101,6 +104,13 @@ def _fault(module: nn.Module, planned: str | None, beside_split: bool) -> str | 
     if planned != SUMMED and type(module) is not nn.Linear:
         return f"is a {type(module).__name__}, where a plain Linear was expected; set it to 1"
     return None
+
+
+def _indivisible(module: Any, ranks: Ranks) -> str | None:
+    padded = padded_vocabulary(module.weight.shape[0])
+    return (
+        f"has {padded} padded rows, which that does not divide; choose another" if padded % ranks.world_size else None
+    )
 
 
 def _uneven(model: Any, name: str, module: Any, planned: str | None, ranks: Ranks) -> str | None:

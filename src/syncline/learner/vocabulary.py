@@ -20,12 +20,14 @@ PADDED_TO = 64
 """vLLM's `DEFAULT_VOCAB_PADDING_SIZE`."""
 
 
+def padded_vocabulary(size: int) -> int:
+    """`size` rows, as vLLM pads them: 70 → 128."""
+    return -(-size // PADDED_TO) * PADDED_TO
+
+
 def vocabulary_rows(size: int, *, rank: int, world_size: int) -> range:
     """The rows of rank `rank`: `vocabulary_rows(70, rank=1, world_size=2)` is `range(64, 70)`."""
-    padded = -(-size // PADDED_TO) * PADDED_TO
-    if padded % world_size:
-        raise ValueError(f"a vocabulary of {size}, padded to {padded}, cannot be split over {world_size} ranks")
-    part = padded // world_size
+    part = padded_vocabulary(size) // world_size
     return range(min(rank * part, size), min((rank + 1) * part, size))
 
 

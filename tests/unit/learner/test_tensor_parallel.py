@@ -179,6 +179,14 @@ def test_heads_that_do_not_go_round_are_refused_by_name() -> None:
     assert "q_proj" not in fault
 
 
+def test_a_number_of_ranks_that_does_not_divide_the_padded_vocabulary_is_refused() -> None:
+    fault = refused(LlamaConfig(**SIZES | {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}), 3)
+    assert fault == "\n".join(
+        f"learner.tensor_parallel_size: 3, but {name} has 128 padded rows, which that does not divide; choose another"
+        for name in ("model.embed_tokens", "lm_head")
+    )
+
+
 def test_a_layer_the_models_plan_does_not_name_is_refused_by_name() -> None:
     config = Qwen3Config(**SIZES)
     plan = {k: v for k, v in config.base_model_tp_plan.items() if not k.endswith(("up_proj", "q_norm"))}
