@@ -31,7 +31,7 @@ ROWS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description="Step time of the main loop.")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b")
-    parser.add_argument("--bridge", choices=("restart", "shared"), default="restart")
+    parser.add_argument("--bridge", choices=("restart", "shared", "lora"), default="restart")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=8)
@@ -74,7 +74,7 @@ def values(args: argparse.Namespace, model: Path, run_dir: Path) -> dict:
             "groups_per_step": args.groups,
             "rollouts_per_group": args.rollouts,
         },
-        "model": {"path": str(model), "max_length": 2048},
+        "model": {"path": str(model), "max_length": 2048, "lora": {"rank": 32} if args.bridge == "lora" else None},
         "sampling": {"max_tokens": args.max_tokens},
         "environments": [{"task": "even_tokens:EvenTokens"}],
         "engine": {"max_num_seqs": 512, "gpu_memory_utilization": 0.4},

@@ -4,6 +4,14 @@ from pathlib import Path
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "narrow": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "qwen2.5-0.5b": {
         "hidden_size": 896,
         "intermediate_size": 4864,
@@ -35,22 +43,44 @@ VOCABULARY = 151936
 def make_model(shape: str, folder: Path, *, max_length: int) -> Path:
     """Writes a bf16 model of the shape, and a character tokenizer that is enough to write prompts with."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
+    build_model(shape, max_length=max_length, device="cuda" if torch.cuda.is_available() else "cpu").save_pretrained(
+        folder
+    )
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_folder(shape: str, folder: Path, *, max_length: int) -> Path:
+    """The same without weights, for an engine that makes up its own (`load_format: dummy`)."""
+    config(shape, max_length=max_length).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def config(shape: str, *, max_length: int) -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
         vocab_size=VOCABULARY,
         max_position_embeddings=max_length,
         eos_token_id=1,
         bos_token_id=None,
         pad_token_id=0,
+        architectures=["Qwen2ForCausalLM"],
+        dtype="bfloat16",
         **SHAPES[shape],
     )
+
+
+def build_model(shape: str, *, max_length: int, device: str) -> Any:
+    """The model with random weights in bf16, on `device`."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(config).bfloat16()
-    model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
-    return folder
+    with torch.device(device):
+        return Qwen2ForCausalLM(config(shape, max_length=max_length)).bfloat16()
 
 
 def _tokenizer() -> Any:

@@ -30,11 +30,11 @@ LLAMA3_ROPE = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "decoder_sparse_step": 1}
 LATENT = {
-    "kv_lora_rank": 64,
+    "kv_lora_rank": 512,  # with the rope's 64: the only width that vLLM's kernels for latent attention have
     "q_lora_rank": None,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
     "num_key_value_heads": 4,
     "n_routed_experts": 4,
     "n_shared_experts": 1,

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -80,14 +80,17 @@ def run_values(model: Path, run_dir: Path, **sections) -> dict:
 
 
 @contextmanager
-def running_engine(values: dict, folder: Path, *options: str) -> Iterator[EngineController]:
+def running_engine(
+    values: dict, folder: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[EngineController]:
     """`syncline serve` as its own process, ready; ended by pid. `options` are more of the command's."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     port = free_port()
     argv = [sys.executable, "-m", "syncline", "serve", str(folder / "run.yaml"), "--port", str(port), *options]
+    full = os.environ | dict(environment or {})
     with (folder / "engine.log").open("w") as log:
-        process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=full)
     url = f"http://127.0.0.1:{port}"
     controller = EngineController(url, start_timeout_seconds=120)
     try:

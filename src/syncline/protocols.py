@@ -127,6 +127,22 @@ class SyncReport:
     parts_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """An engine in a learner's process group: its number of workers, and the group's name; empty: in none."""
+
+    world_size: int
+    generation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What an engine holds after a broadcast, and how long it took to measure and name it."""
+
+    receipt: Receipt
+    prove_seconds: float
+
+
 class EngineControl(Protocol):
     """What a bridge needs of an engine. Every call has a deadline and raises `EngineError` or `EngineTimeout`."""
 
@@ -150,9 +166,9 @@ class EngineControl(Protocol):
         ...
 
     def export(self, *, fused: bool = False) -> Sequence[Mapping[str, Any]]:
-        """Where the parameters lie in memory another process of this host can open (`bridges.handles`): one export a
-        tensor-parallel rank, in rank order, under their checkpoint names or (`fused`) as the engine names and fuses
-        them. Needs an engine started to share."""
+        """Where the parameters lie in memory another process of this host can open (`bridges.handles`), under their
+        checkpoint names or (`fused`) as the engine names and fuses them: one export a tensor-parallel rank, in rank
+        order. Needs an engine started to share."""
         ...
 
     def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
@@ -163,8 +179,34 @@ class EngineControl(Protocol):
         """Replaces the engine process by one that loads `path`; returns when the new one is ready, paused."""
         ...
 
+    def adapters(self) -> Mapping[str, Any]:
+        """What adapters it can hold: `dtype`, `max_rank`, `modules` (name → inputs, outputs), `num_ranks`, and its
+        `whereabouts` (`bridges.carriers`). Raises `EngineError` when it was started without."""
+        ...
+
+    def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
+        """Loads an adapter beside the one that is sampled from; name → dtype, shape and digest of what it then holds.
+        `adapter`: its `dtype`, `shapes` by name, and the `source` to read it from (`bridges.carriers`)."""
+        ...
+
+    def switch(self, receipt: Receipt) -> Receipt:
+        """New requests are sampled from the adapter that gives this receipt's digest, as its version; running ones
+        end under the adapter they began with. Raises `EngineError` when it holds no such adapter."""
+        ...
+
     def adopt(self, *, policy_version: int) -> Receipt:
         """Names the weights already held: the version moves, the caches are dropped, nothing is loaded."""
+        ...
+
+    def membership(self) -> Membership: ...
+
+    def join_broadcast(self, invitation: Mapping[str, Any], *, first_rank: int, timeout_seconds: float) -> str:
+        """Every worker becomes a rank of the learner's group (`bridges.invitation`). Returns the plan's digest."""
+        ...
+
+    def receive_broadcast(self, *, generation: str, policy_version: int, timeout_seconds: float) -> Received:
+        """Takes a version from the learner's group (paused engines only). Between the start of it and the proof, and
+        after a fault, the weights have no version."""
         ...
 
 

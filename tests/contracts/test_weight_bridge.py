@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ import torch
 from real_engine import make_tiny_model, run_values, running_engine
 from transformers import AutoModelForCausalLM
 
-from syncline.bridges.receipt import model_digest, parameter_digests
+from syncline.bridges.broadcast import BroadcastBridge
+from syncline.bridges.lora import LoraBridge
+from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, tensor_digest
 from syncline.bridges.restart import RestartBridge
 from syncline.bridges.shared import SharedBridge
-from syncline.config.schema import Bridge
+from syncline.cli import main
+from syncline.config.schema import Bridge, Lora
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
-from syncline.learner.model import checkpoint_shards
+from syncline.learner.adapter import adapter_layers, base_parameters
+from syncline.learner.model import add_lora, checkpoint_shards
 from syncline.protocols import SyncReport, WeightBridge
 from syncline.types import Completion, SamplingParams
 
@@ -39,24 +44,81 @@ def shared(side: "Side", config: Bridge) -> WeightBridge:
     return SharedBridge([side.engine], config, shards=checkpoint_shards)
 
 
+def broadcast(side: "Side", config: Bridge) -> WeightBridge:
+    config = config.model_copy(update={"bucket_bytes": 200_000, "timeout_seconds": 60.0})  # a few buckets, not one
+    return BroadcastBridge([side.engine], config, export=lambda m: m.named_parameters())
+
+
+def lora(side: "Side", config: Bridge) -> WeightBridge:
+    return LoraBridge(
+        [side.engine],
+        config,
+        base=base_parameters,
+        layers=adapter_layers,
+        folder=side.folder,
+        shares_base=config.name == "shared",
+    )
+
+
 MakeBridge = Callable[["Side", Bridge], WeightBridge]
-BRIDGES: dict[str, MakeBridge] = {"restart": restart, "shared": shared}
-TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,)}
-"""Ranks of the engine under each bridge; `shared` on several needs as many learner ranks (test_shared_ranks)."""
+BRIDGES: dict[str, MakeBridge] = {
+    "restart": restart,
+    "shared": shared,
+    "broadcast": broadcast,
+    "lora": lora,
+    "shared-lora": lora,
+}
+TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,), "broadcast": (1, 2), "lora": (1,), "shared-lora": (1,)}
+"""Ranks of the engine under each bridge; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
+ADAPTED = ("lora", "shared-lora")
+LORA = {"rank": 4, "alpha": 22.0}
+"""A rank below vLLM's smallest slot, and a scaling of 5.5, which rounds and makes a stale adapter show."""
+
+
+def learner_device(name: str, *, ranks: int = 1) -> str:
+    """NCCL has no two ranks on one GPU, and the engine's are on the first."""
+    return f"cuda:{ranks}" if DEVICE == "cuda" and name == "broadcast" else DEVICE
 
 
 class Side:
     """Both sides of a bridge: a learner's model and the engine that should follow it."""
 
-    def __init__(self, name: str, engine: EngineController, model_path: Path, folder: Path) -> None:
+    def __init__(self, name: str, engine: EngineController, model_path: Path, folder: Path, *, ranks: int = 1) -> None:
         self.engine = engine
         self.model_path = model_path
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPE).to(DEVICE)
-        self.folder = folder
+        self.device = learner_device(name, ranks=ranks)
         self.name = name
+        self.model = self.load(model_path)
+        self.folder = folder
+        self._initial = [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    def load(self, path: Path) -> Any:
+        """The learner's model: whole, or with an adapter where the bridge moves one."""
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(self.device)
+        return add_lora(model, Lora.model_validate(LORA)) if self.name in ADAPTED else model
+
+    def digests(self) -> dict[str, str]:
+        """What the engine must hold, computed the plain way: an adapter's words are eight bytes, whatever its shape."""
+        if self.name not in ADAPTED:
+            return parameter_digests(self.model.named_parameters())
+        digests = parameter_digests(base_parameters(self.model))
+        for name, layer in adapter_layers(self.model):
+            for end, tensor in (("A", layer.a), ("B", layer.b.float() * layer.scaling)):
+                held = tensor.detach().to(DTYPE)
+                digests[f"{name}.lora_{end}.weight"] = (
+                    f"{kind_of(held)}:{tensor_digest(held.view(-1).view(torch.int64)):016x}"
+                )
+        return digests
+
+    def reset(self) -> None:
+        """The first weights again: random steps add up, and with them what half precision rounds away."""
+        with torch.no_grad():
+            for parameter, initial in zip(self.model.parameters(), self._initial, strict=True):
+                parameter.copy_(initial)
 
     def bridge(self, *, in_flight: str = "drain") -> WeightBridge:
-        return BRIDGES[self.name](self, Bridge.model_validate({"name": self.name, "in_flight": in_flight}))
+        name = self.name.removesuffix("-lora")
+        return BRIDGES[self.name](self, Bridge.model_validate({"name": name, "in_flight": in_flight}))
 
     def attached(self, *, in_flight: str = "drain") -> WeightBridge:
         bridge = self.bridge(in_flight=in_flight)
@@ -70,7 +132,7 @@ class Side:
         """What a training step does to the weights, as the loop does it."""
         with bridge.updating():
             with torch.no_grad():
-                for parameter in self.model.parameters():
+                for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
                     parameter.add_(torch.randn_like(parameter) * scale)
             return bridge.publish(self.model, policy_version=self.next_version())
 
@@ -95,7 +157,7 @@ class Side:
     @staticmethod
     @torch.no_grad()
     def span_difference(prompt: tuple[int, ...], completion: Completion, model: Any, span: tuple[int, int]) -> float:
-        token_ids = torch.tensor([[*prompt, *completion.token_ids]], device=DEVICE)
+        token_ids = torch.tensor([[*prompt, *completion.token_ids]], device=model.device)
         logits = model(token_ids).logits[0].float().cpu() / 0.8
         rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         learner = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
@@ -113,10 +175,11 @@ def _engines() -> list[Any]:
         pytest.param(
             (name, ranks),
             id=f"{name}-tp{ranks}",
-            marks=pytest.mark.skipif(0 < torch.cuda.device_count() < ranks, reason=f"needs {ranks} GPUs"),
+            marks=pytest.mark.skipif(0 < torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs"),
         )
         for name in sorted(BRIDGES)
         for ranks in TENSOR_PARALLEL[name]
+        for gpus in [ranks + (name == "broadcast")]
     ]
 
 
@@ -125,10 +188,13 @@ def side(request, tmp_path_factory) -> Iterator[Side]:
     name, ranks = request.param
     folder = tmp_path_factory.mktemp(f"{name}-tp{ranks}")
     model_path = make_tiny_model(folder / "model")
-    values = run_values(model_path, folder / "run", bridge={"name": name})
+    values = run_values(model_path, folder / "run", bridge={"name": name.removesuffix("-lora")})
     values["engine"] |= {"device": DEVICE, "devices": list(range(ranks)), "tensor_parallel_size": ranks}
+    values["learner"] = {"device": DEVICE}
+    if name in ADAPTED:
+        values["model"]["lora"] = LORA
     with running_engine(values, folder) as engine:
-        yield Side(name, engine, model_path, folder / "weights")
+        yield Side(name, engine, model_path, folder / "weights", ranks=ranks)
 
 
 def test_before_the_first_publish_no_version_is_claimed(side: Side) -> None:
@@ -143,7 +209,7 @@ def test_publish_proves_the_digest_and_the_engine_samples_from_the_learners_weig
     assert side.mismatch() < TOLERANCE
     version = side.next_version()
     report = side.step(bridge)
-    expected = model_digest(parameter_digests(side.model.named_parameters()))
+    expected = model_digest(side.digests())
     assert report.receipt == side.engine.receipt()
     assert report.receipt.policy_version == version
     assert report.receipt.digest == expected
@@ -170,11 +236,28 @@ def test_versions_only_grow(side: Side) -> None:
 
 
 def test_a_model_the_engine_does_not_serve_is_refused_by_parameter_name(side: Side, tmp_path: Path) -> None:
-    other = AutoModelForCausalLM.from_pretrained(
-        make_tiny_model(tmp_path / "other", hidden_size=64, tied=False), dtype=DTYPE
-    )
+    other = side.load(make_tiny_model(tmp_path / "other", hidden_size=64, tied=False))
     with pytest.raises(SyncError, match=r"lm_head\.weight: missing in the engine"):
         side.bridge().attach(other)
+
+
+def test_weights_that_are_not_finite_are_not_published(side: Side) -> None:
+    bridge = side.attached()
+    bridge.publish(side.model, policy_version=side.next_version())
+    version = side.engine.receipt().policy_version
+    trained = [(name, p) for name, p in side.model.named_parameters() if p.requires_grad]
+    weight = next(parameter for name, parameter in trained if "layers.1.mlp.down_proj" in name)
+    good = weight.detach().clone()
+    message = r"layers\.1\.mlp\.down_proj\.(lora_A\.)?weight is not finite"
+    with pytest.raises(SyncError, match=message), bridge.updating():
+        with torch.no_grad():
+            weight[0, 0] = float("nan")
+        bridge.publish(side.model, policy_version=version + 1)
+    assert side.engine.receipt().policy_version == version
+    with torch.no_grad():
+        weight.copy_(good)
+    bridge.publish(side.model, policy_version=version + 1)
+    assert side.mismatch() < TOLERANCE
 
 
 def test_a_failure_while_the_weights_move_leaves_the_engine_paused(side: Side) -> None:
@@ -196,10 +279,26 @@ def test_requests_in_flight_end_under_one_version_and_are_never_torn(side: Side)
 
 def test_requests_kept_in_flight_have_each_token_under_the_version_that_sampled_it(side: Side) -> None:
     """They freeze and go on: every span must be of its own version's weights, the tokens before it their context."""
+    if side.name in ADAPTED:
+        return  # requests end, unpaused, under the adapter they began with: the test above
     completions, weights = _sample_over_steps(side, side.attached(in_flight="keep"), max_tokens=80)
     assert max(len(completion.versions) for _, completion in completions) >= 2, "no request was kept over a step"
     assert all(len(completion.token_ids) == completion.versions[-1].end for _, completion in completions)
     assert _worst_span(side, completions, weights) < TOLERANCE
+
+
+def test_verify_tells_whether_the_engine_holds_a_checkpoint(side: Side, tmp_path: Path, capsys) -> None:
+    bridge = side.attached()
+    side.step(bridge)
+    side.model.save_pretrained(tmp_path / "same")
+    argv = ["verify", str(tmp_path / "same"), "--engine-url", side.engine.url]
+    assert main(argv) == 0
+    assert side.engine.receipt().digest in capsys.readouterr().out
+    side.step(bridge)
+    assert main(argv) == SyncError.exit_code
+    changed = "layers.0.mlp.down_proj.lora_A" if side.name in ADAPTED else "embed_tokens"
+    kind = "[4, 256]" if side.name in ADAPTED else "[70, 128]"
+    assert f"model.{changed}.weight: the checkpoint float32{kind}" in capsys.readouterr().err or DEVICE == "cuda"
 
 
 Sampled = list[tuple[tuple[int, ...], Completion]]
@@ -207,6 +306,7 @@ Sampled = list[tuple[tuple[int, ...], Completion]]
 
 def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> tuple[Sampled, dict[int, Any]]:
     """Requests before, between and after three steps; prompt and completion of each, and the weights by version."""
+    side.reset()
     bridge.publish(side.model, policy_version=side.next_version())
     weights = {side.next_version() - 1: _copy(side.model)}
     prompts = PROMPTS * 4
@@ -233,8 +333,10 @@ def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> 
 
 
 def _worst_span(side: Side, completions: Sampled, weights: dict[int, Any]) -> float:
+    """The largest mean |Δlogprob| of a span under its own version; a few tokens' mean is given more room."""
     return max(
         side.span_difference(prompt, completion, weights[span.policy_version], (span.start, span.end))
+        * min(1.0, math.sqrt((span.end - span.start) / 12))
         for prompt, completion in completions
         for span in completion.versions
     )
@@ -246,13 +348,19 @@ def test_weights_changed_behind_the_bridges_back_are_not_sampled_from(side: Side
     bridge.publish(side.model, policy_version=side.next_version())
     side.engine.pause(mode="abort", timeout_seconds=30)
     side.engine.resume()
-    if side.name != "shared":
+    if not side.name.startswith("shared"):
         return  # nobody but the engine itself can write its weights
     side.engine.pause(mode="abort", timeout_seconds=30)
+    written = next(side.model.parameters())
+    before = written.detach().clone()
     with torch.no_grad():
-        next(side.model.parameters()).add_(1)
-    with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead"):
-        side.engine.resume()
+        written.add_(1)
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead"):
+            side.engine.resume()
+    if side.name in ADAPTED:
+        with torch.no_grad():
+            written.copy_(before)  # the base is not published, so no publish can make this good
     bridge.publish(side.model, policy_version=side.next_version())
     assert side.mismatch() < TOLERANCE
 

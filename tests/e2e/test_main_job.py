@@ -1,5 +1,5 @@
-"""The main job as a user runs it: one command, real processes, a real vLLM; full, LoRA with a reference, one copy,
-and one copy split over two ranks of each side."""
+"""The main job as a user runs it: one command, real processes, a real vLLM, every bridge; LoRA with a reference, and
+one copy split over two ranks of each side."""
 
 import json
 import os
@@ -19,7 +19,7 @@ OWN_ENVIRONMENT = Path(__file__).parents[2] / "benchmarks"
 """A user's own environment, by import path. Its reward varies in every group, so that every step has a gradient."""
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "shared", "shared by ranks"])
+@pytest.mark.parametrize("tuning", ["full", "lora", "shared", "shared by ranks", "lora-shared", "broadcast"])
 def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     if tuning == "shared by ranks" and torch.cuda.device_count() == 1:
         pytest.skip("needs two GPUs, or none")
@@ -29,14 +29,20 @@ def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     values["environments"] = [{"task": "even_tokens:EvenTokens", "name": "even"}]
     values["learner"] = {"token_budget": 512, "optimizer": {"learning_rate": 1e-3}}
     values["parity"]["interval"] = 2
-    if tuning == "lora":
+    if tuning.startswith("lora"):
         values["model"]["lora"] = {"rank": 4}
         values["learner"]["loss"] = {"name": "dapo", "kl_coef": 0.01}
-    if tuning.startswith("shared"):
+    if tuning.endswith("shared") or tuning == "shared by ranks":
         values["bridge"] = {"name": "shared"}
     if tuning == "shared by ranks":
         for section in ("engine", "learner"):
             values[section] |= {"device": DEVICE, "devices": [0, 1], "tensor_parallel_size": 2}
+    if tuning == "broadcast":  # of merged adapters, which the other bridges' runs do not move
+        if torch.cuda.device_count() == 1:
+            pytest.skip("NCCL broadcasts between two GPUs, and this machine has one")
+        values["bridge"] = {"name": "broadcast", "bucket_bytes": 200_000}
+        values["engine"]["devices"] = [1]
+        values["model"]["lora"] = {"rank": 4}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values))
     argv = [sys.executable, "-m", "syncline", "run", str(file)]
@@ -51,7 +57,7 @@ def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     assert all(step["sampling/sampling_logp_difference/mean"] < 1e-4 for step in steps), "sampled by other weights"
     assert steps[1]["parity/mean_abs_diff"] < 1e-4
     assert all(step["grad_norm"] > 0 for step in steps)
-    assert ("kl" in steps[-1]) == (tuning == "lora")
+    assert ("kl" in steps[-1]) == tuning.startswith("lora")
     assert (steps[-1]["sync/bytes"] == 0) == tuning.startswith("shared")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == NUM_STEPS

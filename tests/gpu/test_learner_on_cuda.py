@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from syncline.bridges.receipt import tensor_digest
+from syncline.bridges.manifest import Shard
+from syncline.bridges.receipt import combined, parameter_digests, shard_digests, tensor_digest
 from syncline.config.schema import Optimizer
 from syncline.learner.attention import register_attention
 from syncline.learner.logprobs import token_logprobs
@@ -110,3 +111,17 @@ def test_a_changed_element_changes_the_digest_on_the_gpu(dtype: torch.dtype) -> 
     changed = copy.deepcopy(tensor)
     changed[7, 7] += 1
     assert tensor_digest(changed.cuda()) != tensor_digest(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
+@pytest.mark.parametrize("shape", [(1000, 896), (64, 9728), (33, 14), (3, 16, 20)])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_the_digests_of_pieces_on_the_gpu_add_up(dtype: torch.dtype, shape: tuple[int, ...], dim: int) -> None:
+    """Halves along the first dimension, and columns of a row-major matrix, whose places are not contiguous."""
+    tensor = (torch.randn(*shape) * 64).to(dtype)
+    ranks, first = [], 0
+    for half in tensor.cuda().tensor_split(2, dim):
+        start = [0] * len(shape)
+        start[dim], first = first, half.shape[dim]
+        ranks.append(shard_digests([("w", Shard(half, shape, tuple(start)))]))
+    assert combined(ranks) == parameter_digests([("w", tensor)])

@@ -110,16 +110,29 @@ def test_public_names() -> None:
         "EngineControl",
         "Environment",
         "Generate",
+        "Membership",
         "MetricSink",
         "Permit",
         "Policy",
         "Receipt",
+        "Received",
         "RolloutSink",
         "RolloutSource",
         "SyncReport",
         "WeightBridge",
     }
-    assert set(VERBS) == {"check", "run", "serve", "trajectories", "env", "train", "evaluate", "report"}
+    assert set(VERBS) == {
+        "check",
+        "run",
+        "serve",
+        "trajectories",
+        "env",
+        "train",
+        "verify",
+        "evaluate",
+        "bench",
+        "report",
+    }
 
 
 def test_exit_codes() -> None:

@@ -74,14 +74,16 @@ class Fleet:
         with suppress(EngineError):
             engine.pause(mode="abort", timeout_seconds=self._timeout_seconds)
 
-    def refuse_backwards(self, policy_version: int) -> None:
-        """Raises `SyncError` when an engine already serves a later version."""
-        for engine, served in zip(self.engines, self.receipts(), strict=True):
+    def refuse_backwards(self, policy_version: int) -> list[Receipt]:
+        """Raises `SyncError` when an engine already serves a later version; answers with what each serves."""
+        receipts = self.receipts()
+        for engine, served in zip(self.engines, receipts, strict=True):
             if policy_version < served.policy_version:
                 raise SyncError(
                     f"policy_version {policy_version} is older than {served.policy_version}, which engine "
                     f"{engine.name} already serves; versions only grow, so restart the engine to go back"
                 )
+        return receipts
 
     def refuse_other_model(self, learner: Mapping[str, str]) -> None:
         """`learner` is name → `dtype[shape]`. Raises `SyncError` naming what is missing, extra or of another kind."""

@@ -72,15 +72,20 @@ def move_to_memory_file(parameters: Iterable[torch.nn.Parameter]) -> tuple[str, 
         offsets.append(total)
         size = parameter.numel() * parameter.element_size()
         total += -(-size // ALIGNMENT) * ALIGNMENT
-    descriptor = os.memfd_create("syncline-weights")
-    os.ftruncate(descriptor, total)
-    path = f"/proc/{os.getpid()}/fd/{descriptor}"
-    storage = _map(path, total)
+    path, storage = new_memory_file(total)
     for parameter, offset in zip(parameters, offsets, strict=True):
         view = _view(storage, parameter.dtype, offset // parameter.element_size(), parameter.shape, None)
         view.copy_(parameter.data)
         parameter.data = view
     return path, total
+
+
+def new_memory_file(num_bytes: int) -> tuple[str, torch.UntypedStorage]:
+    """A memory file of this process, zeros: the path others of this host map it by, and this process's mapping."""
+    descriptor = os.memfd_create("syncline-weights")
+    os.ftruncate(descriptor, num_bytes)
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    return path, _map(path, num_bytes)
 
 
 def export_views(named: Iterable[tuple[str, Shard]], *, memory_file: tuple[str, int] | None) -> dict[str, Any]:

@@ -44,11 +44,24 @@ class Ranks:
             return call()
         if sys.exception() is not None:
             return call() if self.is_first else None  # pyright: ignore[reportReturnType]
-        told: list[Any] = [_outcome(call) if self.is_first else None]
+        told: list[Any] = [_outcome(call, rank=0) if self.is_first else None]
         dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
         if isinstance(told[0], _Failure):
             raise told[0].error
         return told[0]
+
+    def together(self, call: Callable[[], T]) -> T:
+        """What `call`, in which ranks do not meet, returns on this rank; what the first raises that fails, all raise.
+
+        For what may fail on some ranks alone, which would leave the others waiting for them.
+        """
+        if self.world_size == 1:
+            return call()
+        answer: list[T] = []
+        told = self.gathered(_outcome(lambda: answer.append(call()), rank=self.rank))
+        if failure := next(filter(None, told), None):
+            raise failure.error
+        return answer[0]
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place, on every rank."""
@@ -87,13 +100,13 @@ class _Failure:
     error: SynclineError
 
 
-def _outcome(call: Callable[[], Any]) -> Any:
-    """The named boundary: whatever fails on rank 0 becomes what the other ranks are told."""
+def _outcome(call: Callable[[], Any], *, rank: int) -> Any:
+    """The named boundary: whatever fails on one rank becomes what the others are told."""
     try:
         return call()
     except SynclineError as error:
         return _Failure(error)
     except Exception as error:
-        failure = TrainingError(f"rank 0 failed: {type(error).__name__}: {error}")
+        failure = TrainingError(f"rank {rank} failed: {type(error).__name__}: {error}")
         failure.__cause__ = error
         return _Failure(failure)

@@ -15,7 +15,7 @@ are whole words, and a split of the last dimension into n equal parts falls betw
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _CHUNK_WORDS = 1 << 24
+_BATCH_BYTES = 256 << 20
 
 
 class Piece(NamedTuple):
@@ -59,7 +60,7 @@ def parameter_digests(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, st
 
 def whole(tensor: torch.Tensor) -> Shard:
     """The tensor as the only piece of itself."""
-    return Shard(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim())
+    return Shard(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
 def shard_digests(named: Iterable[tuple[str, Shard]]) -> dict[str, list[Piece]]:
@@ -134,12 +135,50 @@ def model_digest(parameters: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def differences(learner: Mapping[str, str], engine: Mapping[str, str], *, limit: int = 5) -> list[str]:
+def refuse_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raises `SyncError` naming the first parameter that holds a NaN or an infinity; one pass over the memory.
+
+    Two sides may agree, bit for bit, on weights that nothing can be sampled from.
+    """
+    for _ in finite(named):
+        pass
+
+
+def finite(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hands the tensors on and raises at their end as `refuse_not_finite` does. Holds a few of them at a time: they may
+    have been made to be read once."""
+    names: list[str] = []
+    largest: list[torch.Tensor] = []
+    batch: list[torch.Tensor] = []
+    size = 0
+    for name, tensor in named:
+        yield name, tensor
+        if tensor.numel():
+            names.append(name)
+            batch.append(tensor.detach())
+            size += tensor.nbytes
+        if size >= _BATCH_BYTES:
+            largest += _largest(batch)
+            batch, size = [], 0
+    values = torch.stack(largest + _largest(batch)).tolist() if names else []
+    bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
+    if bad:
+        raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(names)} parameters); nothing was published")
+
+
+def _largest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The largest magnitude of each; NaN and infinity carry through."""
+    return list(torch._foreach_norm(tensors, ord=math.inf, dtype=torch.float32)) if tensors else []  # pyright: ignore
+
+
+def differences(
+    learner: Mapping[str, str], engine: Mapping[str, str], *, left: str = "the learner", limit: int = 5
+) -> list[str]:
     """What differs between two sides, a line a parameter, at most `limit` lines and a count of the rest."""
     lines = [f"{name}: missing in the engine" for name in sorted(learner.keys() - engine.keys())]
-    lines += [f"{name}: not in the learner" for name in sorted(engine.keys() - learner.keys())]
+    lines += [f"{name}: not in {left}" for name in sorted(engine.keys() - learner.keys())]
     lines += [
-        f"{name}: learner {learner[name]}, engine {engine[name]}"
+        f"{name}: {left} {learner[name]}, the engine {engine[name]}"
         for name in sorted(learner.keys() & engine.keys())
         if learner[name] != engine[name]
     ]
@@ -202,8 +241,13 @@ def _digest(tensor: torch.Tensor, row: int, places: _Places) -> torch.Tensor:
         chunk = words[start : start + _CHUNK_WORDS].to(torch.int64)
         index = torch.arange(start, start + chunk.numel(), device=chunk.device)
         position = places.positions(index) if places.length < words.numel() else index + places.first
-        total += _mix(chunk ^ (position * _GOLDEN)).sum()
+        total += mixed_words(chunk, position).sum()
     return total
+
+
+def mixed_words(words: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Each int64 word mixed with its position in the full tensor; a tensor's digest is their sum."""
+    return _mix(words ^ (position * _GOLDEN))
 
 
 def _words(tensor: torch.Tensor, row: int, places: _Places) -> tuple[torch.Tensor, _Places]:

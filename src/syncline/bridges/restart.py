@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.ranks import ONE_RANK, Ranks
-from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
+from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, refuse_not_finite
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.protocols import EngineControl, Receipt, SyncReport
@@ -30,9 +30,10 @@ Export = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 
 
 class RestartBridge:
-    """See the module. `export(model)` yields the whole parameters under their checkpoint names, adapters merged (with
-    several ranks on each of them, together; rank 0 writes);
-    `folder` is where versions are written; `assets` is a folder with the config and tokenizer files to copy along."""
+    """See the module. `export(model)` yields the parameters under their own names, adapters merged, and `saved(model)`
+    as files name and cut them (by default alike); `folder` is where versions are written; `assets` is a folder with the
+    config and tokenizer files to copy along. With several ranks both yield wholes on each of them, together; rank 0
+    writes."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class RestartBridge:
         config: Bridge,
         *,
         export: Export,
+        saved: Export | None = None,
         folder: Path,
         assets: Path,
         ranks: Ranks = ONE_RANK,
@@ -48,6 +50,7 @@ class RestartBridge:
         self._ranks = ranks
         self._config = config
         self._export = export
+        self._saved = saved or export
         self._folder = folder
         self._assets = assets
 
@@ -67,11 +70,12 @@ class RestartBridge:
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
+        refuse_not_finite(self._export(model))
         digests = parameter_digests(self._export(model))
         expected = Receipt(policy_version, model_digest(digests))
         clock.lap("digest")
-        self._fleet.refuse_backwards(policy_version)
-        unchanged = all(served.digest == expected.digest for served in self._fleet.receipts())
+        served = self._fleet.refuse_backwards(policy_version)
+        unchanged = all(receipt.digest == expected.digest for receipt in served)
         path, moved = (None, 0) if unchanged else self._write(model, policy_version)
         clock.lap("write")
         self._fleet.pause(self._config.in_flight)
@@ -101,7 +105,7 @@ class RestartBridge:
 
     def _write(self, model: Any, policy_version: int) -> tuple[Path, int]:
         path = self._folder / f"version-{policy_version:06d}"
-        named = iter(self._export(model))
+        named = iter(self._saved(model))
 
         def write() -> int:
             try:

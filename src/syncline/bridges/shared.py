@@ -15,7 +15,7 @@ from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, open_views
 from syncline.bridges.manifest import Shard
 from syncline.bridges.ranks import ONE_RANK, Ranks
-from syncline.bridges.receipt import combined, kind_of, model_digest, shard_digests
+from syncline.bridges.receipt import combined, kind_of, model_digest, refuse_not_finite, shard_digests
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError
@@ -44,8 +44,9 @@ class SharedBridge:
         own = dict(self._shards(model))
         self._fleet.refuse_other_model({name: kind_of(shard.tensor, shard.shape) for name, shard in own.items()})
         self._pause()
-        theirs = open_views(self._export_of_own_rank(), device=next(iter(own.values())).tensor.device)
-        bind(own, theirs, rank=self._ranks.rank)
+        exported = self._export_of_own_rank()
+        theirs = self._ranks.together(lambda: open_views(exported, device=next(iter(own.values())).tensor.device))
+        self._ranks.together(lambda: bind(own, theirs, rank=self._ranks.rank))
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -58,7 +59,7 @@ class SharedBridge:
             self._fleet.refuse_backwards(policy_version)
             clock = self._pause()
             clock.lap("step")
-            digests = combined(self._ranks.gathered(shard_digests(self._shards(model))))
+            digests = self._digests(model)
             expected = Receipt(policy_version, model_digest(digests))
             clock.lap("digest")
             self._fleet.prove(self._fleet.adopt(policy_version), expected, digests=digests)
@@ -72,6 +73,12 @@ class SharedBridge:
     def close(self) -> None:
         """The engine owns the memory; nothing else is held."""
         self._fleet.close()
+
+    def _digests(self, model: Any) -> dict[str, str]:
+        """Of the wholes, from every rank's pieces."""
+        shards = list(self._shards(model))
+        self._ranks.together(lambda: refuse_not_finite((name, shard.tensor) for name, shard in shards))
+        return combined(self._ranks.gathered(shard_digests(shards)))
 
     def _export_of_own_rank(self) -> Mapping[str, Any]:
         """The owner's memory as this rank shares it."""

@@ -12,8 +12,13 @@ class Stopwatch:
 
     def lap(self, part: str) -> None:
         now = time.perf_counter()
-        self.parts[part] = now - self._last
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._last
         self._last = now
+
+    def split(self, part: str, other: str, seconds: float) -> None:
+        """`seconds` of `part` were spent on `other`, which may go on with its own lap."""
+        self.parts[part] -= seconds
+        self.parts[other] = self.parts.get(other, 0.0) + seconds
 
     @property
     def total(self) -> float:

@@ -17,7 +17,9 @@ VERBS = {
     "trajectories": "the trajectory server alone",
     "env": "one environment: take tasks, sample groups, score, post",
     "train": "the learner alone",
+    "verify": "whether a running engine holds a checkpoint's weights",
     "evaluate": "accuracy on the environments' held-out tasks",
+    "bench": "measure the bridges beside the link and TRL",
     "report": "write a run's report page again",
 }
 

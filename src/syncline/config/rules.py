@@ -5,6 +5,14 @@ from collections.abc import Iterator
 from syncline.config.schema import RunConfig
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ENGINE_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's slots may hold; a smaller adapter's slot is filled up with zeros."""
+_NOT_LINEAR = ("lm_head", "embed_tokens")
+
+
+def serves_adapters(config: RunConfig) -> bool:
+    """The engine keeps the base and holds adapters beside it; otherwise an adapter reaches it merged."""
+    return config.model.lora is not None and config.bridge.name in ("lora", "shared")
 
 
 def broken_rules(config: RunConfig) -> list[str]:
@@ -75,13 +83,12 @@ def _environments(config: RunConfig) -> Iterator[str]:
 
 def _devices(config: RunConfig) -> Iterator[str]:
     engine, learner = config.engine, config.learner
-    num_apart = 1 if config.bridge.name == "shared" else engine.num_replicas
-    num_gpus = num_apart * engine.tensor_parallel_size
-    if engine.device != "cpu" and len(set(engine.devices)) != num_gpus:
+    wanted = engine.tensor_parallel_size * (1 if config.bridge.name == "shared" else engine.num_replicas)
+    if engine.device != "cpu" and len(set(engine.devices)) != wanted:
         yield (
-            f"engine.devices: {list(engine.devices)} names {len(set(engine.devices))} GPUs, and engine.num_replicas = "
-            f"{engine.num_replicas} of engine.tensor_parallel_size = {engine.tensor_parallel_size} with bridge.name = "
-            f"{config.bridge.name!r} need {num_gpus}; name that many, or set engine.device to cpu"
+            f"engine.devices: {list(engine.devices)} names {len(set(engine.devices))} GPUs, and {engine.num_replicas} "
+            f"replicas of {engine.tensor_parallel_size} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
+            "name that many, or set engine.device to cpu"
         )
     if learner.device != "cpu" and len(set(learner.devices)) != learner.tensor_parallel_size:
         yield (
@@ -108,6 +115,11 @@ def _ranks(config: RunConfig) -> Iterator[str]:
             f"learner.tensor_parallel_size: {size} does not split adapters, and model.lora is set; set it to 1, or "
             "leave model.lora out"
         )
+    if config.bridge.name == "broadcast":
+        yield (
+            f"learner.tensor_parallel_size: {size} has parameters in pieces, which bridge.name = 'broadcast' does not "
+            "gather; set it to 1, or use shared or restart"
+        )
 
 
 def _in_flight(config: RunConfig) -> Iterator[str]:
@@ -122,12 +134,7 @@ def _in_flight(config: RunConfig) -> Iterator[str]:
 def _bridge(config: RunConfig) -> Iterator[str]:
     if config.bridge.name != "shared":
         return
-    if config.model.lora:
-        yield (
-            "model.lora: an adapter is no part of the engine's weights, which bridge.name = 'shared' trains in place; "
-            "set bridge.name to restart"
-        )
-    if config.engine.tensor_parallel_size != config.learner.tensor_parallel_size:
+    if config.engine.tensor_parallel_size != config.learner.tensor_parallel_size and not config.model.lora:
         yield (
             f"learner.tensor_parallel_size: {config.learner.tensor_parallel_size} is not engine.tensor_parallel_size = "
             f"{config.engine.tensor_parallel_size}, and with bridge.name = 'shared' each rank of the one trains the "
@@ -145,6 +152,71 @@ def _bridge(config: RunConfig) -> Iterator[str]:
                 f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "
                 "bridge.name = 'shared' trains in place; leave it out, or use restart"
             )
+
+
+def _broadcast(config: RunConfig) -> Iterator[str]:
+    if config.bridge.name != "broadcast":
+        return
+    if config.engine.device == "cuda" and config.learner.device == "cuda":
+        yield from gpus_held_twice(config)
+    for option in ("quantization", "cpu_offload_gb"):
+        if config.engine.extra.get(option):
+            yield (
+                f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "
+                "bridge.name = 'broadcast' writes in place; leave it out, or use restart"
+            )
+
+
+def gpus_held_twice(config: RunConfig) -> Iterator[str]:
+    """On GPUs alone, which `auto` leaves to the machine: whoever knows the machine asks again."""
+    if config.bridge.name == "broadcast" and (both := set(config.engine.devices) & set(config.learner.devices)):
+        yield (
+            f"learner.devices: {list(config.learner.devices)} has GPU {min(both)} of engine.devices = "
+            f"{list(config.engine.devices)}, and NCCL cannot broadcast within one GPU; give the learner its own, or "
+            "set bridge.name to shared"
+        )
+
+
+def _adapter(config: RunConfig) -> Iterator[str]:
+    lora, bridge = config.model.lora, config.bridge
+    if lora is None and bridge.name == "lora":
+        yield "bridge.name: 'lora' moves an adapter, and model.lora is absent; set model.lora, or use restart"
+    if lora is None or not serves_adapters(config):
+        return
+    if lora.rank > ENGINE_LORA_RANKS[-1]:
+        yield f"model.lora.rank: {lora.rank} is above vLLM's largest, {ENGINE_LORA_RANKS[-1]}; lower it, or use restart"
+    targets = (lora.target_modules,) if isinstance(lora.target_modules, str) else lora.target_modules
+    for target in targets:
+        if target.rsplit(".", 1)[-1] in _NOT_LINEAR:
+            yield f"model.lora.target_modules: {target!r} is not served as an adapter; leave it out, or use restart"
+    if bridge.in_flight == "keep":
+        yield (
+            "bridge.in_flight: 'keep' moves requests to the next version, and with model.lora and "
+            f"bridge.name = {bridge.name!r} they end, unpaused, under the adapter they began with; set it to drain"
+        )
+    yield from _adapter_engine(config)
+
+
+def _adapter_engine(config: RunConfig) -> Iterator[str]:
+    extra = config.engine.extra
+    for option in ("enable_lora", "max_lora_rank", "lora_dtype", "lora_target_modules", "max_cpu_loras"):
+        if option in extra:
+            yield f"engine.extra.{option}: {extra[option]!r} is set from model.lora; leave it out"
+    if extra.get("max_loras", 2) < 2:
+        yield (
+            f"engine.extra.max_loras: {extra['max_loras']} leaves no slot for the next version beside the one that is "
+            "sampled from; raise it to 2"
+        )
+    if config.engine.tensor_parallel_size > 1:
+        yield (
+            f"engine.tensor_parallel_size: {config.engine.tensor_parallel_size} splits the adapter over ranks, whose "
+            "pieces this version cannot prove; set it to 1, or use restart"
+        )
+    if extra.get("quantization") and config.bridge.name == "lora":
+        yield (
+            f"engine.extra.quantization: {extra['quantization']!r} changes the base, which bridge.name = 'lora' proves "
+            "to be the learner's; leave it out"
+        )
 
 
 def _deadlines(config: RunConfig) -> Iterator[str]:
@@ -179,6 +251,8 @@ _RULES = (
     _ranks,
     _in_flight,
     _bridge,
+    _broadcast,
+    _adapter,
     _deadlines,
     _ports,
 )

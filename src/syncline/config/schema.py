@@ -63,12 +63,12 @@ class Sampling(Section):
 class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: tuple[NonNegativeInt, ...] = (0,)
-    """GPU indices; ignored on a CPU. Each replica takes the next ones, but with bridge.name = shared all run on the
-    same."""
+    """GPU indices; ignored on a CPU. Each replica takes the next ones, one a rank, but with bridge.name = shared all
+    run on the same."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks of a replica that share each layer: a GPU each, or processes on a CPU."""
     num_replicas: PositiveInt = 1
     """Engine processes that sample side by side, all on the same policy version."""
-    tensor_parallel_size: PositiveInt = 1
-    """Ranks of a replica, which share each layer: one a GPU, or processes on a CPU."""
     host: str = "127.0.0.1"
     port: Port = 0
     """0 leases free ports; otherwise replica i listens on port + i."""
@@ -167,13 +167,20 @@ class Learner(Section):
 
 
 class Bridge(Section):
-    name: Literal["restart", "shared"] = "restart"
-    """`shared`: one copy of the weights in the memory of one device; `restart`: checkpoints, works with everything."""
+    name: Literal["restart", "shared", "broadcast", "lora"] = "restart"
+    """`shared`: one copy of the weights in the memory of one device; `broadcast`: full weights to engines on other
+    GPUs; `lora`: the adapter alone, swapped while requests run; `restart`: checkpoints, works with everything. With
+    `model.lora`, `shared` is one base and swapped adapters."""
     restart: Literal["in_place", "process"] = "in_place"
     """Reload the running engine's weights, or replace its process."""
     in_flight: Literal["drain", "keep", "abort"] = "drain"
     """What happens to running requests when the weights move: they end first, they freeze and go on under the new
-    version (every token keeps the version it was sampled under), or they end at once as aborted."""
+    version (every token keeps the version it was sampled under), or they end at once as aborted. An adapter's requests
+    `drain` without anybody waiting for them: they end under the adapter they began with."""
+    bucket_bytes: PositiveInt = 128 << 20
+    """With `broadcast`: what one collective call carries. Learner and engine keep two such buffers each."""
+    adapter_transfer: Literal["auto", "memory", "files"] = "auto"
+    """How an adapter reaches an engine: memory on the learner's own host, files elsewhere."""
     timeout_seconds: PositiveFloat = 300.0
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 
 from syncline.errors import EngineError, EngineTimeout
-from syncline.protocols import Receipt
+from syncline.protocols import Membership, Receipt, Received
 from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
 
 RETRY_SECONDS = 0.2
+GRACE_SECONDS = 5.0
+"""For an engine that says itself what it waited for in vain, which names more than a deadline missed here."""
 _STARTING = (httpx.ConnectError, httpx.ConnectTimeout)
 
 
@@ -80,6 +82,7 @@ class EngineController:
     """`EngineControl` over HTTP."""
 
     def __init__(self, url: str, *, name: str = "engine", start_timeout_seconds: float) -> None:
+        self.url = url
         self.name = f"{name} at {url}"
         self._start_timeout_seconds = start_timeout_seconds
         self._http = httpx.Client(base_url=url)
@@ -98,6 +101,10 @@ class EngineController:
                 raise EngineTimeout(f"{self.name} was not ready after {timeout_seconds:g} s: {fault}")
             time.sleep(RETRY_SECONDS)
 
+    def health(self) -> dict[str, Any]:
+        """What `/health` tells: `status`, the engine's name, version, device and model, and its receipt."""
+        return self._call("GET", "/health", None, self._start_timeout_seconds)
+
     def pause(self, *, mode: str, timeout_seconds: float) -> None:
         self._post("/syncline/pause", {"mode": mode, "timeout_seconds": timeout_seconds}, 2 * timeout_seconds)
 
@@ -110,6 +117,11 @@ class EngineController:
     def parameters(self) -> Mapping[str, str]:
         return self._parameters()["parameters"]
 
+    def measure(self) -> tuple[Receipt, Mapping[str, str]]:
+        """The receipt and each parameter's digest, computed now over what the engine holds."""
+        answer = self._post("/syncline/measure", {}, self._start_timeout_seconds)
+        return _receipt(answer), answer["parameters"]
+
     def export(self, *, fused: bool = False) -> Sequence[Mapping[str, Any]]:
         return self._call("POST", "/syncline/export", {"fused": fused}, self._start_timeout_seconds)
 
@@ -119,6 +131,28 @@ class EngineController:
 
     def adopt(self, *, policy_version: int) -> Receipt:
         return _receipt(self._post("/syncline/adopt", {"policy_version": policy_version}, self._start_timeout_seconds))
+
+    def membership(self) -> Membership:
+        return Membership(**self._call("GET", "/syncline/broadcast", None, self._start_timeout_seconds))
+
+    def join_broadcast(self, invitation: Mapping[str, Any], *, first_rank: int, timeout_seconds: float) -> str:
+        body = {"invitation": invitation, "first_rank": first_rank, "timeout_seconds": timeout_seconds}
+        return self._post("/syncline/broadcast/join", body, timeout_seconds + GRACE_SECONDS)["plan"]
+
+    def receive_broadcast(self, *, generation: str, policy_version: int, timeout_seconds: float) -> Received:
+        body = {"generation": generation, "policy_version": policy_version, "timeout_seconds": timeout_seconds}
+        answer = self._post("/syncline/broadcast/receive", body, timeout_seconds + GRACE_SECONDS)
+        return Received(_receipt(answer), answer["prove_seconds"])
+
+    def adapters(self) -> Mapping[str, Any]:
+        return self._call("GET", "/syncline/adapters", None, self._start_timeout_seconds)
+
+    def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
+        body = {"adapter": dict(adapter), "policy_version": policy_version, "timeout_seconds": timeout_seconds}
+        return self._post("/syncline/stage", body, 2 * timeout_seconds)["parameters"]
+
+    def switch(self, receipt: Receipt) -> Receipt:
+        return _receipt(self._post("/syncline/switch", asdict(receipt), self._start_timeout_seconds))
 
     def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
         deadline = time.monotonic() + timeout_seconds

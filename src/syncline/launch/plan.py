@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from syncline.config.rules import gpus_held_twice
 from syncline.config.schema import RunConfig
 from syncline.errors import ConfigError, EngineTimeout, SynclineError, TrajectoryError
 from syncline.observe.files import AFTER_FILE, BEFORE_FILE, CONFIG_FILE
@@ -249,6 +250,8 @@ def _assigned_gpus(config: RunConfig, machine: Machine) -> dict[str, tuple[str, 
                 f"{section}.devices: {list(wanted)} is not among this machine's {len(machine.gpus)} GPUs; "
                 f"use indices below {len(machine.gpus)}"
             )
+    if assigned["engine"] and assigned["learner"]:
+        faults += gpus_held_twice(config)
     if faults:
         raise ConfigError(faults)
     return assigned

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 ATTENTION = "syncline_varlen"
@@ -95,10 +95,11 @@ def _flash(
     told: dict[str, Any] = {}
     if query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         told["enable_gqa"] = True
+    width = value.shape[-1]  # latent attention's values are narrower than its keys; the kernel wants one width
     out: Any = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        pad(value[0], (0, query.shape[-1] - width)).transpose(0, 1),
         borders,
         borders,
         longest,
@@ -107,7 +108,7 @@ def _flash(
         window_size=(-1 if window is None else window - 1, 0),
         **told,
     )
-    return out.unsqueeze(0)
+    return out[..., :width].unsqueeze(0)
 
 
 def _by_runs(
@@ -123,9 +124,12 @@ def _by_runs(
     outputs = []
     for start, count, length in _equal_runs(borders):
         rows = slice(start, start + count * length)
-        batch = [_as_batch(x, rows, count) for x in (query, key, value)]
+        q, k, v = (_as_batch(x, rows, count) for x in (query, key, value))
         seen = None if window is None or length <= window else window
-        out = _sdpa(*batch, window=seen, scale=scale) if softcap is None else _capped(*batch, seen, scale, softcap)
+        if softcap is None:
+            out = _sdpa(q, k, v, window=seen, scale=scale)
+        else:
+            out = _capped(q, k, v, window=seen, scale=scale, softcap=softcap)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0)
 
@@ -144,7 +148,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scal
 
 
 def _capped(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None, softcap: float
+    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float | None, softcap: float
 ) -> Tensor:
     """Scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2, arXiv 2408.00118, section 2)."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))

@@ -1,6 +1,6 @@
 """The policy: a Hugging Face causal language model, whole or with a LoRA adapter, and its checkpoint parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from syncline.errors import ConfigError
 from syncline.learner.attention import check_attention, register_attention
 from syncline.learner.logprobs import token_logprobs
 from syncline.learner.packing import PackedBatch
-from syncline.learner.places import shard
+from syncline.learner.places import shard, wholes
 from syncline.learner.tensor_parallel import parallelize
 
 
@@ -113,7 +113,8 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 def checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter under its checkpoint name, adapters merged into fresh tensors: the trained base never moves.
 
-    Merged weights are W + scale·B·A, computed in fp32 and rounded once to W's type.
+    Merged weights are V = W + scale·B·A, for DoRA m·V/‖V‖ by rows (Liu et al. 2024, "DoRA", eq. 5), computed in fp32
+    and rounded once to W's type.
     """
     lm = causal_lm(model)
     for prefix, module in lm.named_modules():
@@ -135,11 +136,27 @@ def checkpoint_shards(model: nn.Module) -> Iterator[tuple[str, Shard]]:
     return ((name, shard(parameter)) for name, parameter in checkpoint_parameters(model))
 
 
+def saved_parameters(model: nn.Module, ranks: Ranks = ONE_RANK) -> Iterable[tuple[str, torch.Tensor]]:
+    """`checkpoint_parameters` as the family's files name and cut them, which is what engines load: transformers fuses
+    experts, and renames some layers, in memory alone. Of a model split over ranks the wholes, one at a time."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    lm, named = causal_lm(model), wholes(checkpoint_shards(model), ranks)
+    if ranks.world_size == 1:
+        return revert_weight_conversion(lm, dict(named)).items()
+    return (saved for name, whole in named for saved in revert_weight_conversion(lm, {name: whole}).items())
+
+
 def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     merged = weight.detach().float()
     for adapter in layer.active_adapters:
+        if layer.lora_bias.get(adapter):
+            raise ConfigError([f"the adapter's own bias (lora_bias) of {layer} is not merged; train without it"])
         a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
         merged = merged + layer.scaling[adapter] * (b @ a)
+        if adapter in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[adapter].weight.float()
+            merged = merged * (magnitude / merged.norm(dim=1))[:, None]
     return merged.detach().to(weight.dtype)
 
 

@@ -22,8 +22,8 @@ def test_a_bound_piece_is_the_others_memory() -> None:
 @pytest.mark.parametrize(
     ("theirs", "told"),
     [
-        ({"q": piece(3)}, r"q: learner float32\[4, 2\] at \[4, 0\] of \[8, 2\], engine float32\[3, 2\]"),
-        ({"q": piece(4, start=0)}, r"q: learner .* at \[4, 0\] .*, engine .* at \[0, 0\]"),
+        ({"q": piece(3)}, r"q: the learner float32\[4, 2\] at \[4, 0\] of \[8, 2\], the engine float32\[3, 2\]"),
+        ({"q": piece(4, start=0)}, r"q: the learner .* at \[4, 0\] .*, the engine .* at \[0, 0\]"),
         ({}, r"q: missing in the engine"),
         ({"q": piece(4), "k": piece(4)}, r"k: not in the learner"),
     ],

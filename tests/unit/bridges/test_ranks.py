@@ -47,7 +47,8 @@ def told() -> list[dict[str, Any]]:
 
 
 def everything(ranks: Ranks) -> dict[str, Any]:
-    return {"asked": asked(ranks), "failed": failed(ranks), "bits": bits(ranks)}
+    questions = (asked, failed, refused_by_one, bits)
+    return {question.__name__: question(ranks) for question in questions}
 
 
 def test_every_rank_gets_the_answer_or_the_error_of_one_call(told: list[dict[str, Any]]) -> None:
@@ -70,6 +71,24 @@ def failed(ranks: Ranks) -> list[str]:
 
 def test_what_a_failing_rank_cleans_up_waits_for_nobody(told: list[dict[str, Any]]) -> None:
     assert [answer["failed"] for answer in told] == [["add", "add"], []]
+
+
+def refused_by_one(ranks: Ranks) -> tuple[int, str]:
+    """What rank 1 alone refuses, rank 0 must not go on from."""
+
+    def check() -> int:
+        if ranks.rank == 1:
+            raise EngineError("mine is of another shape")
+        return 7
+
+    with pytest.raises(EngineError) as refused:
+        ranks.together(check)
+    return ranks.together(lambda: ranks.rank), str(refused.value)
+
+
+def test_what_one_rank_refuses_all_refuse(told: list[dict[str, Any]]) -> None:
+    refused = [answer["refused_by_one"] for answer in told]
+    assert refused == [(0, "mine is of another shape"), (1, "mine is of another shape")]
 
 
 def bits(ranks: Ranks) -> list[torch.Tensor]:

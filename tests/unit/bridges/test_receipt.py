@@ -1,9 +1,21 @@
 """The digest, against a plain-Python splitmix64, and the faults it must catch."""
 
+import math
+import weakref
+
 import pytest
 import torch
 
-from syncline.bridges.receipt import differences, model_digest, parameter_digests, tensor_digest
+from syncline.bridges import receipt
+from syncline.bridges.receipt import (
+    differences,
+    finite,
+    model_digest,
+    parameter_digests,
+    refuse_not_finite,
+    tensor_digest,
+)
+from syncline.errors import SyncError
 
 MASK = (1 << 64) - 1
 
@@ -74,6 +86,33 @@ def test_differences_name_the_parameter() -> None:
     assert differences(learner, engine) == [
         "only_here: missing in the engine",
         "only_there: not in the learner",
-        "changed: learner 2, engine 9",
+        "changed: the learner 2, the engine 9",
     ]
     assert differences(learner, engine, limit=1)[-1] == "… and 2 more"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(dtype: torch.dtype, value: float) -> None:
+    named = {
+        "good": torch.ones(3, 5, dtype=dtype),
+        "empty": torch.ones(0),
+        "bad": torch.full((4, 4), 1e30, dtype=dtype),
+    }
+    refuse_not_finite(named.items())
+    named["bad"][2, 3] = value
+    with pytest.raises(SyncError, match=r"bad is not finite \(1 of 2 parameters\)"):
+        refuse_not_finite(named.items())
+
+
+def test_tensors_made_to_be_looked_at_once_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merged adapter's weights are a second model if all of them are held at once."""
+    monkeypatch.setattr(receipt, "_BATCH_BYTES", 64)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    for _, tensor in finite((str(i), torch.full((8,), float(i))) for i in range(20)):
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(one() is not None for one in alive))
+    assert most <= 4
+    with pytest.raises(SyncError, match=r"bad is not finite \(1 of 5 parameters\)"):
+        list(finite([("bad", torch.tensor([math.nan]))] + [(str(i), torch.ones(16)) for i in range(4)]))

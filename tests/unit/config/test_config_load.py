@@ -82,15 +82,39 @@ def test_faults_between_sections_come_together(file: Path) -> None:
     ]
 
 
-def test_one_copy_is_refused_with_an_adapter_another_device_or_repacked_weights(file: Path) -> None:
-    overrides = ["bridge.name=shared", "model.lora.rank=4", "learner.devices=[1]", "engine.extra.quantization=fp8"]
+def test_one_copy_is_refused_on_another_device_or_with_repacked_weights(file: Path) -> None:
+    overrides = ["bridge.name=shared", "learner.devices=[1]", "engine.extra.quantization=fp8"]
+    with pytest.raises(ConfigError) as caught:
+        load(file, overrides)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["learner.devices", "engine.extra.quantization"]
+
+
+@pytest.mark.parametrize("bridge", ["lora", "shared"])
+def test_an_adapter_is_refused_where_the_engine_cannot_serve_or_prove_it(file: Path, bridge: str) -> None:
+    overrides = [
+        f"bridge.name={bridge}",
+        "bridge.in_flight=keep",
+        "model.lora={rank: 1000, target_modules: [q_proj, lm_head]}",
+        "engine.extra={max_loras: 1, enable_lora: false}",
+        "engine.tensor_parallel_size=2",
+        "engine.device=cpu",
+        "learner.device=cpu",
+    ]
     with pytest.raises(ConfigError) as caught:
         load(file, overrides)
     assert [fault.split(":")[0] for fault in caught.value.faults] == [
-        "model.lora",
-        "learner.devices",
-        "engine.extra.quantization",
+        "model.lora.rank",
+        "model.lora.target_modules",
+        "bridge.in_flight",
+        "engine.extra.enable_lora",
+        "engine.extra.max_loras",
+        "engine.tensor_parallel_size",
     ]
+
+
+def test_merged_adapters_know_none_of_that(file: Path) -> None:
+    config = load(file, ["bridge.name=restart", "model.lora={rank: 1000, target_modules: [q_proj, lm_head]}"])
+    assert config.model.lora is not None
 
 
 def test_a_config_is_frozen(file: Path) -> None:

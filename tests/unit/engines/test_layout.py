@@ -9,7 +9,7 @@ from torch import nn
 
 from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import combined, parameter_digests, shard_digests
-from syncline.engines.vllm.layout import checkpoint_views
+from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
 from syncline.errors import SyncError
 
 pytest.importorskip("vllm")
@@ -206,3 +206,22 @@ def test_renamed_parameters_come_under_the_checkpoints_name(on_rank: Callable[[i
     model.hf_to_vllm_mapper.orig_to_new_substr = {"embed_tokens": "gone", "wte": "embed_tokens"}
     names = [name for name, _ in checkpoint_views(model)]
     assert names[:2] == ["h.wte.weight", "h.norm.weight"]
+
+
+def test_what_latent_attention_keeps_twice_is_no_checkpoint_parameter(
+    on_rank: Callable[[int, int], None],
+) -> None:
+    """Views of `kv_b_proj` follow a write in place; a copy does not, and is named."""
+    from vllm.model_executor.layers.attention import MLAAttention
+
+    on_rank(0, 1)
+    block: Any = Block()
+    block.attn = nn.Module.__new__(MLAAttention)
+    nn.Module.__init__(block.attn)
+    block.attn.W_UV = nn.Parameter(block.down_proj.weight.data.t())
+    names = [name for name, _ in checkpoint_views(block)]
+    assert not [name for name in names if "W_UV" in name]
+    refuse_copies(block)
+    block.attn.W_UV = nn.Parameter(block.down_proj.weight.data.clone())
+    with pytest.raises(SyncError, match=r"attn\.W_UV is vLLM's own copy of other weights"):
+        refuse_copies(block)

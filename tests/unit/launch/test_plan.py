@@ -111,6 +111,14 @@ def test_gpus_that_are_not_there_are_all_named() -> None:
         planned(one, learner={"device": "cuda", "devices": [1]})
 
 
+def test_a_broadcast_within_one_gpu_is_refused_where_there_are_gpus() -> None:
+    sections = {"bridge": {"name": "broadcast"}, "learner": {"device": "auto", "devices": [0]}}
+    with pytest.raises(ConfigError, match=r"learner\.devices: \[0\] has GPU 0 of engine\.devices"):
+        planned(Machine(num_cores=8, gpus=("0", "1")), **sections)
+    planned(Machine(num_cores=8, gpus=()), **sections)
+    planned(Machine(num_cores=8, gpus=("0", "1")), engine={"devices": [1]}, **sections)
+
+
 def test_visible_devices_narrow_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert Machine.here().gpus == ("3", "5")
@@ -157,3 +165,17 @@ def test_replicas_take_the_ports_after_the_given_one() -> None:
     wanted = wanted_ports(config(engine={"num_replicas": 2, "devices": [0, 1], "port": 9000}))
     assert wanted["engine.port"][1] == 9000
     assert wanted["engine.port + 1"][1] == 9001
+
+
+def test_each_rank_of_a_replica_has_a_device() -> None:
+    machine = Machine(num_cores=4, gpus=("0", "1", "2", "3"), python="python")
+    built = config(engine={"num_replicas": 2, "tensor_parallel_size": 2, "devices": [0, 1, 2, 3]})
+    specs = {spec.name: spec for spec in plan(built, ports=PORTS | {"engine.port + 1": 8011}, machine=machine)}
+    assert (specs["engine"].devices, specs["engine-1"].devices) == (("0", "1"), ("2", "3"))
+
+
+def test_the_ranks_of_an_engine_on_a_cpu_share_its_threads() -> None:
+    on_cpu = {"device": "cpu"}
+    machine = Machine(num_cores=8, gpus=(), python="python")
+    specs = planned(machine, engine=on_cpu | {"tensor_parallel_size": 2}, learner=on_cpu)
+    assert specs["engine"].env["OMP_NUM_THREADS"] == "4"

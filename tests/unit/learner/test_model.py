@@ -1,5 +1,6 @@
 """Adapters merged exactly, targets that must exist, and scores that equal the plain forward's."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,17 @@ import torch
 from model_families import save_random_model
 from real_engine import make_tiny_model
 
+from syncline.bridges.restart import write_weights
 from syncline.config.schema import Lora, Model
 from syncline.errors import ConfigError
-from syncline.learner.model import Scorer, causal_lm, checkpoint_parameters, load_model, trainable_parameters
+from syncline.learner.model import (
+    Scorer,
+    causal_lm,
+    checkpoint_parameters,
+    load_model,
+    saved_parameters,
+    trainable_parameters,
+)
 from syncline.learner.packing import pack_samples
 from syncline.types import Completion, FinishReason, TrainingSample, VersionSpan
 
@@ -96,3 +105,20 @@ def test_a_model_that_ships_with_dropout_is_trained_without(tmp_path: Path) -> N
     packed = {"position_ids": positions[None], "cu_seq_lens_q": borders, "max_length_q": 20, "use_cache": False}
     once, again = (model(token_ids[None], **packed).logits for _ in range(2))
     assert model.training and torch.equal(once, again)
+
+
+def test_experts_are_saved_as_files_name_them_and_load_again(tmp_path: Path) -> None:
+    model = load(save_random_model("mixtral", tmp_path / "model"))
+    for parameter in model.parameters():
+        parameter.data += 0.25
+    write_weights(saved_parameters(model), tmp_path / "saved", assets=tmp_path / "model")
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    assert "model.layers.1.block_sparse_moe.experts.3.w1.weight" in index["weight_map"]
+    again = dict(load(tmp_path / "saved").named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again[name]), name
+
+
+def test_what_files_name_alike_is_saved_as_it_is(model_path: Path) -> None:
+    model = load(model_path)
+    assert dict(saved_parameters(model)).keys() == dict(checkpoint_parameters(model)).keys()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from syncline.config import RunConfig
+from syncline.config.rules import ENGINE_LORA_RANKS, serves_adapters
 from syncline.engines.client import EngineController
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.plugin import ATTACHED, UNPACKED
@@ -85,10 +86,21 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         values |= {"load_format": UNPACKED, "kv_cache_memory_bytes": engine.kv_cache_bytes}
     else:
         values |= {"gpu_memory_utilization": engine.gpu_memory_utilization}
+    if serves_adapters(config):
+        values |= _adapter_options(config)
     if start.attach_to:
         values |= {"load_format": ATTACHED, "model_loader_extra_config": _owned_by(start.attach_to, config)}
     values |= engine.extra
     return [word for name, value in values.items() for word in _option(name, value)]
+
+
+def _adapter_options(config: RunConfig) -> dict[str, Any]:
+    """Two slots: the version that is sampled from, and the next beside it. Slots are in the model's own type."""
+    lora = config.model.lora
+    assert lora is not None
+    options: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "lora_dtype": "auto"}
+    options["max_lora_rank"] = next(rank for rank in ENGINE_LORA_RANKS if rank >= lora.rank)
+    return options
 
 
 def _owned_by(url: str, config: RunConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Supported: 0.26 (torch 2.11) to 0.33. vLLM 0.27 moved the server's parts from `e
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,3 +123,17 @@ async def sampled_tokens(engine: Any) -> dict[str, dict[int, int]]:
         if state.detokenizer is not None:
             sampled[request_id][state.request_index] = state.detokenizer.num_output_tokens()
     return dict(sampled)
+
+
+def adapter_manager(model_runner: Any) -> Any:
+    """vLLM's `LRUCacheLoRAModelManager`, which owns the slots; private, and the same in every supported version."""
+    return model_runner.lora_manager._adapter_manager
+
+
+def new_adapter(adapter_id: int, pairs: Mapping[str, tuple[Any, Any]]) -> Any:
+    """vLLM's `LoRAModel` of module → (A, B), B scaled: no file and no configuration is read."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
+
+    layers = {name: LoRALayerWeights(name, a.shape[0], a.shape[0], a, b, scaling=1.0) for name, (a, b) in pairs.items()}
+    return LoRAModel(adapter_id, max(layer.rank for layer in layers.values()), layers)

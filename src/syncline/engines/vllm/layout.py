@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from syncline.bridges.manifest import Shard
+from syncline.bridges.receipt import whole
 from syncline.engines.vllm.experts import expert_pieces
 from syncline.engines.vllm.names import CheckpointNames
 from syncline.errors import SyncError
@@ -34,16 +35,17 @@ def checkpoint_views(model: Any) -> Pieces:
             yield names.of(piece, name), replace(shard, counted=rank == 0) if is_whole else shard
 
 
-def engine_copies(model: Any) -> list[str]:
-    """Parameters that vLLM computed from others after loading and reads in their place: a write to the others in
-    place does not reach them."""
+def refuse_copies(model: Any) -> None:
+    """Raises `SyncError` naming a parameter that vLLM computed from others after loading and reads in their place: a
+    write to the others in place does not reach it."""
     storages = {parameter.untyped_storage().data_ptr() for _, _, parameter in _parameters(model)}
-    return [
-        f"{prefix}.{leaf}"
-        for prefix, module in model.named_modules()
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if _is_derived(module) and parameter.untyped_storage().data_ptr() not in storages
-    ]
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if _is_derived(module) and parameter.untyped_storage().data_ptr() not in storages:
+                raise SyncError(
+                    f"{prefix}.{leaf} is vLLM's own copy of other weights, which a write in place would leave old; use "
+                    "bridge.name restart"
+                )
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, Any, torch.nn.Parameter]]:
@@ -82,10 +84,6 @@ def _pieces(name: str, module: Any, parameter: torch.nn.Parameter, packed: dict[
     else:
         _refuse_unknown_split(name, module, parameter)
         yield name, whole(tensor)
-
-
-def whole(tensor: torch.Tensor) -> Shard:
-    return Shard(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
 def _vocabulary(name: str, tensor: torch.Tensor, module: Any) -> Shard:

@@ -67,23 +67,23 @@ def _attached_loader(unpacked: type) -> type:
     parent: Any = unpacked if on_cpu else DefaultModelLoader
 
     class AttachedLoader(parent):
-        """`model_loader_extra_config` has the owner's exports (`bridges.handles`), one a rank, under vLLM's names."""
+        """`model_loader_extra_config` holds the export of each of the owner's ranks (`bridges.handles`), under vLLM's
+        own parameter names."""
 
         def __init__(self, load_config: Any) -> None:
-            self._exported = load_config.model_loader_extra_config
+            self._ranks = load_config.model_loader_extra_config["ranks"]
             super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={}))
 
         def load_weights(self, model: Any, model_config: Any) -> None:
             from vllm.distributed import get_tensor_model_parallel_rank
 
             from syncline.bridges.handles import bind, open_views
-            from syncline.bridges.manifest import Shard
+            from syncline.bridges.receipt import whole
 
             if on_cpu:
                 _leave_unpacked(model)
-            own = {n: Shard(p, tuple(p.shape), (0,) * p.dim()) for n, p in model.named_parameters()}
-            rank = get_tensor_model_parallel_rank()
-            theirs = open_views(self._exported["ranks"][rank], device=next(iter(own.values())).tensor.device)
-            bind(own, theirs, rank=rank)
+            own = {name: whole(parameter) for name, parameter in model.named_parameters()}
+            rank, device = get_tensor_model_parallel_rank(), next(iter(own.values())).tensor.device
+            bind(own, open_views(self._ranks[rank], device=device), rank=rank)
 
     return AttachedLoader

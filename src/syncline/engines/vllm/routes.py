@@ -17,9 +17,11 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
+from syncline.bridges.adapter import is_adapter_name
 from syncline.bridges.receipt import combined, model_digest
 from syncline.engines.vllm import compat
-from syncline.engines.vllm.gate import Gate, Visit
+from syncline.engines.vllm.adapters import Adapter, Adapters
+from syncline.engines.vllm.gate import UNPUBLISHED, Gate, Visit
 from syncline.errors import EngineError, EngineTimeout, SyncError
 from syncline.types import SamplingParams
 
@@ -63,38 +65,69 @@ class Served:
     about: dict[str, str]
     shares: bool = False
     """Other processes may open its weights."""
+    adapters: Adapters = field(default_factory=Adapters)
     parameters: dict[str, str] = field(default_factory=dict)
     is_measured: bool = False
     """`parameters` tells what the engine holds now; not so once it was paused, when somebody may write the weights."""
     restart_from: WeightsBody | None = None
+    generation: str = ""
+    """Of the learner's process group the workers are in; empty: in none."""
+    torn: str | None = None
+    """Why the weights are of no version: somebody began to replace them. Naming them ends it, nothing else does."""
 
-    async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
-        self.parameters = combined(await self.each_rank(method, *args))
-        self.is_measured = True
+    async def measured(self, method: str = "syncline_parameters", *args: Any) -> dict[str, str]:
+        """What the next request would be sampled from: the weights, and the adapter that is current."""
+        measured = combined(await self.each_rank(method, *args))
+        if current := self.adapters.current:
+            [held] = await self.each_rank("syncline_held", current.id)
+            measured |= held
+        return measured
 
     async def each_rank(self, method: str, *args: Any) -> list[Any]:
         """What every tensor-parallel rank answers, in rank order. Raises `SyncError` with what a rank cannot do."""
         answers = await self.engine.collective_rpc(method, args=args)
-        faults = [f"rank {rank}: {a['fault']}" for rank, a in enumerate(answers) if "fault" in a]
+        faults = [f"rank {rank}: {answer['fault']}" for rank, answer in enumerate(answers) if "fault" in answer]
         if faults:
             raise SyncError("\n".join(faults))
         return [answer["value"] for answer in answers]
+
+    async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
+        self.parameters = await self.measured(method, *args)
+        self.is_measured = True
+
+    def base_parameters(self) -> dict[str, str]:
+        return {name: digest for name, digest in self.parameters.items() if not is_adapter_name(name)}
+
+    def sample_from_current(self) -> None:
+        """`parameters` are the base's and those of the adapter that new requests get."""
+        current = self.adapters.current
+        self.parameters = self.base_parameters() | (current.parameters if current else {})
+
+    def refuse_backwards(self, policy_version: int) -> None:
+        if policy_version < self.gate.policy_version:
+            raise EngineError(
+                f"policy_version {policy_version} is older than {self.gate.policy_version}, which this engine served"
+            )
 
     async def refuse_unproved(self) -> None:
         """Raises `EngineError` when the weights are no longer those of the version they were named with."""
         if self.is_measured:
             return
-        named = model_digest(self.parameters)
-        await self.remeasure()
-        if model_digest(self.parameters) != named:
+        if await self.measured() != self.parameters:
             raise EngineError(
-                f"the weights have changed since they were named version {self.gate.policy_version} (digest "
-                f"{named[:12]}); publish a new version instead of resuming"
+                f"the weights have changed since they were named version {self.gate.policy_version}; publish a new "
+                "version instead of resuming"
             )
+        self.is_measured = True
+
+    def tear(self, why: str) -> None:
+        """Until they are named anew the weights have no version, and no digest that anybody measured."""
+        self.torn = why
+        self.parameters = {name: f"{digest.partition(':')[0]}:torn" for name, digest in self.parameters.items()}
 
     def receipt(self) -> dict[str, Any]:
         return {
-            "policy_version": self.gate.policy_version,
+            "policy_version": UNPUBLISHED if self.torn or self.adapters.by_hand else self.gate.policy_version,
             "digest": model_digest(self.parameters),
             "paused": not self.gate.is_open,
         }
@@ -132,7 +165,7 @@ def _sampling_routes(served: Served) -> APIRouter:
     @router.get("/health")
     async def health() -> JSONResponse:
         fault = await _fault(served.engine)
-        body = {"status": fault or "ok", **served.about, **served.receipt()}
+        body = {"status": fault or "ok", **served.about, **served.receipt(), "torn": served.torn}
         return JSONResponse(body, status_code=HTTPStatus.SERVICE_UNAVAILABLE if fault else HTTPStatus.OK)
 
     @router.post("/syncline/generate")
@@ -141,7 +174,10 @@ def _sampling_routes(served: Served) -> APIRouter:
         del raw_request
         can_freeze = compat.can_freeze(seed=body.sampling.seed)
         async with served.gate.request(f"syncline-{uuid4().hex}", can_freeze=can_freeze) as visit:
-            return JSONResponse(await _sample(served, body, visit))
+            with served.adapters.running() as adapter:
+                if adapter is not None and adapter is served.adapters.by_hand:
+                    visit.entered_under = UNPUBLISHED
+                return JSONResponse(await _sample(served, body, visit, adapter))
 
     return router
 
@@ -152,6 +188,11 @@ def _weight_routes(served: Served) -> APIRouter:
     @router.get("/syncline/parameters")
     async def parameters() -> dict[str, Any]:
         return {**served.receipt(), "parameters": served.parameters}
+
+    @router.post("/syncline/measure")
+    async def measure() -> dict[str, Any]:
+        measured = await served.measured()
+        return {**served.receipt(), "digest": model_digest(measured), "parameters": measured}
 
     @router.post("/syncline/pause")
     async def pause(body: PauseBody) -> dict[str, Any]:
@@ -171,6 +212,10 @@ def _weight_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/resume")
     async def resume() -> dict[str, Any]:
+        if served.torn:
+            raise EngineError(f"the weights are of no version; publish one instead of resuming: {served.torn}")
+        if served.gate.is_open:
+            return served.receipt()
         await served.refuse_unproved()
         await served.engine.resume_generation()
         await served.gate.open()
@@ -185,6 +230,8 @@ def _weight_routes(served: Served) -> APIRouter:
     @router.post("/syncline/reload")
     async def reload(body: WeightsBody) -> dict[str, Any]:
         _need_paused(served, "reload")
+        if served.adapters.num_slots:
+            raise EngineError("an engine that serves adapters keeps its base; set bridge.name to lora or shared")
         await served.remeasure("syncline_reload", body.path)
         return await _name(served, body.policy_version)
 
@@ -229,21 +276,19 @@ def _need_paused(served: Served, action: str) -> None:
 
 
 async def _name(served: Served, policy_version: int) -> dict[str, Any]:
-    if policy_version < served.gate.policy_version:
-        raise EngineError(
-            f"policy_version {policy_version} is older than {served.gate.policy_version}, which this engine has served"
-        )
+    served.refuse_backwards(policy_version)
     await compat.drop_caches(served.engine)
     await compat.name_weights(served.engine, policy_version)
     served.gate.name(policy_version, await compat.sampled_tokens(served.engine))
+    served.torn = None
     return {**served.receipt(), "parameters": served.parameters}
 
 
-async def _sample(served: Served, body: GenerateBody, visit: Visit) -> dict[str, Any]:
+async def _sample(served: Served, body: GenerateBody, visit: Visit, adapter: Adapter | None) -> dict[str, Any]:
+    prompt = {"prompt_token_ids": list(body.prompt_token_ids)}
+    lora_request = adapter.request() if adapter else None
     try:
-        collector = await served.engine.add_request(
-            visit.request_id, {"prompt_token_ids": list(body.prompt_token_ids)}, _params(body)
-        )
+        collector = await served.engine.add_request(visit.request_id, prompt, _params(body), lora_request=lora_request)
     except ValueError as error:
         raise EngineError(f"vLLM refused the request: {error}") from error
     await served.gate.submitted(visit)

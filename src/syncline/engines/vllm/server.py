@@ -17,7 +17,10 @@ from typing import Any
 
 from syncline.config import RunConfig
 from syncline.engines.vllm import compat
+from syncline.engines.vllm.adapter_routes import adapter_routes, seed_routes
+from syncline.engines.vllm.adapters import Adapters
 from syncline.engines.vllm.arguments import Start, engine_device, parse, set_environment
+from syncline.engines.vllm.broadcast_routes import broadcast_routes
 from syncline.engines.vllm.gate import Gate
 from syncline.engines.vllm.routes import Served, WeightsBody, add_routes
 
@@ -57,7 +60,8 @@ async def _serve(
     async with parts.build_engine_client(args) as engine:
         app = parts.build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await parts.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
-        served = Served(engine, Gate(start.policy_version), about, shares=shares)
+        adapters = Adapters(args.max_loras if args.enable_lora else 0)
+        served = Served(engine, Gate(start.policy_version), about, shares=shares, adapters=adapters)
         if shares and not start.attach_to:
             await served.each_rank("syncline_share")
         await served.remeasure()
@@ -67,6 +71,9 @@ async def _serve(
             await compat.pause(engine, "abort")
             served.gate.freeze()
         add_routes(app, served)
+        app.include_router(broadcast_routes(served))
+        app.include_router(adapter_routes(served))
+        app.include_router(seed_routes(served))
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))
         watch = asyncio.create_task(_watch(engine, died))

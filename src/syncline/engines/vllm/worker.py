@@ -1,30 +1,31 @@
-"""What runs inside vLLM's workers, called by name over `collective_rpc`: once on every tensor-parallel rank.
-
-An answer is `{"value": ...}`, or `{"fault": ...}` when this rank cannot do it: vLLM would carry an exception to the
-caller without its type, or end the engine.
-"""
+"""What runs inside vLLM's workers, called by name over `collective_rpc`: once on every tensor-parallel rank."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 from syncline.bridges.handles import export_views, move_to_memory_file
+from syncline.bridges.invitation import Invitation
+from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import shard_digests, whole
-from syncline.engines.vllm.layout import checkpoint_views, engine_copies
+from syncline.engines.vllm.answer import answer
+from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
+from syncline.engines.vllm.receiver import Member
+from syncline.engines.vllm.slots import AdapterExtension
 from syncline.errors import SyncError
 
 
-class WorkerExtension:
+class WorkerExtension(AdapterExtension):
     """vLLM appends this class to its worker's bases (`--worker-extension-cls`), so `self` is the worker."""
 
     get_model: Any
-    model_runner: Any
-    device: Any
+    rank: int
     _memory_file: tuple[str, int] | None = None
+    _broadcast: Member | None = None
 
     def syncline_parameters(self) -> dict[str, Any]:
         """Digests (`receipt.shard_digests`) of what the next forward pass will read."""
-        return _answer(lambda: shard_digests(checkpoint_views(self.get_model())))
+        return answer(lambda: shard_digests(checkpoint_views(self.get_model())))
 
     def syncline_reload(self, path: str) -> dict[str, Any]:
         """Loads the checkpoint at `path` into the parameters' own storages; answers as `syncline_parameters`."""
@@ -32,33 +33,41 @@ class WorkerExtension:
         self.model_runner.reload_weights(weights_path=path)  # it warns of layers without weights; the digest says more
         return self.syncline_parameters()
 
-    def syncline_share(self) -> dict[str, Any]:
+    def syncline_share(self) -> None:
         """Makes the parameters shareable: on a CPU they move, in place, into a memory file. Before anything samples."""
-        return _answer(self._share)
-
-    def syncline_export(self, fused: bool) -> dict[str, Any]:
-        """Where this rank's pieces lie, under their checkpoint names, or (`fused`) as vLLM names and fuses them."""
-        return _answer(lambda: self._export(fused))
-
-    def _share(self) -> None:
         if self.device.type == "cpu":
             self._memory_file = move_to_memory_file(self.get_model().parameters())
 
-    def _export(self, fused: bool) -> dict[str, Any]:
+    def syncline_export(self, fused: bool) -> dict[str, Any]:
+        """Where this rank's pieces lie, under their checkpoint names, or (`fused`) as vLLM names and fuses them."""
+        return answer(lambda: export_views(self._views(fused), memory_file=self._memory_file))
+
+    def _views(self, fused: bool) -> Iterable[tuple[str, Shard]]:
         model = self.get_model()
-        if fused:
-            named = ((name, whole(parameter)) for name, parameter in model.named_parameters())
-            return export_views(named, memory_file=self._memory_file)
-        if copies := engine_copies(model):
-            raise SyncError(
-                f"{copies[0]} is vLLM's own copy of other weights, which a step in place would leave old; use "
-                "bridge.name broadcast or restart"
-            )
-        return export_views(checkpoint_views(model), memory_file=self._memory_file)
+        if fused:  # the names a loader sees: adapters wrap the layers later
+            named = model.named_parameters()
+            return ((name.replace(".base_layer.", "."), whole(parameter)) for name, parameter in named)
+        refuse_copies(model)
+        return checkpoint_views(model)
 
+    def syncline_join(self, invitation: dict[str, Any], first_rank: int, timeout_seconds: float) -> dict[str, Any]:
+        """Leaves the group of an earlier learner and joins this one's. Answers with the digest of the plan."""
+        self.syncline_leave()
+        member = Member(Invitation.from_wire(invitation), rank=first_rank + self.rank, device=self.device)
+        self._broadcast = member
+        return answer(lambda: member.join(self._views(fused=False), timeout_seconds=timeout_seconds))
 
-def _answer(call: Callable[[], Any]) -> dict[str, Any]:
-    try:
-        return {"value": call()}
-    except SyncError as error:
-        return {"fault": str(error)}
+    def syncline_receive(self, generation: str, timeout_seconds: float) -> dict[str, Any]:
+        """Takes one version from the learner's group."""
+        return answer(lambda: self._member().receive(generation, timeout_seconds=timeout_seconds))
+
+    def syncline_leave(self) -> dict[str, Any]:
+        """Whoever still sends to this worker, or receives from it, then knows that it will not go on."""
+        if self._broadcast is not None:
+            self._broadcast.leave()
+        return {"value": None}
+
+    def _member(self) -> Member:
+        if self._broadcast is None:
+            raise SyncError("this worker is in no learner's group")
+        return self._broadcast

@@ -1,0 +1,1 @@
+"""What `syncline bench` measures: the product's own parts beside references, in one run."""

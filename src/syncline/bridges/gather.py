@@ -1,0 +1,95 @@
+"""A sharded learner's side of a bridge: every rank gathers, rank 0 alone speaks to the engines.
+
+Gathering a DTensor is a collective of the learner's ranks, so all of them walk through the same parameters at the same
+time: once for the digest, and once more if bytes move. Rank 0 decides, because it alone hears the engines; the others
+wait for its word (in torch's default group, under its timeout) and fail with it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from syncline.bridges.receipt import model_digest, parameter_digests
+from syncline.bridges.stopwatch import Stopwatch
+from syncline.errors import SyncError
+from syncline.protocols import Receipt, SyncReport
+
+Export = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
+
+
+def gathered(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Sharded parameters gathered, one at a time; whole ones as they are."""
+    from torch.distributed.tensor import DTensor
+
+    for name, tensor in named:
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Others:
+    """The learner's other ranks, as rank 0 sees them; none unless torch's default group says so."""
+
+    def __init__(self) -> None:
+        self._exist = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+    @contextmanager
+    def told(self) -> Iterator[dict[str, Any]]:
+        """Tells them at the end how the body went, and what it put into the word."""
+        word: dict[str, Any] = {}
+        try:
+            yield word
+        except BaseException as error:
+            self.tell({"fault": str(error) or repr(error)})
+            raise
+        self.tell(word)
+
+    def tell(self, word: dict[str, Any]) -> None:
+        if self._exist:
+            dist.broadcast_object_list([word], src=0)
+
+    def gather_along(self, rest: Iterator[Any]) -> None:
+        """After a fault: they are still gathering, and would wait for this rank."""
+        if self._exist:
+            for _ in rest:
+                pass
+
+
+class GatheringBridge:
+    """`WeightBridge` of the ranks but the first, beside its `BroadcastBridge`."""
+
+    def __init__(self, *, export: Export) -> None:
+        self._export = export
+
+    def attach(self, model: Any) -> None:
+        del model
+        _hear()
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        yield
+
+    def publish(self, model: Any, *, policy_version: int) -> SyncReport:
+        """Raises `SyncError` with rank 0's fault."""
+        clock = Stopwatch()
+        digests = parameter_digests(gathered(self._export(model)))
+        clock.lap("digest")
+        if _hear()["moves"]:
+            for _ in gathered(self._export(model)):
+                pass
+        _hear()
+        clock.lap("gather")
+        return SyncReport(Receipt(policy_version, model_digest(digests)), 0, clock.total, 0.0, dict(clock.parts))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _hear() -> dict[str, Any]:
+    """Rank 0's word. Raises `SyncError` when it is a fault."""
+    heard: list[Any] = [None]
+    dist.broadcast_object_list(heard, src=0)
+    if heard[0].get("fault"):
+        raise SyncError(f"rank 0: {heard[0]['fault']}")
+    return heard[0]

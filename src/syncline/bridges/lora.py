@@ -1,0 +1,166 @@
+"""`lora`: the adapter alone, hot-swapped on every engine or on none, while requests run.
+
+    learner   pack ─▶ digest ─▶ stage on every engine ─▶ all proved? ─▶ switch every engine
+    engine                      load beside the old one, digest its slot  │ new requests get the new adapter
+                                                                         └ running ones end under the old one
+
+Nothing pauses: the new adapter is loaded into a slot of its own under a name of its own, so neither the KV cache nor
+running requests can mix versions, and `stage` waits only if requests still run under the version before the last. A
+request's tokens are all of the version it began with. A fault before the switch leaves every engine's policy as it
+was; any fault leaves every engine paused. The base never moves: it is proved once, when the bridge is attached, and
+with `shares_base` the learner's base is the engine's memory, one copy for both.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from syncline.bridges.adapter import AdapterLayout, LoraLayer, is_adapter_name, listed, what_cannot_be_held
+from syncline.bridges.carriers import Carrier, Way, way_to
+from syncline.bridges.fleet import Fleet
+from syncline.bridges.handles import bind, open_views
+from syncline.bridges.receipt import differences, model_digest, parameter_digests, whole
+from syncline.bridges.stopwatch import Stopwatch
+from syncline.config.schema import Bridge
+from syncline.errors import SyncError
+from syncline.protocols import EngineControl, Receipt, SyncReport
+
+Base = Callable[[Any], Iterable[tuple[str, torch.nn.Parameter]]]
+Layers = Callable[[Any], Iterable[tuple[str, LoraLayer]]]
+
+
+class LoraBridge:
+    """See the module. `base(model)` yields the frozen parameters under their checkpoint names, tied ones once;
+    `layers(model)` the adapted layers; `folder` is where versions are written for engines on other hosts."""
+
+    def __init__(
+        self,
+        engines: Sequence[EngineControl],
+        config: Bridge,
+        *,
+        base: Base,
+        layers: Layers,
+        folder: Path,
+        shares_base: bool = False,
+    ) -> None:
+        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds)
+        self._config = config
+        self._base = base
+        self._layers = layers
+        self._folder = folder
+        self._shares_base = shares_base
+        self._base_digests: dict[str, str] = {}
+        self._carrier: Carrier | None = None
+
+    def attach(self, model: Any) -> None:
+        """Proves the base, refuses modules an engine cannot adapt, by name, and opens the way to every engine."""
+        self._fleet.wait_until_ready()
+        base = dict(self._base(model))
+        self._base_digests = parameter_digests(base.items())
+        self._refuse_other_base()
+        layers = dict(self._layers(model))
+        engines = self._fleet.each(lambda engine: engine.adapters())
+        layout = self._refuse_unheld(layers, engines)
+        device = next(iter(layers.values())).a.device
+        self._carrier = Carrier(layout, self._ways(engines, device), device=device, folder=self._folder)
+        if self._shares_base:
+            [memory] = self._fleet.engines[0].export()
+            bind({name: whole(p) for name, p in base.items()}, open_views(memory, device=device), rank=0)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """A step writes the learner's adapter, which no engine reads: they go on sampling."""
+        with self._fleet.paused_on_failure():
+            yield
+
+    def publish(self, model: Any, *, policy_version: int) -> SyncReport:
+        with self._fleet.paused_on_failure():
+            return self._publish(model, policy_version)
+
+    def close(self) -> None:
+        if self._carrier is not None:
+            self._carrier.close()
+        self._fleet.close()
+
+    def _publish(self, model: Any, policy_version: int) -> SyncReport:
+        if self._carrier is None:
+            raise SyncError("the bridge was not attached to a model")
+        clock, layout = Stopwatch(), self._carrier.layout
+        layout.pack(dict(self._layers(model)), self._carrier.buffer)
+        clock.lap("pack")
+        adapter = layout.digests(self._carrier.buffer)
+        digests = self._base_digests | adapter
+        expected = Receipt(policy_version, model_digest(digests))
+        clock.lap("digest")
+        served = self._fleet.refuse_backwards(policy_version)
+        clock.lap("ask")
+        changed = any(receipt.digest != expected.digest for receipt in served)
+        if changed:
+            self._stage(adapter, self._carrier, policy_version=policy_version)
+        clock.lap("stage")
+        pause_seconds = self._switch(expected, digests)
+        clock.lap("switch")
+        moved = layout.num_bytes if changed else 0
+        return SyncReport(expected, moved, clock.total, pause_seconds, dict(clock.parts))
+
+    def _stage(self, adapter: Mapping[str, str], carrier: Carrier, *, policy_version: int) -> None:
+        """Every engine holds the new adapter beside the old one, and has proved it."""
+        sources = dict(zip(self._fleet.engines, carrier.send(policy_version), strict=True))
+        wire, timeout = carrier.layout.wire(), self._config.timeout_seconds
+
+        def stage(engine: EngineControl) -> Mapping[str, str]:
+            wanted = wire | {"source": sources[engine]}
+            return engine.stage(wanted, policy_version=policy_version, timeout_seconds=timeout)
+
+        for engine, held in zip(self._fleet.engines, self._fleet.each(stage), strict=True):
+            if faults := differences(adapter, held):
+                lines = "\n".join(faults)
+                raise SyncError(f"engine {engine.name} loaded another adapter for version {policy_version}:\n{lines}")
+
+    def _switch(self, expected: Receipt, digests: Mapping[str, str]) -> float:
+        """Every engine samples from the staged adapter. Returns the seconds for which none sampled."""
+        clock = Stopwatch()
+        if self._config.in_flight == "abort":
+            self._fleet.pause("abort")
+            clock.lap("pause")
+        self._fleet.prove(self._fleet.each(lambda engine: engine.switch(expected)), expected, digests=digests)
+        self._fleet.resume()
+        clock.lap("resume")
+        return clock.total if "pause" in clock.parts else 0.0
+
+    def _ways(self, engines: Sequence[Mapping[str, Any]], device: torch.device) -> list[Way]:
+        asked = self._config.adapter_transfer
+        if asked == "files":
+            return ["files"] * len(engines)
+        ways: list[Way] = [way_to(engine["whereabouts"], device) for engine in engines]
+        if asked == "memory" and "files" in ways:
+            raise SyncError(
+                f"engine {self._fleet.engines[ways.index('files')].name} shares no memory with the learner: it is on "
+                "another host, in another container or has another torch; set bridge.adapter_transfer to auto or files"
+            )
+        return ways
+
+    def _refuse_other_base(self) -> None:
+        for engine, parameters in zip(self._fleet.engines, self._fleet.each(lambda e: e.parameters()), strict=True):
+            served = {name: digest for name, digest in parameters.items() if not is_adapter_name(name)}
+            if faults := differences(self._base_digests, served):
+                lines = "\n".join(faults)
+                raise SyncError(f"engine {engine.name} serves another base than the learner adapts:\n{lines}")
+
+    def _refuse_unheld(self, layers: Mapping[str, LoraLayer], engines: Sequence[Mapping[str, Any]]) -> AdapterLayout:
+        layout = AdapterLayout.of(layers, engines[0]["dtype"])
+        for engine, held in zip(self._fleet.engines, engines, strict=True):
+            faults = what_cannot_be_held(layout.shapes, held)
+            if held["dtype"] != engines[0]["dtype"]:
+                faults.append(f"its adapters are {held['dtype']}, those of {self._fleet.engines[0].name} are not")
+            if held["num_ranks"] > 1:
+                faults.append(f"it is split over {held['num_ranks']} devices, whose shards this bridge cannot prove")
+            if faults:
+                raise SyncError(
+                    f"engine {engine.name} cannot hold the learner's adapter; leave out what it names, or set "
+                    f"bridge.name to restart, which merges the adapter:\n{listed(faults)}"
+                )
+        return layout

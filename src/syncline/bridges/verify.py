@@ -1,0 +1,81 @@
+"""Does a running engine hold what a checkpoint on disk says? The same digests as a publish, over safetensors files.
+
+A PEFT adapter's folder is proved with its base: the adapter as the engine holds it, scaled, and the base it names.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from syncline.bridges.adapter import A, AdapterLayout, B, LoraLayer, is_adapter_name
+from syncline.bridges.receipt import differences, parameter_digests
+from syncline.errors import CheckpointError
+
+
+def faults_of(folder: Path, served: Mapping[str, str]) -> list[str]:
+    """What differs between the checkpoint in `folder` and an engine's `served` parameters (name → `kind:digest`).
+
+    Tensors are cast to the type they are served in, as a load does. Raises `CheckpointError` for a folder without
+    readable weights.
+    """
+    if (folder / "adapter_config.json").is_file():
+        return _faults_of_adapter(folder, served)
+    saved = parameter_digests(_saved_as_served(folder, served))
+    return differences(saved, served, left="the checkpoint")
+
+
+def _faults_of_adapter(folder: Path, served: Mapping[str, str]) -> list[str]:
+    adapter = {name: digest for name, digest in served.items() if is_adapter_name(name)}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    base = Path(config["base_model_name_or_path"] or "")
+    if not base.is_dir():
+        raise CheckpointError(f"{folder}: its base {str(base)!r} is no folder here; verify a merged checkpoint instead")
+    dtype = next((digest.partition("[")[0] for digest in adapter.values()), "float32")
+    layers = _saved_layers(folder, config)
+    layout = AdapterLayout.of(layers, dtype)
+    buffer = layout.new_buffer(torch.device("cpu"))
+    layout.pack(layers, buffer)
+    faults = differences(layout.digests(buffer), adapter, left="the checkpoint")
+    return faults + faults_of(base, {name: digest for name, digest in served.items() if not is_adapter_name(name)})
+
+
+def _saved_layers(folder: Path, config: Mapping[str, Any]) -> dict[str, LoraLayer]:
+    """The pairs of an adapter that has one rank and one alpha for all, by the names of their layers."""
+    tensors = {name.removeprefix("base_model.model."): t for name, t in _saved(folder, "adapter_model.safetensors")}
+    if config.get("rank_pattern") or config.get("alpha_pattern") or not all(map(is_adapter_name, tensors)):
+        raise CheckpointError(f"{folder}: only LoRA pairs of one rank and alpha can be verified")
+    rank = config["r"]
+    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    names = [name.removesuffix(A) for name in tensors if name.endswith(A)]
+    return {name: LoraLayer(tensors[name + A], tensors[name + B], scaling) for name in names}
+
+
+def _saved_as_served(folder: Path, served: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    tied = _ties_embeddings(folder)
+    for name, tensor in _saved(folder):
+        if name == "lm_head.weight" and name not in served and tied:
+            continue
+        dtype = served[name].partition("[")[0] if name in served else None
+        yield name, tensor.to(getattr(torch, dtype)) if dtype else tensor
+
+
+def _saved(folder: Path, files: str = "*.safetensors") -> Iterator[tuple[str, torch.Tensor]]:
+    paths = sorted(folder.glob(files))
+    if not paths:
+        raise CheckpointError(f"{folder}: holds no *.safetensors; give the folder of a checkpoint")
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict: it cannot be iterated)
+                    yield name, file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _ties_embeddings(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and bool(json.loads(config.read_text()).get("tie_word_embeddings"))

@@ -1,0 +1,159 @@
+"""Adapters over HTTP: two calls of the `lora` bridge, and `/lora/*` for loading one by hand.
+
+A bridge stages (nothing samples from it yet) and then switches; neither needs a pause. An adapter loaded by hand serves
+at once, but what is sampled from it has no policy version, so no learner trains on it; the next switch replaces it.
+"""
+
+import json
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, HTTPException
+from pydantic import Field
+
+from syncline.bridges.receipt import model_digest
+from syncline.engines.vllm.adapters import Adapter
+from syncline.engines.vllm.routes import Body, Route, Served
+from syncline.errors import EngineError
+
+LOAD_TIMEOUT_SECONDS = 300.0
+"""For requests under an adapter whose slot a load by hand needs."""
+
+
+class SourceBody(Body):
+    """`bridges.adapter.AdapterLayout.wire`, and where a `bridges.carriers.Carrier` put it."""
+
+    dtype: str
+    shapes: dict[str, tuple[int, ...]]
+    source: dict[str, Any]
+
+
+class StageBody(Body):
+    adapter: SourceBody
+    policy_version: int = Field(ge=0)
+    timeout_seconds: float = Field(gt=0)
+
+
+class SwitchBody(Body):
+    policy_version: int = Field(ge=0)
+    digest: str
+
+
+class LoadBody(Body):
+    adapter_path: str
+    adapter_name: str | None = None
+
+
+def adapter_routes(served: Served) -> APIRouter:
+    router = APIRouter(route_class=Route)
+
+    @router.get("/syncline/adapters")
+    async def adapters() -> dict[str, Any]:
+        served.adapters.refuse_without()
+        ranks = await served.each_rank("syncline_adapters")
+        return ranks[0] | {"num_ranks": len(ranks)}
+
+    @router.post("/syncline/stage")
+    async def stage(body: StageBody) -> dict[str, Any]:
+        served.refuse_backwards(body.policy_version)
+        adapter = served.adapters.new(f"policy-v{body.policy_version}")
+        content = body.adapter.model_dump(mode="json")
+        await _load(served, adapter, "syncline_stage", content, timeout_seconds=body.timeout_seconds)
+        return {"parameters": adapter.parameters}
+
+    @router.post("/syncline/switch")
+    async def switch(body: SwitchBody) -> dict[str, Any]:
+        served.refuse_backwards(body.policy_version)
+        base = served.base_parameters()
+        proved = [a for a in served.adapters.held if model_digest(base | a.parameters) == body.digest]
+        if not proved:
+            raise EngineError(f"no adapter here has digest {body.digest[:12]} with the base; stage it first")
+        served.adapters.policy, served.adapters.by_hand = proved[-1], None
+        served.gate.policy_version = body.policy_version
+        served.sample_from_current()
+        return served.receipt()
+
+    return router
+
+
+async def _load(served: Served, adapter: Adapter, method: str, *content: Any, timeout_seconds: float) -> None:
+    """Into a free slot, one at a time. A fault leaves the adapters that are sampled from as they were."""
+    async with served.adapters.loading:
+        if method == "syncline_stage":
+            _stop_by_hand(served)
+        drop = await served.adapters.room(timeout_seconds=timeout_seconds)
+        [adapter.parameters] = await served.each_rank(method, adapter.id, *content, drop)
+        served.adapters.held.append(adapter)
+
+
+def seed_routes(served: Served) -> APIRouter:
+    """`/lora/*`, as older recipes call them."""
+    router = APIRouter(route_class=Route)
+    adapters = served.adapters
+    num_loads = 0
+
+    @router.get("/lora/status")
+    async def status() -> dict[str, Any]:
+        current = adapters.current
+        return {
+            "lora_available": adapters.num_slots > 0,
+            "active_adapter_path": current and current.path,
+            "active_adapter_name": current and current.name,
+            "active_adapter_id": current and current.id,
+            "load_count": num_loads,
+            "available_adapters": [adapter.name for adapter in adapters.held],
+            **served.receipt(),
+        }
+
+    @router.post("/lora/load")
+    async def load(body: LoadBody) -> dict[str, Any]:
+        nonlocal num_loads
+        adapters.refuse_without()
+        path = Path(body.adapter_path).absolute()
+        config = _adapter_config(path)
+        _stop_by_hand(served)
+        adapter = adapters.new(body.adapter_name or path.name, str(path))
+        timeout = LOAD_TIMEOUT_SECONDS
+        await _load(served, adapter, "syncline_load_folder", adapter.name, str(path), timeout_seconds=timeout)
+        adapters.by_hand = adapter
+        served.sample_from_current()
+        num_loads += 1
+        return {
+            "status": "ok",
+            "adapter_path": adapter.path,
+            "adapter_name": adapter.name,
+            "adapter_id": adapter.id,
+            "load_count": num_loads,
+            "adapter_config": config,
+        }
+
+    @router.post("/lora/unload")
+    async def unload() -> dict[str, Any]:
+        """Back to the bridge's adapter, or to the base alone where no bridge has switched to one."""
+        previous = _stop_by_hand(served)
+        return {
+            "status": "ok",
+            "previous_adapter": previous and previous.path,
+            "previous_name": previous and previous.name,
+        }
+
+    return router
+
+
+def _stop_by_hand(served: Served) -> Adapter | None:
+    """New requests get the bridge's adapter again; what they got is answered."""
+    previous, served.adapters.by_hand = served.adapters.by_hand, None
+    served.sample_from_current()
+    return previous
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "adapter_config.json").read_text())
+    except OSError as error:
+        raise HTTPException(HTTPStatus.NOT_FOUND, f"no adapter at {path}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise EngineError(f"{path}/adapter_config.json is not JSON: {error}") from error
+    found = {key: config.get(key) for key in ("r", "lora_alpha", "target_modules")}
+    return found | {"base_model": config.get("base_model_name_or_path")}

@@ -1,0 +1,169 @@
+"""The worker's side of adapters: vLLM's slots filled from a buffer, and read back for the digest.
+
+vLLM keeps, for each adapted layer, stacked tensors with a padded matrix for every slot, and its kernels read those.
+So the digest is of the slot, not of what was sent, and what lies in a slot beside the adapter must be zero. An adapter
+is pinned: vLLM must not evict it, because it would look for the evicted one on a disk where it never was.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from syncline.bridges.adapter import A, AdapterLayout, B, copy_all, listed, what_cannot_be_held
+from syncline.bridges.carriers import Receiver, whereabouts
+from syncline.engines.vllm import compat
+from syncline.engines.vllm.answer import answer
+from syncline.errors import SyncError
+
+Layers = dict[str, tuple[Any, int]]
+"""Checkpoint name of each linear layer that can be adapted → vLLM's layer, and which of its fused slices it is."""
+
+
+def adaptable(manager: Any) -> Layers:
+    """What of vLLM's model the bridge can adapt; anything else is left to be refused by name."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    found: Layers = {}
+    for name, layer in manager.modules.items():
+        parts = manager.packed_modules.get(name, [name])
+        if isinstance(layer, BaseLinearLayerWithLoRA) and layer.n_slices == len(parts):
+            found |= {part: (layer, i) for i, part in enumerate(parts)}
+    return found
+
+
+def sizes(layers: Layers) -> dict[str, list[int]]:
+    """Name → inputs and outputs."""
+    return {n: [layer.lora_a_stacked[i].shape[3], layer.lora_b_stacked[i].shape[2]] for n, (layer, i) in layers.items()}
+
+
+def load(manager: Any, adapter_id: int, layout: AdapterLayout, buffer: torch.Tensor) -> None:
+    """Fills a free slot from the buffer and pins it. The buffer may be written again once the device has caught up."""
+    views = layout.views(buffer)
+    pairs = {name: (views[name + A], views[name + B]) for name in layout.modules()}
+    adapter = compat.new_adapter(adapter_id, pairs)
+    manager.add_adapter(adapter)
+    manager.activate_adapter(adapter_id)
+    manager.pin_adapter(adapter_id)
+    adapter.loras.clear()  # views of a buffer that will hold the next version
+
+
+def read(manager: Any, layers: Layers, adapter_id: int, layout: AdapterLayout, buffer: torch.Tensor) -> None:
+    """Copies an adapter out of its slot. Raises `SyncError` when the slot holds more than the layout says."""
+    slot, views = manager.lora_index_to_id.index(adapter_id), layout.views(buffer)
+    targets, found = [], []
+    for name in layout.modules():
+        layer, i = layers[name]
+        rank = layout.shapes[name + A][0]
+        targets += [views[name + A], views[name + B]]
+        found += [layer.lora_a_stacked[i][slot, 0, :rank], layer.lora_b_stacked[i][slot, 0, :, :rank]]
+    copy_all(targets, found)
+    rest = [(name, tensor) for name, tensor in _rest(manager, layers, slot, layout) if tensor.numel()]
+    if rest and torch.stack([tensor.any() for _, tensor in rest]).any():
+        bad = next(name for name, tensor in rest if tensor.any())
+        raise SyncError(f"{bad}: the engine's slot holds more than the adapter that was loaded into it")
+
+
+def whole(manager: Any) -> AdapterLayout:
+    """The layout of all that a slot can hold, for an adapter whose own is not known."""
+    shapes: dict[str, torch.Size] = {}
+    for name, (layer, i) in adaptable(manager).items():
+        shapes |= {name + A: layer.lora_a_stacked[i].shape[2:], name + B: layer.lora_b_stacked[i].shape[2:]}
+    return AdapterLayout(shapes, str(manager.lora_config.lora_dtype).removeprefix("torch."))
+
+
+def _rest(manager: Any, layers: Layers, slot: int, layout: AdapterLayout) -> Iterator[tuple[str, torch.Tensor]]:
+    """What of a slot is no part of the adapter: padding up to the largest rank, and layers that are not adapted."""
+    adapted = {(id(layer), i): name for name, (layer, i) in layers.items() if name + A in layout.shapes}
+    for module_name, module in manager.modules.items():
+        stacks = [module.lora_a_stacked, module.lora_b_stacked]
+        slices = zip(*([one] if isinstance(one, torch.Tensor) else one for one in stacks), strict=True)
+        for i, (a, b) in enumerate(slices):
+            name = adapted.get((id(module), i))
+            rank = layout.shapes[name + A][0] if name else 0
+            if name is None:
+                yield module_name, a[slot]
+                yield module_name, b[slot]
+            else:
+                yield name, a[slot, 0, rank:]
+                yield name, b[slot, 0, :, rank:]
+
+
+class AdapterExtension:
+    """Methods of vLLM's worker, called by name. What it cannot do is a fault, and the engine goes on as it was."""
+
+    device: Any
+    model_runner: Any
+    _receiver: Receiver | None = None
+    _layouts: dict[int, AdapterLayout] | None = None
+
+    def syncline_adapters(self) -> dict[str, Any]:
+        """What `EngineControl.adapters` answers, but for the number of ranks."""
+        manager = compat.adapter_manager(self.model_runner)
+        about = {
+            "dtype": str(manager.lora_config.lora_dtype).removeprefix("torch."),
+            "max_rank": manager.lora_config.max_lora_rank,
+            "modules": sizes(adaptable(manager)),
+            "whereabouts": whereabouts(self.device),
+        }
+        return answer(lambda: about)
+
+    def syncline_stage(self, adapter_id: int, adapter: dict[str, Any], drop: list[int]) -> dict[str, Any]:
+        """Drops adapters, loads one; name → digest of what its slot then holds."""
+        layout = AdapterLayout(adapter["shapes"], adapter["dtype"])
+
+        def fill(manager: Any) -> AdapterLayout:
+            _refuse(manager, layout)
+            self._receiver = self._receiver or Receiver(self.device)
+            load(manager, adapter_id, layout, self._receiver.receive(adapter["source"], layout))
+            return layout
+
+        return self._added(adapter_id, drop, fill)
+
+    def syncline_load_folder(self, adapter_id: int, name: str, path: str, drop: list[int]) -> dict[str, Any]:
+        """As `syncline_stage`, from any PEFT folder, by vLLM's own loader and checks."""
+        from vllm.lora.request import LoRARequest
+
+        def fill(manager: Any) -> AdapterLayout:
+            try:
+                self.model_runner.add_lora(LoRARequest(name, adapter_id, path))
+            except (ValueError, OSError, KeyError) as error:
+                raise SyncError(f"vLLM cannot load {path}: {error}") from error
+            manager.pin_adapter(adapter_id)
+            return whole(manager)
+
+        return self._added(adapter_id, drop, fill)
+
+    def syncline_held(self, adapter_id: int) -> dict[str, Any]:
+        """An adapter's slot, digested again."""
+        return answer(lambda: self._digests(adapter_id))
+
+    def _added(self, adapter_id: int, drop: list[int], fill: Callable[[Any], AdapterLayout]) -> dict[str, Any]:
+        manager = compat.adapter_manager(self.model_runner)
+        kept = {i: layout for i, layout in (self._layouts or {}).items() if i not in drop}
+        for old in drop:
+            manager.remove_adapter(old)
+
+        def added() -> dict[str, str]:
+            try:
+                self._layouts = {**kept, adapter_id: fill(manager)}
+                return self._digests(adapter_id)
+            except SyncError:
+                manager.remove_adapter(adapter_id)
+                raise
+
+        return answer(added)
+
+    def _digests(self, adapter_id: int) -> dict[str, str]:
+        manager, layout = compat.adapter_manager(self.model_runner), (self._layouts or {})[adapter_id]
+        buffer = layout.new_buffer(self.device)
+        read(manager, adaptable(manager), adapter_id, layout, buffer)
+        return layout.digests(buffer)
+
+
+def _refuse(manager: Any, layout: AdapterLayout) -> None:
+    held = {"modules": sizes(adaptable(manager)), "max_rank": manager.lora_config.max_lora_rank}
+    if faults := what_cannot_be_held(layout.shapes, held):
+        raise SyncError(listed(faults))
+    if layout.dtype != manager.lora_config.lora_dtype:
+        raise SyncError(f"the adapter is {layout.dtype}, the engine's slots {manager.lora_config.lora_dtype}")

@@ -1,0 +1,179 @@
+"""The adapter reaches every engine or none, and whoever is at fault is named."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from syncline.bridges.adapter import AdapterLayout, LoraLayer
+from syncline.bridges.carriers import Receiver, whereabouts
+from syncline.bridges.lora import LoraBridge
+from syncline.bridges.receipt import model_digest, parameter_digests
+from syncline.config.schema import Bridge
+from syncline.errors import EngineError, SyncError
+from syncline.protocols import Receipt
+
+CPU = torch.device("cpu")
+
+
+class Model(nn.Module):
+    """One frozen layer and its adapter, as `base` and `layers` below see them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.arange(12.0).view(4, 3), requires_grad=False)
+        self.layers = {"w": LoraLayer(torch.ones(2, 3), torch.zeros(4, 2), 1.5)}
+
+
+class FakeEngine:
+    """`EngineControl` in memory: holds what it reads, and switches as a real one does."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.base = parameter_digests([("w.weight", torch.arange(12.0).view(4, 3))])
+        self.modules = {"w": [3, 4]}
+        self.num_ranks = 1
+        self.held: list[dict[str, str]] = [{}]
+        self.serves, self.version, self.paused = self.held[0], -1, False
+        self.calls: list[str] = []
+        self.fault: str | None = None
+        """The call that fails."""
+        self.tampers = False
+
+    def _called(self, call: str) -> None:
+        self.calls.append(call)
+        if self.fault == call:
+            raise EngineError(f"{self.name} failed to {call}")
+
+    def wait_until_ready(self, *, timeout_seconds: float) -> None: ...
+
+    def pause(self, *, mode: str, timeout_seconds: float) -> None:
+        self._called(f"pause {mode}")
+        self.paused = True
+
+    def resume(self) -> None:
+        self._called("resume")
+        self.paused = False
+
+    def receipt(self) -> Receipt:
+        return Receipt(self.version, model_digest(self.base | self.serves))
+
+    def parameters(self) -> Mapping[str, str]:
+        return self.base | self.serves
+
+    def adapters(self) -> Mapping[str, Any]:
+        about = {"dtype": "float32", "max_rank": 8, "modules": self.modules, "num_ranks": self.num_ranks}
+        return about | {"whereabouts": whereabouts(CPU)}
+
+    def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
+        self._called("stage")
+        layout = AdapterLayout(adapter["shapes"], adapter["dtype"])
+        buffer = Receiver(CPU).receive(adapter["source"], layout).clone()
+        if self.tampers:
+            layout.views(buffer)["w.lora_B.weight"].add_(1)
+        self.held.append(layout.digests(buffer))
+        return self.held[-1]
+
+    def switch(self, receipt: Receipt) -> Receipt:
+        self._called("switch")
+        self.serves = next(held for held in self.held if model_digest(self.base | held) == receipt.digest)
+        self.version = receipt.policy_version
+        return self.receipt()
+
+
+@pytest.fixture
+def engines() -> list[FakeEngine]:
+    return [FakeEngine("first"), FakeEngine("second")]
+
+
+def attached(engines: list[FakeEngine], folder: Path, **config: Any) -> tuple[LoraBridge, Model]:
+    model = Model()
+    bridge = LoraBridge(
+        engines,  # type: ignore[arg-type]
+        Bridge(name="lora", **config),
+        base=lambda m: [("w.weight", m.w)],
+        layers=lambda m: m.layers.items(),
+        folder=folder,
+    )
+    bridge.attach(model)
+    return bridge, model
+
+
+def test_every_engine_serves_the_proved_adapter_and_none_was_paused(engines: list[FakeEngine], tmp_path: Path) -> None:
+    bridge, model = attached(engines, tmp_path)
+    for version in (0, 1):
+        model.layers["w"].b.add_(0.5)
+        with bridge.updating():
+            report = bridge.publish(model, policy_version=version)
+        assert [engine.receipt() for engine in engines] == [report.receipt] * 2
+        assert (report.receipt.policy_version, report.num_bytes, report.pause_seconds) == (version, 14 * 4, 0.0)
+    assert all("pause" not in call for engine in engines for call in engine.calls)
+
+
+def test_an_unchanged_adapter_is_not_sent_again(engines: list[FakeEngine], tmp_path: Path) -> None:
+    bridge, model = attached(engines, tmp_path)
+    bridge.publish(model, policy_version=0)
+    report = bridge.publish(model, policy_version=1)
+    assert report.num_bytes == 0
+    assert [engine.calls.count("stage") for engine in engines] == [1, 1]
+    assert [engine.version for engine in engines] == [1, 1]
+
+
+def test_an_engine_that_started_again_gets_the_adapter_again(engines: list[FakeEngine], tmp_path: Path) -> None:
+    bridge, model = attached(engines, tmp_path)
+    bridge.publish(model, policy_version=0)
+    engines[1].__init__("second")
+    bridge.publish(model, policy_version=1)
+    assert engines[0].receipt() == engines[1].receipt()
+
+
+@pytest.mark.parametrize("tampers", [False, True], ids=["fails", "holds another"])
+def test_when_one_engine_cannot_load_none_switches(engines: list[FakeEngine], tmp_path: Path, tampers: bool) -> None:
+    bridge, model = attached(engines, tmp_path)
+    served = bridge.publish(model, policy_version=0).receipt
+    model.layers["w"].b.add_(1)
+    engines[1].fault, engines[1].tampers = (None, True) if tampers else ("stage", False)
+    with pytest.raises((EngineError, SyncError), match="second") as caught:
+        bridge.publish(model, policy_version=1)
+    assert not tampers or "w.lora_B.weight: the learner" in str(caught.value)
+    assert [engine.receipt() for engine in engines] == [served, served], "no engine serves a version others could not"
+    assert [engine.paused for engine in engines] == [True, True]
+
+
+def test_a_fault_between_two_switches_leaves_every_engine_paused(engines: list[FakeEngine], tmp_path: Path) -> None:
+    bridge, model = attached(engines, tmp_path)
+    bridge.publish(model, policy_version=0)
+    model.layers["w"].b.add_(1)
+    engines[1].fault = "switch"
+    with pytest.raises(EngineError, match="second failed to switch"):
+        bridge.publish(model, policy_version=1)
+    assert [engine.paused for engine in engines] == [True, True]
+
+
+def test_abort_pauses_only_for_the_switch(engines: list[FakeEngine], tmp_path: Path) -> None:
+    bridge, model = attached(engines, tmp_path, in_flight="abort")
+    report = bridge.publish(model, policy_version=0)
+    assert engines[0].calls == ["stage", "pause abort", "switch", "resume"]
+    assert report.pause_seconds > 0
+
+
+def test_another_base_is_refused_by_parameter(engines: list[FakeEngine], tmp_path: Path) -> None:
+    engines[1].base = parameter_digests([("w.weight", torch.ones(4, 3))])
+    with pytest.raises(SyncError, match=r"(?s)second serves another base.*w\.weight: .*float32\[4, 3\]"):
+        attached(engines, tmp_path)
+
+
+def test_a_module_the_engine_cannot_adapt_is_refused_with_the_remedy(engines: list[FakeEngine], tmp_path: Path) -> None:
+    engines[1].modules = {}
+    message = r"(?s)second cannot hold.*bridge\.name to restart, which merges.*w: the engine cannot adapt this module"
+    with pytest.raises(SyncError, match=message):
+        attached(engines, tmp_path)
+
+
+def test_an_engine_of_several_devices_is_refused(engines: list[FakeEngine], tmp_path: Path) -> None:
+    engines[0].num_ranks = 2
+    with pytest.raises(SyncError, match=r"(?s)first cannot hold.*split over 2 devices"):
+        attached(engines, tmp_path)
