@@ -15,6 +15,7 @@ from syncline.bridges.shared import SharedBridge
 from syncline.config.schema import Bridge
 from syncline.engines.pool import EnginePool
 from syncline.errors import EngineError
+from syncline.learner.model import checkpoint_shards
 from syncline.types import SamplingParams
 
 pytestmark = pytest.mark.e2e
@@ -33,7 +34,7 @@ def sides(tmp_path_factory) -> Iterator[list[Side]]:
 
 
 def test_a_step_is_seen_and_proved_by_every_engine(sides: list[Side]) -> None:
-    bridge = SharedBridge([s.engine for s in sides], Bridge(name="shared"), parameters=lambda m: m.named_parameters())
+    bridge = SharedBridge([s.engine for s in sides], Bridge(name="shared"), shards=checkpoint_shards)
     model = AutoModelForCausalLM.from_pretrained(sides[0].model_path, dtype=DTYPE).to(DEVICE)
     bridge.attach(model)
     bridge.publish(model, policy_version=0)
@@ -63,7 +64,7 @@ def _sampled_by_both(sides: list[Side]) -> bool:
 
 def test_an_engine_that_died_is_named_and_the_other_stays_paused(sides: list[Side]) -> None:
     first, second = sides
-    bridge = SharedBridge([s.engine for s in sides], Bridge(name="shared"), parameters=lambda m: m.named_parameters())
+    bridge = SharedBridge([s.engine for s in sides], Bridge(name="shared"), shards=checkpoint_shards)
     bridge.attach(first.model)
     bridge.publish(first.model, policy_version=first.next_version())
     os.killpg(second.engine.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from syncline.config.schema import Bridge, Lora
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
 from syncline.learner.adapter import adapter_layers, base_parameters
-from syncline.learner.model import add_lora
+from syncline.learner.model import add_lora, checkpoint_shards
 from syncline.protocols import SyncReport, WeightBridge
 from syncline.types import Completion, SamplingParams
 
@@ -42,7 +42,7 @@ def restart(side: "Side", config: Bridge) -> WeightBridge:
 
 
 def shared(side: "Side", config: Bridge) -> WeightBridge:
-    return SharedBridge([side.engine], config, parameters=lambda m: m.named_parameters())
+    return SharedBridge([side.engine], config, shards=checkpoint_shards)
 
 
 def broadcast(side: "Side", config: Bridge) -> WeightBridge:
@@ -70,7 +70,7 @@ BRIDGES: dict[str, MakeBridge] = {
     "shared-lora": lora,
 }
 TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,), "broadcast": (1, 2), "lora": (1,), "shared-lora": (1,)}
-"""Ranks of the engine under each bridge."""
+"""Ranks of the engine under each bridge; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
 ADAPTED = ("lora", "shared-lora")
 LORA = {"rank": 4, "alpha": 22.0}
 """A rank below vLLM's smallest slot, and a scaling of 5.5, which rounds and makes a stale adapter show."""

@@ -15,7 +15,7 @@ from real_engine import run_values, running_engine
 from syncline.bridges.shared import SharedBridge
 from syncline.config.schema import Bridge, Model
 from syncline.engines.client import EngineClient, EngineController
-from syncline.learner.model import Scorer, load_model
+from syncline.learner.model import Scorer, checkpoint_shards, load_model
 from syncline.learner.packing import pack_samples
 from syncline.types import SamplingParams, TrainingSample
 
@@ -61,7 +61,7 @@ def assert_parity(family: str, folder: Path) -> None:
     model_path = save_random_model(family, folder / "model")
     with running_engine(engine_values(model_path, folder), folder) as engine:
         model: Any = load_model(Model(path=str(model_path)), device=DEVICE)
-        bridge = SharedBridge([engine], Bridge(name="shared"), parameters=lambda model: model.named_parameters())
+        bridge = SharedBridge([engine], Bridge(name="shared"), shards=checkpoint_shards)
         bridge.attach(model)
         bridge.publish(model, policy_version=0)
         before = asyncio.run(sampled(engine))

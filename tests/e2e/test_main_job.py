@@ -1,4 +1,5 @@
-"""The main job as a user runs it: one command, real processes, a real vLLM, every bridge; LoRA with a reference."""
+"""The main job as a user runs it: one command, real processes, a real vLLM, every bridge; LoRA with a reference, and
+one copy split over two ranks of each side."""
 
 import json
 import os
@@ -13,12 +14,15 @@ from real_engine import make_tiny_model, run_values
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 NUM_STEPS = 4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OWN_ENVIRONMENT = Path(__file__).parents[2] / "benchmarks"
 """A user's own environment, by import path. Its reward varies in every group, so that every step has a gradient."""
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "shared", "lora-shared", "broadcast"])
+@pytest.mark.parametrize("tuning", ["full", "lora", "shared", "shared by ranks", "lora-shared", "broadcast"])
 def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
+    if tuning == "shared by ranks" and torch.cuda.device_count() == 1:
+        pytest.skip("needs two GPUs, or none")
     model = make_tiny_model(tmp_path / "model")
     values = run_values(model, tmp_path / "run", evaluation={"num_tasks": 8})
     values["run"] |= {"num_steps": NUM_STEPS}
@@ -28,8 +32,11 @@ def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     if tuning.startswith("lora"):
         values["model"]["lora"] = {"rank": 4}
         values["learner"]["loss"] = {"name": "dapo", "kl_coef": 0.01}
-    if tuning.endswith("shared"):
+    if tuning.endswith("shared") or tuning == "shared by ranks":
         values["bridge"] = {"name": "shared"}
+    if tuning == "shared by ranks":
+        for section in ("engine", "learner"):
+            values[section] |= {"device": DEVICE, "devices": [0, 1], "tensor_parallel_size": 2}
     if tuning == "broadcast":  # of merged adapters, which the other bridges' runs do not move
         if torch.cuda.device_count() == 1:
             pytest.skip("NCCL broadcasts between two GPUs, and this machine has one")
@@ -51,7 +58,7 @@ def test_a_run_from_start_to_report(tmp_path: Path, tuning: str) -> None:
     assert steps[1]["parity/mean_abs_diff"] < 1e-4
     assert all(step["grad_norm"] > 0 for step in steps)
     assert ("kl" in steps[-1]) == tuning.startswith("lora")
-    assert (steps[-1]["sync/bytes"] == 0) == (tuning == "shared")
+    assert (steps[-1]["sync/bytes"] == 0) == tuning.startswith("shared")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == NUM_STEPS
     assert summary["engine"]["name"] == "vllm"

@@ -1,7 +1,8 @@
 """The engines a bridge serves, asked all at once: what one of them must do, all must.
 
 Who waits for whom: the caller waits until every engine has answered or missed its deadline. The first fault, in the
-engines' order, is raised; the others have ended by then, so nothing goes on behind the caller's back.
+engines' order, is raised; the others have ended by then, so nothing goes on behind the caller's back. A learner of
+several ranks asks from rank 0 alone; the others wait for what it was answered.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import differences
 from syncline.errors import EngineError, SyncError
 from syncline.protocols import EngineControl, Receipt
@@ -19,18 +21,22 @@ Answer = TypeVar("Answer")
 class Fleet:
     """One engine or several. Every fault names its engine."""
 
-    def __init__(self, engines: Sequence[EngineControl], *, timeout_seconds: float) -> None:
+    def __init__(self, engines: Sequence[EngineControl], *, timeout_seconds: float, ranks: Ranks = ONE_RANK) -> None:
         if not engines:
             raise ValueError("a bridge needs an engine")
         self.engines = tuple(engines)
         self._timeout_seconds = timeout_seconds
+        self._ranks = ranks
         self._threads = ThreadPoolExecutor(len(self.engines), thread_name_prefix="syncline-fleet")
 
     def close(self) -> None:
         self._threads.shutdown()
 
     def each(self, call: Callable[[EngineControl], Answer]) -> list[Answer]:
-        """`call(engine)` for every engine at once; the answers in the engines' order."""
+        """`call(engine)` for every engine at once; the answers in the engines' order, on every rank."""
+        return self._ranks.from_first(lambda: self._each(call))
+
+    def _each(self, call: Callable[[EngineControl], Answer]) -> list[Answer]:
         if len(self.engines) == 1:
             return [call(self.engines[0])]
         calls = [self._threads.submit(call, engine) for engine in self.engines]

@@ -161,13 +161,24 @@ def _opened(storage: torch.UntypedStorage, place: Mapping[str, Any]) -> Shard:
     return Shard(tensor, tuple(place["shape"]), tuple(place["start"]), place["counted"])
 
 
-def bind(parameters: Mapping[str, torch.nn.Parameter], views: Mapping[str, Shard]) -> None:
-    """Rebinds each parameter to the piece of its name. Raises `SyncError` naming what is missing, extra or other."""
-    own = {name: kind_of(parameter) for name, parameter in parameters.items()}
-    if faults := differences(own, {name: kind_of(view.tensor) for name, view in views.items()}):
-        raise SyncError("the weights to share are of another model:\n" + "\n".join(faults))
-    for name, parameter in parameters.items():
-        parameter.data = views[name].tensor
+def bind(own: Mapping[str, Shard], theirs: Mapping[str, Shard], *, rank: int) -> None:
+    """Rebinds each piece of this rank to the memory of the piece of its name.
+
+    Raises `SyncError` naming rank and parameter where one is missing, extra, or another piece.
+    """
+    if faults := differences(_pieces(own), _pieces(theirs)):
+        raise SyncError(
+            f"rank {rank}: the weights to share are of another model, or split otherwise:\n" + "\n".join(faults)
+        )
+    for name, shard in own.items():
+        shard.tensor.data = theirs[name].tensor
+
+
+def _pieces(shards: Mapping[str, Shard]) -> dict[str, str]:
+    """Name → `float32[64, 128] at [64, 0] of [128, 128]`."""
+    return {
+        name: f"{kind_of(shard.tensor)} at {list(shard.start)} of {list(shard.shape)}" for name, shard in shards.items()
+    }
 
 
 def _refuse_stranger(origin: Origin, device: torch.device) -> None:

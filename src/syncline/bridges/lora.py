@@ -22,7 +22,7 @@ from syncline.bridges.adapter import AdapterLayout, LoraLayer, is_adapter_name, 
 from syncline.bridges.carriers import Carrier, Way, way_to
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, open_views
-from syncline.bridges.receipt import differences, model_digest, parameter_digests
+from syncline.bridges.receipt import differences, model_digest, parameter_digests, whole
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError
@@ -68,7 +68,7 @@ class LoraBridge:
         self._carrier = Carrier(layout, self._ways(engines, device), device=device, folder=self._folder)
         if self._shares_base:
             [memory] = self._fleet.engines[0].export()
-            bind(base, open_views(memory, device=device))
+            bind({name: whole(p) for name, p in base.items()}, open_views(memory, device=device), rank=0)
 
     @contextmanager
     def updating(self) -> Iterator[None]:

@@ -46,7 +46,7 @@ def parameter_digests(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, st
 
 def whole(tensor: torch.Tensor) -> Shard:
     """The tensor as the only piece of itself."""
-    return Shard(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim())
+    return Shard(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
 def shard_digests(named: Iterable[tuple[str, Shard]]) -> dict[str, list[Piece]]:

@@ -9,6 +9,7 @@ learner's does it resume. Whatever fails on the way leaves it paused.
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from syncline.bridges.fleet import Fleet
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, refuse_not_finite
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
@@ -30,7 +32,8 @@ Export = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 class RestartBridge:
     """See the module. `export(model)` yields the parameters under their own names, adapters merged, and `saved(model)`
     as files name and cut them (by default alike); `folder` is where versions are written; `assets` is a folder with the
-    config and tokenizer files to copy along."""
+    config and tokenizer files to copy along. With several ranks both yield wholes on each of them, together; rank 0
+    writes."""
 
     def __init__(
         self,
@@ -41,8 +44,10 @@ class RestartBridge:
         saved: Export | None = None,
         folder: Path,
         assets: Path,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds)
+        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds, ranks=ranks)
+        self._ranks = ranks
         self._config = config
         self._export = export
         self._saved = saved or export
@@ -79,7 +84,7 @@ class RestartBridge:
         clock.lap("load")
         self._fleet.resume()
         clock.lap("resume")
-        self._forget_versions_before(policy_version - 1)
+        self._ranks.from_first(lambda: self._forget_versions_before(policy_version - 1))
         pause = sum(clock.parts[part] for part in ("pause", "load", "resume"))
         return SyncReport(expected, moved, clock.total, pause, dict(clock.parts))
 
@@ -100,12 +105,27 @@ class RestartBridge:
 
     def _write(self, model: Any, policy_version: int) -> tuple[Path, int]:
         path = self._folder / f"version-{policy_version:06d}"
-        return path, write_weights(self._saved(model), path, assets=self._assets)
+        named = iter(self._saved(model))
+
+        def write() -> int:
+            try:
+                return write_weights(named, path, assets=self._assets)
+            finally:
+                _exhaust(named)
+
+        if not self._ranks.is_first:
+            _exhaust(named)
+        return path, self._ranks.from_first(write)
 
     def _forget_versions_before(self, policy_version: int) -> None:
         for path in self._folder.glob("version-*"):
             if int(path.name.removeprefix("version-")) < policy_version:
                 shutil.rmtree(path)
+
+
+def _exhaust(named: Iterator[Any]) -> None:
+    """To the end, whatever happens: the other ranks give their pieces in step with it."""
+    deque(named, maxlen=0)
 
 
 def write_weights(named: Iterable[tuple[str, torch.Tensor]], path: Path, *, assets: Path) -> int:

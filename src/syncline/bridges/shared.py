@@ -4,43 +4,49 @@ CUDA IPC on a GPU, a memory file on a CPU; nothing is copied or transferred, CUD
 Because the optimizer writes what the engine reads, the engine is paused around every step: `updating` stops it at a
 token boundary, the step writes in place, `publish` has both sides digest the bytes they see, and only equal digests
 resume it. Several engines may sample from the one copy: the first owns it, the others were started attached to it.
+Where engine and learner are split over ranks, each rank of the learner has the pieces of one rank of the engine.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, open_views
-from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, refuse_not_finite
+from syncline.bridges.manifest import Shard
+from syncline.bridges.ranks import ONE_RANK, Ranks
+from syncline.bridges.receipt import combined, kind_of, model_digest, refuse_not_finite, shard_digests
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError
 from syncline.protocols import EngineControl, Receipt, SyncReport
 
-Parameters = Callable[[Any], Iterable[tuple[str, torch.nn.Parameter]]]
+Shards = Callable[[Any], Iterable[tuple[str, Shard]]]
 
 
 class SharedBridge:
-    """See the module. `parameters(model)` yields the parameters under their checkpoint names, tied ones once."""
+    """See the module. `shards(model)` yields this rank's pieces under their checkpoint names, tied ones once; their
+    tensors are those the model computes with, so that rebinding their `.data` rebinds the model."""
 
-    def __init__(self, engines: Sequence[EngineControl], config: Bridge, *, parameters: Parameters) -> None:
-        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds)
+    def __init__(
+        self, engines: Sequence[EngineControl], config: Bridge, *, shards: Shards, ranks: Ranks = ONE_RANK
+    ) -> None:
+        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds, ranks=ranks)
+        self._ranks = ranks
         self._in_flight = config.in_flight
-        self._parameters = parameters
+        self._shards = shards
         self._paused: Stopwatch | None = None
         """Running since the pause; `None` while the engines sample."""
 
     def attach(self, model: Any) -> None:
         """Rebinds every parameter to the owner's memory. The engines stay paused until the first publish."""
         self._fleet.wait_until_ready()
-        own = dict(self._parameters(model))
-        self._fleet.refuse_other_model({name: kind_of(parameter) for name, parameter in own.items()})
+        own = dict(self._shards(model))
+        self._fleet.refuse_other_model({name: kind_of(shard.tensor, shard.shape) for name, shard in own.items()})
         self._pause()
-        device = next(iter(own.values())).device
-        bind(own, open_views(self._only_rank(), device=device))
+        exported = self._export_of_own_rank()
+        theirs = self._ranks.together(lambda: open_views(exported, device=next(iter(own.values())).tensor.device))
+        self._ranks.together(lambda: bind(own, theirs, rank=self._ranks.rank))
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -53,8 +59,7 @@ class SharedBridge:
             self._fleet.refuse_backwards(policy_version)
             clock = self._pause()
             clock.lap("step")
-            refuse_not_finite(self._parameters(model))
-            digests = parameter_digests(self._parameters(model))
+            digests = self._digests(model)
             expected = Receipt(policy_version, model_digest(digests))
             clock.lap("digest")
             self._fleet.prove(self._fleet.adopt(policy_version), expected, digests=digests)
@@ -69,16 +74,22 @@ class SharedBridge:
         """The engine owns the memory; nothing else is held."""
         self._fleet.close()
 
-    def _only_rank(self) -> Mapping[str, Any]:
-        owner = self._fleet.engines[0]
-        exports = owner.export()
-        if len(exports) != 1:
+    def _digests(self, model: Any) -> dict[str, str]:
+        """Of the wholes, from every rank's pieces."""
+        shards = list(self._shards(model))
+        self._ranks.together(lambda: refuse_not_finite((name, shard.tensor) for name, shard in shards))
+        return combined(self._ranks.gathered(shard_digests(shards)))
+
+    def _export_of_own_rank(self) -> Mapping[str, Any]:
+        """The owner's memory as this rank shares it."""
+        exports = self._ranks.from_first(lambda: self._fleet.engines[0].export())
+        if len(exports) != self._ranks.world_size:
             raise SyncError(
-                f"engine {owner.name} has {len(exports)} tensor-parallel ranks, each with pieces of the "
-                "parameters, and this learner holds whole ones; set engine.tensor_parallel_size to 1, or use "
+                f"engine {self._fleet.engines[0].name} has {len(exports)} tensor-parallel ranks and the learner "
+                f"{self._ranks.world_size}; set learner.tensor_parallel_size to engine.tensor_parallel_size, or use "
                 "bridge.name restart"
             )
-        return exports[0]
+        return exports[self._ranks.rank]
 
     def _pause(self) -> Stopwatch:
         """Once for a step, whoever comes first: `updating`, or a publish outside of it."""

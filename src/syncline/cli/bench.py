@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     from syncline.bench.sync import measure, references
     from syncline.bench.table import as_json, sync_table
+    from syncline.bridges.ranks import ONE_RANK
     from syncline.cli.train import _bridge as build_bridge
 
     num_gpus = torch.cuda.device_count()
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     compared: dict[str, dict[str, list[float]]] = {}
     for shape, model in _models(args):
         cases = [_case(args, name, shape=shape, model=model, num_gpus=num_gpus) for name in bridges]
-        results += [measure(case, build_bridge) for case in cases]
+        results += [measure(case, partial(build_bridge, ranks=ONE_RANK)) for case in cases]
         weights_bytes = results[-1].weights_bytes
         far = next((case for case in cases if case.learner_gpu != case.engine_gpu), cases[0])
         compared[shape] = references(far, num_bytes=weights_bytes, with_trl=not args.no_trl)

@@ -2,21 +2,24 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from syncline.cli.ranks import is_rank, run_ranks
 from syncline.config import RunConfig, load
 from syncline.config.rules import serves_adapters
 
 if TYPE_CHECKING:
     import torch
 
+    from syncline.bridges.ranks import Ranks
     from syncline.learner.loop import Parts
     from syncline.learner.parity import ParityGate
     from syncline.learner.step import Step
-    from syncline.protocols import EngineControl, WeightBridge
+    from syncline.protocols import EngineControl, MetricSink, RolloutSource, WeightBridge
 
 log = logging.getLogger("syncline.train")
 
@@ -29,13 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from syncline.learner.distributed import joined_ranks, rank_device
     from syncline.learner.loop import train
+    from syncline.learner.model import learner_device
     from syncline.observe.logs import set_up_logging
 
-    set_up_logging()
     config = load(args.file, args.overrides)
-    with assemble(config, engine_urls=args.engine_urls, trajectories_url=args.trajectories_url) as parts:
-        state = train(config, parts)
+    if config.learner.tensor_parallel_size > 1 and not is_rank():
+        return run_ranks(config.learner.tensor_parallel_size, sys.argv[1:])
+    device = rank_device(learner_device(config.learner.device))
+    with joined_ranks(device, timeout_seconds=_longest_wait(config)) as ranks:
+        set_up_logging(logging.INFO if ranks.is_first else logging.WARNING)
+        urls = {"engine_urls": args.engine_urls, "trajectories_url": args.trajectories_url}
+        with assemble(config, ranks, device=device, **urls) as parts:
+            state = train(config, parts)
     log.info(
         "finished: step %d, policy version %d, %d tokens trained",
         state.step,
@@ -45,30 +55,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _longest_wait(config: RunConfig) -> float:
+    """What other ranks must bear while rank 0 waits for the outside world, and a minute."""
+    waits = (config.trajectory.wait_timeout_seconds, config.bridge.timeout_seconds, config.engine.start_timeout_seconds)
+    return max(*waits, config.engine.request_timeout_seconds) + 60
+
+
 @contextmanager
-def assemble(config: RunConfig, *, engine_urls: Sequence[str], trajectories_url: str) -> Iterator["Parts"]:
-    """Every part of the loop, built from the configuration and closed in reverse."""
+def assemble(
+    config: RunConfig, ranks: "Ranks", *, device: "torch.device", engine_urls: Sequence[str], trajectories_url: str
+) -> Iterator["Parts"]:
+    """Every part of the loop, built from the configuration and closed in reverse.
+
+    Of several ranks, the first alone holds the sink and the source; what it is answered there, all are.
+    """
     import torch
 
     from syncline.engines.client import EngineController
     from syncline.learner.checkpoint import Checkpoints
+    from syncline.learner.distributed import on_first
     from syncline.learner.loop import Parts
-    from syncline.learner.model import (
-        assets_folder,
-        learner_device,
-        load_model,
-        trainable_parameters,
-    )
+    from syncline.learner.model import assets_folder, load_model, trainable_parameters
     from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
-    from syncline.observe.sinks import JsonlSink
-    from syncline.trajectory.client import TrajectorySource
 
     folder = Path(config.run.dir)
-    device = learner_device(config.learner.device)
     torch.manual_seed(config.run.seed)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    model = load_model(config.model, device=device, gradient_checkpointing=config.learner.gradient_checkpointing)
+    checkpointing = config.learner.gradient_checkpointing
+    model = load_model(config.model, device=device, gradient_checkpointing=checkpointing, ranks=ranks)
     accumulate_fp32(model)
     assets = assets_folder(config.model.path)
     with ExitStack() as stack:
@@ -77,35 +92,47 @@ def assemble(config: RunConfig, *, engine_urls: Sequence[str], trajectories_url:
         for engine in engines:
             stack.callback(engine.close)
             engine.wait_until_ready(timeout_seconds=timeout_seconds)
-        bridge = _bridge(config, engines, assets)
+        bridge = _bridge(config, engines, assets, ranks=ranks)
         stack.callback(bridge.close)
         bridge.attach(model)
-        checkpoints = Checkpoints(folder / "checkpoints", config.learner.num_checkpoints, assets)
-        sink = JsonlSink(folder, resumed_step=checkpoints.newest_step())
-        stack.callback(sink.close)
-        source = stack.enter_context(
-            TrajectorySource(trajectories_url, wait_timeout_seconds=config.trajectory.wait_timeout_seconds)
-        )
+        checkpoints = Checkpoints(folder / "checkpoints", config.learner.num_checkpoints, assets, ranks)
+        resumed_step = checkpoints.newest_step()
+        sink, source = (None, None)
+        if ranks.is_first:
+            sink, source = _outside(config, stack, trajectories_url=trajectories_url, resumed_step=resumed_step)
         yield Parts(
             model=model,
-            optimizer=SplitMasterAdamW(trainable_parameters(model), config.learner.optimizer),
-            step=_step(config, model, device),
+            optimizer=SplitMasterAdamW(trainable_parameters(model), config.learner.optimizer, ranks=ranks),
+            step=_step(config, model, device, ranks),
             bridge=bridge,
-            source=source,
-            sink=sink,
+            source=on_first(source, ranks),
+            sink=on_first(sink, ranks),
             checkpoints=checkpoints,
-            gate=_gate(config, engine_urls),
+            gate=_gate(config, engine_urls, ranks),
             device=device,
         )
 
 
-def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path) -> "WeightBridge":
+def _outside(
+    config: RunConfig, stack: ExitStack, *, trajectories_url: str, resumed_step: int
+) -> tuple["MetricSink", "RolloutSource"]:
+    from syncline.observe.sinks import JsonlSink
+    from syncline.trajectory.client import TrajectorySource
+
+    sink = JsonlSink(Path(config.run.dir), resumed_step=resumed_step)
+    stack.callback(sink.close)
+    source = TrajectorySource(trajectories_url, wait_timeout_seconds=config.trajectory.wait_timeout_seconds)
+    return sink, stack.enter_context(source)
+
+
+def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path, *, ranks: "Ranks") -> "WeightBridge":
     from syncline.bridges.broadcast import BroadcastBridge
     from syncline.bridges.lora import LoraBridge
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
     from syncline.learner.adapter import adapter_layers, base_parameters
-    from syncline.learner.model import checkpoint_parameters, saved_parameters
+    from syncline.learner.model import checkpoint_parameters, checkpoint_shards, saved_parameters
+    from syncline.learner.places import wholes
 
     if serves_adapters(config):
         return LoraBridge(
@@ -117,20 +144,21 @@ def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path)
             shares_base=config.bridge.name == "shared",
         )
     if config.bridge.name == "shared":
-        return SharedBridge(engines, config.bridge, parameters=lambda model: model.named_parameters())
+        return SharedBridge(engines, config.bridge, shards=checkpoint_shards, ranks=ranks)
     if config.bridge.name == "broadcast":
         return BroadcastBridge(engines, config.bridge, export=checkpoint_parameters, host=config.engine.host)
     return RestartBridge(
         engines,
         config.bridge,
-        export=checkpoint_parameters,
-        saved=saved_parameters,
+        export=lambda model: wholes(checkpoint_shards(model), ranks),
+        saved=lambda model: saved_parameters(model, ranks),
         folder=Path(config.run.dir) / "weights",
         assets=assets,
+        ranks=ranks,
     )
 
 
-def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device") -> "Step":
+def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device", ranks: "Ranks") -> "Step":
     from syncline.learner.model import Reference, Scorer
     from syncline.learner.step import Step
 
@@ -138,14 +166,14 @@ def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device") -
     return Step(
         config=config.learner,
         scorer=Scorer(config.sampling.temperature, config.learner.logprob_chunk_tokens),
-        reference=Reference.of(model, config.model, device=device) if needs_reference else None,
+        reference=Reference.of(model, config.model, device=device, ranks=ranks) if needs_reference else None,
         device=device,
         max_completion_tokens=config.sampling.max_tokens,
         num_steps=config.run.num_steps,
     )
 
 
-def _gate(config: RunConfig, engine_urls: Sequence[str]) -> "ParityGate":
+def _gate(config: RunConfig, engine_urls: Sequence[str], ranks: "Ranks") -> "ParityGate":
     from transformers import AutoTokenizer
 
     from syncline.engines.pool import EnginePool
@@ -160,4 +188,5 @@ def _gate(config: RunConfig, engine_urls: Sequence[str]) -> "ParityGate":
         temperature=config.sampling.temperature,
         scorer=Scorer(config.sampling.temperature, config.learner.logprob_chunk_tokens),
         token_budget=config.learner.token_budget,
+        ranks=ranks,
     )

@@ -90,8 +90,12 @@ def _devices(config: RunConfig) -> Iterator[str]:
             f"replicas of {engine.tensor_parallel_size} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
             "name that many, or set engine.device to cpu"
         )
-    if len(learner.devices) != 1:
-        yield f"learner.devices: {list(learner.devices)} names {len(learner.devices)} GPUs; it uses one, so name one"
+    if learner.device != "cpu" and len(set(learner.devices)) != learner.tensor_parallel_size:
+        yield (
+            f"learner.devices: {list(learner.devices)} names {len(set(learner.devices))} GPUs for "
+            f"learner.tensor_parallel_size = {learner.tensor_parallel_size}; name one for each rank, or set "
+            "learner.device to cpu"
+        )
     if "cpu" in (config.engine.device, config.learner.device) and "cuda" in (
         config.engine.device,
         config.learner.device,
@@ -99,6 +103,22 @@ def _devices(config: RunConfig) -> Iterator[str]:
         yield (
             f"learner.device: {config.learner.device!r} differs from engine.device = {config.engine.device!r}, and "
             "vLLM is installed for one of them; set both alike"
+        )
+
+
+def _ranks(config: RunConfig) -> Iterator[str]:
+    size = config.learner.tensor_parallel_size
+    if size == 1:
+        return
+    if config.model.lora:
+        yield (
+            f"learner.tensor_parallel_size: {size} does not split adapters, and model.lora is set; set it to 1, or "
+            "leave model.lora out"
+        )
+    if config.bridge.name == "broadcast":
+        yield (
+            f"learner.tensor_parallel_size: {size} has parameters in pieces, which bridge.name = 'broadcast' does not "
+            "gather; set it to 1, or use shared or restart"
         )
 
 
@@ -114,6 +134,12 @@ def _in_flight(config: RunConfig) -> Iterator[str]:
 def _bridge(config: RunConfig) -> Iterator[str]:
     if config.bridge.name != "shared":
         return
+    if config.engine.tensor_parallel_size != config.learner.tensor_parallel_size and not config.model.lora:
+        yield (
+            f"learner.tensor_parallel_size: {config.learner.tensor_parallel_size} is not engine.tensor_parallel_size = "
+            f"{config.engine.tensor_parallel_size}, and with bridge.name = 'shared' each rank of the one trains the "
+            "memory of one of the other; set both alike, or use restart"
+        )
     if config.engine.devices != config.learner.devices or config.engine.device != config.learner.device:
         yield (
             f"learner.devices: {list(config.learner.devices)} ({config.learner.device}) is not engine.devices = "
@@ -222,6 +248,7 @@ _RULES = (
     _schedule,
     _environments,
     _devices,
+    _ranks,
     _in_flight,
     _bridge,
     _broadcast,

@@ -66,7 +66,7 @@ class Engine(Section):
     """GPU indices; ignored on a CPU. Each replica takes the next ones, one a rank, but with bridge.name = shared all
     run on the same."""
     tensor_parallel_size: PositiveInt = 1
-    """Ranks of a replica that share each layer, a GPU each."""
+    """Ranks of a replica that share each layer: a GPU each, or processes on a CPU."""
     num_replicas: PositiveInt = 1
     """Engine processes that sample side by side, all on the same policy version."""
     host: str = "127.0.0.1"
@@ -149,6 +149,9 @@ class Optimizer(Section):
 class Learner(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: tuple[NonNegativeInt, ...] = (0,)
+    """GPU indices, one a rank; ignored on a CPU."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that train one model together, each with its part of every layer: one a GPU, or processes on a CPU."""
     num_threads: NonNegativeInt = 0
     token_budget: PositiveInt = 8192
     """Tokens of a micro-batch; peak memory follows it, not the group."""

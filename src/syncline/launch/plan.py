@@ -177,13 +177,14 @@ class _Planner:
         )
 
     def learner(self, *, starts_after: tuple[str, ...]) -> ProcessSpec:
-        devices = self._gpus["learner"]
+        """One process; with several ranks it starts them itself, and they end with it."""
+        devices, ranks = self._gpus["learner"], self._config.learner.tensor_parallel_size
         return ProcessSpec(
             name="learner",
             argv=self._argv("train", *self._urls()),
             kind=Kind.JOB,
             log=log_path(self._folder, "learner"),
-            env=_environment(devices=devices, num_threads=self._threads["learner"]),
+            env=_environment(devices=devices, num_threads=max(1, self._threads["learner"] // ranks)),
             devices=devices,
             starts_after=starts_after,
         )

@@ -2,14 +2,15 @@
 
 A checkpoint is a folder `step-000123` with the weights (or the adapter) in safetensors, `optimizer.safetensors`
 (moments and the low 16 bits of split masters), `rng.safetensors` and `state.json`. It is written beside, synced to
-disk and renamed, so a folder without `.partial` is complete; the newest is the one to resume from.
+disk and renamed, so a folder without `.partial` is complete; the newest is the one to resume from. Tensors are whole in
+it, however many ranks trained them: rank 0 writes, and any number of ranks can resume.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from syncline.bridges.manifest import Shard
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.restart import copy_assets
 from syncline.errors import CheckpointError
+from syncline.learner.places import cut, shard, wholes
 
 PREFIX = "step-"
 
@@ -43,9 +47,10 @@ class Checkpoints:
     folder: Path
     num_kept: int
     assets: Path
+    ranks: Ranks = ONE_RANK
 
     def newest(self) -> Path | None:
-        paths = self._complete()
+        paths = self.ranks.from_first(self._complete)
         return paths[-1] if paths else None
 
     def newest_step(self) -> int:
@@ -54,22 +59,15 @@ class Checkpoints:
         return int(newest.name.removeprefix(PREFIX)) if newest else 0
 
     def save(self, state: TrainState, model: nn.Module, optimizer: Any, *, digest: str) -> Path:
+        trained, moments = _trained(model), optimizer.state_dict()
+        shards = {name: shard(tensor) for name, tensor in trained.items()}
+        files = {
+            _weights_name(model): self._whole(shards.items()),
+            "optimizer.safetensors": self._whole(_shards_of_state(moments, shards).items()),
+            "rng.safetensors": _random_state(),
+        }
         path = self.folder / f"{PREFIX}{state.step:06d}"
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        copy_assets(self.assets, partial)
-        _save(_trained(model), partial / _weights_name(model))
-        for adapter in getattr(model, "peft_config", {}).values():
-            adapter.save_pretrained(partial)
-        _save(optimizer.state_dict(), partial / "optimizer.safetensors")
-        _save(_random_state(), partial / "rng.safetensors")
-        (partial / "state.json").write_text(json.dumps(asdict(state) | {"digest": digest}))
-        _sync_to_disk(partial)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
-        _sync_entry(self.folder)
-        self._forget_oldest()
+        self.ranks.from_first(lambda: self._write(path, files, model, json.dumps(asdict(state) | {"digest": digest})))
         return path
 
     def load(self, path: Path, model: nn.Module, optimizer: Any) -> tuple[TrainState, str]:
@@ -82,13 +80,35 @@ class Checkpoints:
             digest = values.pop("digest")
             state = TrainState(**values)
             _restore(model, load_file(path / _weights_name(model)), path)
-            optimizer.load_state_dict(load_file(path / "optimizer.safetensors"))
+            shards = {name: shard(tensor) for name, tensor in _trained(model).items()}
+            own = _shards_of_state(optimizer.state_dict(), shards)
+            optimizer.load_state_dict(_cut_like(own, load_file(path / "optimizer.safetensors")))
             _set_random_state(load_file(path / "rng.safetensors"))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: cannot be resumed from: {error}; remove it to fall back to an older one"
             ) from error
         return state, digest
+
+    def _whole(self, shards: Iterable[tuple[str, Shard]]) -> dict[str, torch.Tensor]:
+        """On the CPU of rank 0; other ranks give their pieces and keep nothing."""
+        return {name: whole.cpu() for name, whole in wholes(shards, self.ranks) if self.ranks.is_first}
+
+    def _write(self, path: Path, files: Mapping[str, Mapping[str, torch.Tensor]], model: Any, state: str) -> None:
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        copy_assets(self.assets, partial)
+        for name, tensors in files.items():
+            _save(tensors, partial / name)
+        for adapter in getattr(model, "peft_config", {}).values():
+            adapter.save_pretrained(partial)
+        (partial / "state.json").write_text(state)
+        _sync_to_disk(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+        _sync_entry(self.folder)
+        self._forget_oldest()
 
     def _forget_oldest(self) -> None:
         for path in self._complete()[: -self.num_kept]:
@@ -104,12 +124,27 @@ def _weights_name(model: nn.Module) -> str:
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: the adapter, or every parameter."""
+    """What training changes: the adapter, or every parameter; tied ones once."""
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(model)
-    return {name: p.detach() for name, p in model.named_parameters()}
+    return dict(model.named_parameters())
+
+
+def _shards_of_state(state: Mapping[str, torch.Tensor], shards: Mapping[str, Shard]) -> dict[str, Shard]:
+    """The optimizer's tensors have their parameters' places; what belongs to no parameter is its own whole."""
+    placed: dict[str, Shard] = {}
+    for name, tensor in state.items():
+        parameter = shards.get(name.rpartition(".")[0])
+        placed[name] = replace(parameter, tensor=tensor) if parameter else shard(tensor)
+    return placed
+
+
+def _cut_like(own: Mapping[str, Shard], saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This rank's pieces of what was saved. What has another shape, or no owner, is left for the optimizer to name."""
+    fits = {name for name, tensor in saved.items() if name in own and tuple(tensor.shape) == own[name].shape}
+    return {name: cut(t, own[name], own[name].tensor.shape) if name in fits else t for name, t in saved.items()}
 
 
 def _restore(model: nn.Module, saved: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -118,13 +153,14 @@ def _restore(model: nn.Module, saved: Mapping[str, torch.Tensor], path: Path) ->
     if missing := sorted(current.keys() ^ saved.keys()):
         raise ValueError(f"{path.name} and the model differ in {len(missing)} parameters, such as {missing[0]}")
     with torch.no_grad():
-        for name, tensor in current.items():
-            if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
+        for name, parameter in current.items():
+            own = shard(parameter)
+            if own.shape != tuple(saved[name].shape) or parameter.dtype != saved[name].dtype:
                 raise ValueError(
                     f"{name} is {saved[name].dtype}{list(saved[name].shape)} in the checkpoint "
-                    f"and {tensor.dtype}{list(tensor.shape)} in the model"
+                    f"and {parameter.dtype}{list(own.shape)} in the model"
                 )
-            tensor.copy_(saved[name])
+            own.tensor.copy_(cut(saved[name], own, own.tensor.shape))
 
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

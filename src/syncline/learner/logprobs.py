@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from syncline.learner.vocabulary import Vocabulary
+
 
 @dataclass(frozen=True, slots=True)
 class _Projection:
@@ -22,6 +24,7 @@ class _Projection:
     temperature: float
     chunk_rows: int
     softcap: float | None
+    vocabulary: Vocabulary
 
     def chunks(self, num_rows: int) -> Iterator[slice]:
         return (slice(i, min(i + self.chunk_rows, num_rows)) for i in range(0, num_rows, self.chunk_rows))
@@ -55,12 +58,13 @@ def token_logprobs(
 
     Both are of the distribution sampled from: `softcap` (`final_logit_softcapping` of some models), then `temperature`.
     `head` maps `[n, H]` to `[n, V]`, a plain or an adapted layer; its trainable parameters get their gradients. It runs
-    twice, so it may not draw dropout: `ValueError`. At most `chunk` rows of logits exist at once.
+    twice, so it may not draw dropout: `ValueError`. At most `chunk` rows of logits exist at once. A head split by rows
+    of the vocabulary maps to this rank's columns; the logits of two ranks never meet.
     """
     for name, module in head.named_modules():
         if isinstance(module, nn.Dropout) and module.training and module.p > 0:
             raise ValueError(f"dropout {module.p} in the language model head ({name or 'itself'}): set it to 0")
-    projection = _Projection(head, temperature, chunk, softcap)
+    projection = _Projection(head, temperature, chunk, softcap, Vocabulary.of(head))
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
     return _TokenLogprobs.apply(hidden, labels, projection, *trainable)  # type: ignore[return-value]
 
@@ -68,21 +72,22 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, projection: _Projection, *trainable: Tensor) -> Any:
-        logprobs = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
+        shape = (3, len(labels))
+        log_normaliser, label_logits, mean = torch.empty(shape, dtype=torch.float32, device=hidden.device)
         for rows in projection.chunks(len(labels)):
             logits = projection.logits(projection.head(hidden[rows]))
-            log_normaliser = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(-1, labels[rows, None]).squeeze(-1) - log_normaliser
-            entropy[rows] = log_normaliser - (logits.softmax(-1) * logits).sum(-1)
-        ctx.save_for_backward(hidden, labels, *trainable)
+            log_normaliser[rows] = logits.logsumexp(-1)
+            label_logits[rows] = projection.vocabulary.select(logits, labels[rows])
+            mean[rows] = (logits.softmax(-1) * logits).sum(-1)
+        log_normaliser, logprobs, entropy = projection.vocabulary.normalised(log_normaliser, label_logits, mean)
+        ctx.save_for_backward(hidden, labels, log_normaliser, *trainable)
         ctx.projection = projection
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, labels, *trainable = ctx.saved_tensors
+        hidden, labels, log_normaliser, *trainable = ctx.saved_tensors
         projection: _Projection = ctx.projection
         hidden_gradient = torch.empty_like(hidden)
         sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trainable]
@@ -90,18 +95,24 @@ class _TokenLogprobs(torch.autograd.Function):
             with torch.enable_grad():
                 chunk = hidden[rows].detach().requires_grad_()
                 raw = projection.head(chunk)
-            raw_gradient = _raw_gradient(projection, raw.detach(), labels[rows], gradients[0][rows])
+            logits = projection.logits(raw.detach())
+            logits_gradient = _logits_gradient(
+                projection.vocabulary, logits, log_normaliser[rows], labels=labels[rows], gradient=gradients[0][rows]
+            )
+            raw_gradient = projection.raw_gradient(logits, logits_gradient).to(raw.dtype)
             chunk_gradient, *parts = torch.autograd.grad(raw, [chunk, *trainable], raw_gradient)
             hidden_gradient[rows] = chunk_gradient
             for total, part in zip(sums, parts, strict=True):
                 total += part
+        projection.vocabulary.ranks.sum_(hidden_gradient)
         rounded = [total.to(parameter.dtype) for total, parameter in zip(sums, trainable, strict=True)]
         return hidden_gradient, None, None, *rounded
 
 
-def _raw_gradient(projection: _Projection, raw: Tensor, labels: Tensor, gradient: Tensor) -> Tensor:
-    """d logprob / d logits = onehot(label) - softmax(logits), times each row's gradient, back to the head's output."""
-    logits = projection.logits(raw)
-    logits_gradient = logits.softmax(-1).mul_(-gradient[:, None])
-    logits_gradient.scatter_add_(-1, labels[:, None], gradient[:, None])
-    return projection.raw_gradient(logits, logits_gradient).to(raw.dtype)
+def _logits_gradient(
+    vocabulary: Vocabulary, logits: Tensor, log_normaliser: Tensor, *, labels: Tensor, gradient: Tensor
+) -> Tensor:
+    """d logprob / d logits = onehot(label) - softmax(logits), times each row's gradient."""
+    logits_gradient = (logits - log_normaliser[:, None]).exp_().mul_(-gradient[:, None])
+    vocabulary.add_at_labels(logits_gradient, labels, gradient)
+    return logits_gradient

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from syncline.bridges.manifest import Shard
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.config.schema import Lora, Model
 from syncline.errors import ConfigError
 from syncline.learner.attention import check_attention, register_attention
 from syncline.learner.logprobs import token_logprobs
 from syncline.learner.packing import PackedBatch
+from syncline.learner.places import shard, wholes
+from syncline.learner.tensor_parallel import parallelize
 
 
 def learner_device(asked: str) -> torch.device:
@@ -30,8 +34,13 @@ def learner_dtype(asked: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
 
 
-def load_model(config: Model, *, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
-    """The model to train, on `device`, in training mode. Raises `ConfigError` for a path that holds no model."""
+def load_model(
+    config: Model, *, device: torch.device, gradient_checkpointing: bool = False, ranks: Ranks = ONE_RANK
+) -> nn.Module:
+    """The model to train, on `device`, in training mode; with several ranks, this rank's pieces of it.
+
+    Raises `ConfigError` for a path that holds no model, and for one that cannot be split.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = learner_dtype(config.dtype, device)
@@ -49,6 +58,7 @@ def load_model(config: Model, *, device: torch.device, gradient_checkpointing: b
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    parallelize(model, ranks)
     model = model.to(device).train()  # pyright: ignore[reportArgumentType]
     return add_lora(model, config.lora) if config.lora else model
 
@@ -118,15 +128,23 @@ def checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]
             if owner is not None and leaf == "weight" and hasattr(owner, "lora_A"):
                 yield name, _merged(owner, parameter)
             else:
-                yield name, parameter.detach()
+                yield name, parameter
 
 
-def saved_parameters(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+def checkpoint_shards(model: nn.Module) -> Iterator[tuple[str, Shard]]:
+    """As `checkpoint_parameters`, with this rank's piece of each."""
+    return ((name, shard(parameter)) for name, parameter in checkpoint_parameters(model))
+
+
+def saved_parameters(model: nn.Module, ranks: Ranks = ONE_RANK) -> Iterable[tuple[str, torch.Tensor]]:
     """`checkpoint_parameters` as the family's files name and cut them, which is what engines load: transformers fuses
-    experts, and renames some layers, in memory alone."""
+    experts, and renames some layers, in memory alone. Of a model split over ranks the wholes, one at a time."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(causal_lm(model), dict(checkpoint_parameters(model))).items()
+    lm, named = causal_lm(model), wholes(checkpoint_shards(model), ranks)
+    if ranks.world_size == 1:
+        return revert_weight_conversion(lm, dict(named)).items()
+    return (saved for name, whole in named for saved in revert_weight_conversion(lm, {name: whole}).items())
 
 
 def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -184,10 +202,10 @@ class Reference:
     disable: Any = None
 
     @classmethod
-    def of(cls, policy: nn.Module, config: Model, *, device: torch.device) -> "Reference":
+    def of(cls, policy: nn.Module, config: Model, *, device: torch.device, ranks: Ranks = ONE_RANK) -> "Reference":
         if config.lora:
             return cls(policy, policy.disable_adapter)
-        return cls(load_model(config, device=device).requires_grad_(False).eval())
+        return cls(load_model(config, device=device, ranks=ranks).requires_grad_(False).eval())
 
     def switched(self) -> AbstractContextManager[Any]:
         return self.disable() if self.disable else nullcontext()

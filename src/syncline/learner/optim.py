@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.utils.hooks import RemovableHandle
 
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.config.schema import Optimizer
 from syncline.errors import CheckpointError, TrainingError
+from syncline.learner.places import Place, complete_gradients, local, local_gradient, place_of
 
 CHUNK_ELEMENTS = 1 << 24
 """Elements stepped at a time: the float32 master exists for these only (64 MiB)."""
@@ -37,6 +39,7 @@ def _move_to_main_grad(parameter: Tensor) -> None:
     main_grad = getattr(parameter, "main_grad", None)
     if gradient is None:
         return
+    gradient = local_gradient(gradient, parameter)
     if main_grad is None:
         parameter.main_grad = gradient.float()  # type: ignore[attr-defined]
     else:
@@ -62,10 +65,11 @@ def split_master(master: Tensor, upper: Tensor, low_bits: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """One parameter and its state. Vectors and scalars (norms, biases) are not decayed."""
+    """One parameter and its state: this rank's piece. Vectors and scalars (norms, biases) are not decayed."""
 
     name: str
     parameter: nn.Parameter
+    place: Place
     exp_avg: Tensor
     exp_avg_sq: Tensor
     low_bits: Tensor | None
@@ -74,7 +78,9 @@ class _Slot:
     @property
     def gradient(self) -> Tensor | None:
         main_grad = getattr(self.parameter, "main_grad", None)
-        return self.parameter.grad if main_grad is None else main_grad
+        if main_grad is not None or self.parameter.grad is None:
+            return main_grad
+        return local_gradient(self.parameter.grad, self.parameter)
 
     def state(self) -> dict[str, Tensor]:
         low_bits = {} if self.low_bits is None else {"low_bits": self.low_bits}
@@ -82,13 +88,20 @@ class _Slot:
 
 
 class SplitMasterAdamW:
-    """AdamW over named parameters, float32 or bfloat16.
+    """AdamW over named parameters, float32 or bfloat16, and over this rank's piece of each where ranks share a model.
 
-    Decoupled weight decay (arXiv 1711.05101), global norm clipping.
+    Decoupled weight decay (arXiv 1711.05101), global norm clipping: the norm is of the whole model's gradient.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimizer) -> None:
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: Optimizer,
+        *,
+        ranks: Ranks = ONE_RANK,
+    ) -> None:
         self._config = config
+        self._ranks = ranks
         self._slots = [_slot(name, p, config.weight_decay) for name, p in named_parameters if p.requires_grad]
         self._num_steps = 0
         if not self._slots:
@@ -103,7 +116,8 @@ class SplitMasterAdamW:
         gradient at all; nothing is changed then.
         """
         graded = [(slot, gradient) for slot in self._slots if (gradient := slot.gradient) is not None]
-        norm = _global_norm(graded)
+        complete_gradients(((slot.place, gradient) for slot, gradient in graded), self._ranks)
+        norm = _global_norm(graded, self._ranks)
         clip = min(1.0, self._config.max_grad_norm / (norm + 1e-6))
         self._num_steps += 1
         for slot, gradient in graded:
@@ -139,7 +153,7 @@ class SplitMasterAdamW:
 
     def _update(self, slot: _Slot, gradient: Tensor, *, learning_rate: float, clip: float) -> None:
         low_bits = slot.low_bits if slot.low_bits is not None else slot.exp_avg
-        tensors = (slot.parameter.detach(), gradient, slot.exp_avg, slot.exp_avg_sq, low_bits)
+        tensors = (local(slot.parameter).detach(), gradient, slot.exp_avg, slot.exp_avg_sq, low_bits)
         beta1, beta2 = self._config.betas
         for weight, grad, exp_avg, exp_avg_sq, low in _chunks(tensors):
             split = weight.dtype == torch.bfloat16
@@ -170,10 +184,11 @@ class SplitMasterAdamW:
 def _slot(name: str, parameter: nn.Parameter, weight_decay: float) -> _Slot:
     if parameter.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"parameter {name!r} is {parameter.dtype}; the optimizer takes float32 and bfloat16")
-    shape, device = parameter.shape, parameter.device
+    shape, device = local(parameter).shape, parameter.device
     return _Slot(
         name=name,
         parameter=parameter,
+        place=place_of(parameter),
         exp_avg=torch.zeros(shape, device=device),
         exp_avg_sq=torch.zeros(shape, device=device),
         low_bits=torch.zeros(shape, dtype=torch.int16, device=device) if parameter.dtype == torch.bfloat16 else None,
@@ -181,13 +196,16 @@ def _slot(name: str, parameter: nn.Parameter, weight_decay: float) -> _Slot:
     )
 
 
-def _global_norm(graded: list[tuple[_Slot, Tensor]]) -> float:
+def _global_norm(graded: list[tuple[_Slot, Tensor]], ranks: Ranks) -> float:
+    """Over every element of the whole model once, whichever rank has it."""
     if not graded:
         raise ValueError("no parameter has a gradient")
     norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for _, gradient in graded])
+    counted = torch.tensor([slot.place.counted for slot, _ in graded], device=norms.device)
+    norms = ranks.stacked(norms.where(counted, 0.0))
     norm = torch.linalg.vector_norm(norms)
     if not norm.isfinite():
-        finite = norms.isfinite().tolist()
+        finite = norms.isfinite().all(0).tolist()
         bad = [slot.name for (slot, _), good in zip(graded, finite, strict=True) if not good]
         where = (
             f"in parameter {bad[0]!r} ({len(bad)} of {len(graded)} parameters)" if bad else "in the sum over parameters"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.config.schema import Parity
 from syncline.errors import ParityError
 from syncline.learner.model import Scorer
@@ -53,7 +54,8 @@ class ParityReport:
 
 @dataclass(frozen=True, slots=True)
 class ParityGate:
-    """Holds what a check needs; `connect` opens a `Generate` for the duration of one check."""
+    """Holds what a check needs; `connect` opens a `Generate` for the duration of one check. Every rank scores what
+    rank 0 sampled."""
 
     config: Parity
     connect: Callable[[], Any]
@@ -61,10 +63,11 @@ class ParityGate:
     temperature: float
     scorer: Scorer
     token_budget: int
+    ranks: Ranks = ONE_RANK
 
     def check(self, model: nn.Module, *, device: torch.device) -> ParityReport:
         """Raises `ParityError` with the figures when a threshold is passed."""
-        samples = asyncio.run(self._sample())
+        samples = self.ranks.from_first(lambda: asyncio.run(self._sample()))
         engine: list[float] = []
         learner: list[float] = []
         for batch in pack_samples(samples, token_budget=self.token_budget):

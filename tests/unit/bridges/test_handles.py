@@ -9,6 +9,7 @@ from torch import nn
 
 from syncline.bridges.handles import export_views, move_to_memory_file, open_views
 from syncline.bridges.manifest import Shard
+from syncline.bridges.receipt import whole
 from syncline.bridges.shared import SharedBridge
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError
@@ -75,6 +76,10 @@ class TwoRanks:
 def test_a_learner_of_whole_parameters_refuses_an_engine_of_several_ranks() -> None:
     model = nn.Linear(3, 4, bias=False)
     engine: Any = TwoRanks({"weight": "float32[4, 3]:0"})
-    bridge = SharedBridge([engine], Bridge(name="shared"), parameters=lambda m: m.named_parameters())
-    with pytest.raises(SyncError, match=r"2 tensor-parallel ranks.*engine\.tensor_parallel_size to 1"):
+    bridge = SharedBridge(
+        [engine], Bridge(name="shared"), shards=lambda m: ((name, whole(p)) for name, p in m.named_parameters())
+    )
+    with pytest.raises(
+        SyncError, match=r"2 tensor-parallel ranks and the learner 1; set learner\.tensor_parallel_size"
+    ):
         bridge.attach(model)

@@ -68,6 +68,17 @@ def test_readiness_is_known_by_health_within_the_configured_time() -> None:
     assert (ready.url, ready.timeout_seconds) == ("http://127.0.0.1:8001/health", 7.0)
 
 
+def test_the_ranks_of_a_learner_are_one_process_that_sees_all_their_devices() -> None:
+    ranks = {"devices": [0, 1], "tensor_parallel_size": 2}
+    split = {"engine": ranks, "learner": ranks, "bridge": {"name": "shared"}}
+    specs = planned(Machine(num_cores=8, gpus=("4", "7"), python="python"), **split)
+    assert specs["learner"].argv[:4] == ("python", "-m", "syncline", "train")
+    assert specs["learner"].env["CUDA_VISIBLE_DEVICES"] == specs["engine"].env["CUDA_VISIBLE_DEVICES"] == "4,7"
+    on_cpu = {"device": "cpu", "tensor_parallel_size": 2}
+    specs = planned(engine=on_cpu, learner=on_cpu)
+    assert specs["learner"].env["OMP_NUM_THREADS"] == specs["engine"].env["OMP_NUM_THREADS"] == "2", "of 5 cores"
+
+
 def test_cores_are_shared_only_when_both_compute_at_once() -> None:
     assert shared_threads(config(), 5) == {"engine": 5, "learner": 5}
     assert shared_threads(config(run={"max_staleness": 1}), 5) == {"engine": 3, "learner": 2}

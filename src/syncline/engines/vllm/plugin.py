@@ -78,11 +78,12 @@ def _attached_loader(unpacked: type) -> type:
             from vllm.distributed import get_tensor_model_parallel_rank
 
             from syncline.bridges.handles import bind, open_views
+            from syncline.bridges.receipt import whole
 
             if on_cpu:
                 _leave_unpacked(model)
-            parameters = dict(model.named_parameters())
-            device = next(iter(parameters.values())).device
-            bind(parameters, open_views(self._ranks[get_tensor_model_parallel_rank()], device=device))
+            own = {name: whole(parameter) for name, parameter in model.named_parameters()}
+            rank, device = get_tensor_model_parallel_rank(), next(iter(own.values())).tensor.device
+            bind(own, open_views(self._ranks[rank], device=device), rank=rank)
 
     return AttachedLoader

@@ -63,7 +63,7 @@ async def _serve(
         adapters = Adapters(args.max_loras if args.enable_lora else 0)
         served = Served(engine, Gate(start.policy_version), about, shares=shares, adapters=adapters)
         if shares and not start.attach_to:
-            await engine.collective_rpc("syncline_share")
+            await served.each_rank("syncline_share")
         await served.remeasure()
         if start.policy_version >= 0:
             await compat.name_weights(engine, start.policy_version)
