@@ -5,12 +5,13 @@ SEEDS ?= 0
 PY := .venv/bin/python
 RUN_TESTS := $(PY) -m pytest
 
-.PHONY: help setup demo test check bench gpu-test lock clean
+.PHONY: help setup demo test families check bench gpu-test lock clean
 
 help:
 	@echo "setup     .venv with syncline and vLLM (ENGINE=auto|cpu|cuda, PYTHON=python3)"
 	@echo "demo      train the small model with GRPO (SEEDS=\"0 1 2\")"
 	@echo "test      every test that needs no GPU, real vLLM included"
+	@echo "families  every model family's parity, learner against a real engine"
 	@echo "check     ruff, pyright, import-linter, unit and contract tests"
 	@echo "gpu-test  the tests that need an NVIDIA GPU"
 	@echo "bench     the benchmarks there are"
@@ -21,16 +22,19 @@ setup:
 	@$(PYTHON) scripts/setup.py --engine $(ENGINE)
 
 # Neither asks a model hub for anything.
-demo test check gpu-test: export HF_HUB_OFFLINE = 1
-demo test check gpu-test: export VLLM_NO_USAGE_STATS = 1
+demo test families check gpu-test: export HF_HUB_OFFLINE = 1
+demo test families check gpu-test: export VLLM_NO_USAGE_STATS = 1
 # Threads that wait sleep: a spinning one slows whatever shares its core.
-demo test: export OMP_WAIT_POLICY = PASSIVE
+demo test families: export OMP_WAIT_POLICY = PASSIVE
 
 demo: setup
 	$(PY) recipes/demo/run.py --seeds $(SEEDS)
 
 test: setup
-	$(RUN_TESTS) -m "not gpu"
+	$(RUN_TESTS) -m "not gpu and not slow"
+
+families: setup
+	$(RUN_TESTS) tests/e2e/test_families.py
 
 check: setup
 	$(PY) -m ruff check

@@ -4,6 +4,7 @@ Parity proves what the digest cannot: rope scaling, windows, softcaps and biases
 """
 
 import asyncio
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from syncline.learner.model import Scorer, checkpoint_shards, load_model
 from syncline.learner.packing import pack_samples
 from syncline.types import SamplingParams, TrainingSample
 
+pytestmark = pytest.mark.e2e
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 0.15 if DEVICE.type == "cuda" else 1e-4
 """Of a completion's mean |Δlogprob|: bf16 kernels that round differently, or float32 ones."""
@@ -34,18 +36,26 @@ def engine_values(model_path: Path, folder: Path) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("family", DENSE)
+IN_EVERY_RUN = ("qwen3", "llama3.1", "gemma2", "phi3", "mixtral")
+"""The other families, an engine start each, are proved by `make families` (and all of them on a GPU)."""
+
+
+def families(known: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in IN_EVERY_RUN else [pytest.mark.slow]) for name in known]
+
+
+@pytest.mark.parametrize("family", families(DENSE))
 def test_learner_and_engine_agree_on_one_copy_of_the_weights(family: str, tmp_path: Path) -> None:
     assert_parity(family, tmp_path)
 
 
-@pytest.mark.parametrize("family", EXPERT)
+@pytest.mark.parametrize("family", families(EXPERT))
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="see the refusal below: vLLM's CPU build repacks experts")
 def test_learner_and_engine_agree_on_one_copy_of_fused_experts(family: str, tmp_path: Path) -> None:
     assert_parity(family, tmp_path)
 
 
-@pytest.mark.parametrize("family", EXPERT)
+@pytest.mark.parametrize("family", families(EXPERT))
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="see the parity above: Triton kernels read the checkpoint's layout")
 def test_experts_that_the_engine_repacks_are_refused_by_name(family: str, tmp_path: Path) -> None:
     model_path = save_random_model(family, tmp_path / "model")

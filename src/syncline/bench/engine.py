@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from syncline.engines.client import EngineController
+from syncline.errors import EngineError, EngineTimeout
 
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
@@ -32,7 +34,7 @@ def serving(
         process = subprocess.Popen(argv, stdout=output, stderr=output, env=seeing(gpus), start_new_session=True)
     engine = EngineController(f"http://127.0.0.1:{port}", start_timeout_seconds=START_SECONDS)
     try:
-        engine.wait_until_ready(timeout_seconds=START_SECONDS)
+        _wait_until_ready(engine, process)
         yield engine
     except BaseException:
         print(f"{log} ends with:\n{log.read_text()[-LOG_CHARACTERS:]}", file=sys.stderr)
@@ -40,6 +42,17 @@ def serving(
     finally:
         engine.close()
         stop(process)
+
+
+def _wait_until_ready(engine: EngineController, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None:
+        try:
+            return engine.wait_until_ready(timeout_seconds=1.0)
+        except EngineTimeout:
+            if time.monotonic() > deadline:
+                raise
+    raise EngineError(f"the engine ended with {process.returncode} before it was ready")
 
 
 def stop(process: subprocess.Popen[Any]) -> None:

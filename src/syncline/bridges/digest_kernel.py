@@ -67,5 +67,6 @@ def _launch(batch: "Sequence[Words]") -> torch.Tensor:
     index = torch.arange(len(batch), dtype=torch.int32, device=device)
     pieces = torch.repeat_interleave(index, num_programs, output_size=counts[-1])
     totals = torch.zeros(len(batch), dtype=torch.int64, device=device)
-    _mixed_sums[(counts[-1],)](pieces, table, totals, batch[0][0], block=BLOCK)  # pyright: ignore
+    with torch.cuda.device(device):  # Triton launches on the current one
+        _mixed_sums[(counts[-1],)](pieces, table, totals, batch[0][0], block=BLOCK)  # pyright: ignore
     return totals

@@ -55,19 +55,19 @@ def shard_digests(named: Iterable[tuple[str, Shard]]) -> dict[str, list[Piece]]:
     All digests leave the device in one transfer, so a GPU is waited for once, not once a parameter. Raises `SyncError`
     for a piece that lies outside the whole, is cut in two dimensions, or inside a word.
     """
-    facts: list[tuple[str, str, list[int], list[int], bool]] = []
+    facts: list[tuple[str, Piece]] = []
 
     def noted() -> Iterator[tuple[str, Shard]]:
         """A piece made to be read once is not held for what is said of it."""
         for name, shard in named:
             kind = kind_of(shard.tensor, shard.shape)
-            facts.append((name, kind, list(shard.tensor.shape), list(shard.start), shard.counted))
+            facts.append((name, Piece(kind, list(shard.tensor.shape), list(shard.start), shard.counted, "")))
             yield name, shard
 
     values = piece_digests(noted())
     pieces: dict[str, list[Piece]] = {}
-    for (name, *said), value in zip(facts, values, strict=True):
-        pieces.setdefault(name, []).append(Piece(*said, f"{value:016x}"))
+    for (name, piece), value in zip(facts, values, strict=True):
+        pieces.setdefault(name, []).append(piece._replace(digest=f"{value:016x}"))
     return pieces
 
 

@@ -35,10 +35,11 @@ class WorkerExtension(AdapterExtension):
         self.model_runner.reload_weights(weights_path=path)  # it warns of layers without weights; the digest says more
         return self.syncline_parameters()
 
-    def syncline_share(self) -> None:
+    def syncline_share(self) -> dict[str, Any]:
         """Makes the parameters shareable: on a CPU they move, in place, into a memory file. Before anything samples."""
         if self.device.type == "cpu":
             self._memory_file = move_to_memory_file(self.get_model().parameters())
+        return {"value": None}
 
     def syncline_export(self, fused: bool) -> dict[str, Any]:
         """Where this rank's pieces lie, under their checkpoint names, or (`fused`) as vLLM names and fuses them."""
