@@ -306,31 +306,35 @@ Sampled = list[tuple[tuple[int, ...], Completion]]
 
 
 def _sample_over_steps(side: Side, bridge: WeightBridge, *, max_tokens: int) -> tuple[Sampled, dict[int, Any]]:
-    """Requests before, between and after three steps; prompt and completion of each, and the weights by version."""
+    """Requests that never cease over three steps; prompt and completion of each, and the weights by version."""
     side.reset()
     bridge.publish(side.model, policy_version=side.next_version())
     weights = {side.next_version() - 1: _copy(side.model)}
-    prompts = PROMPTS * 4
+    sampled: Sampled = []
+    short = SamplingParams(max_tokens // 8, temperature=0.8, seed=1)
+    long = SamplingParams(max_tokens, temperature=0.8)
+    scale = 0.05 if side.name in ADAPTED else 0.1
 
-    async def steps() -> list[list[Completion]]:
+    async def ask(client: EngineClient, prompt: tuple[int, ...], params: SamplingParams, done: asyncio.Event) -> None:
+        last = False
+        while not last:
+            last = done.is_set()
+            sampled.extend((prompt, c) for c in await client.generate(prompt, params, num_completions=2))
+
+    async def steps() -> None:
+        done = asyncio.Event()
         async with EngineClient(side.engine.url, timeout_seconds=120) as client:
-            short = SamplingParams(max_tokens // 8, temperature=0.8, seed=1)
-            params = [SamplingParams(max_tokens, temperature=0.8), short]
-
-            def start() -> list[asyncio.Task[list[Completion]]]:
-                asked = zip(prompts, params * len(prompts), strict=False)
-                return [asyncio.create_task(client.generate(p, one, num_completions=2)) for p, one in asked]
-
-            running = []
+            pairs = [(prompt, params) for prompt in PROMPTS for params in (short, long)]
+            asking = [asyncio.create_task(ask(client, *pair, done)) for pair in pairs]
             for _ in range(3):
-                running += start()
                 await asyncio.sleep(0.1)
-                await asyncio.to_thread(side.step, bridge, scale=0.05 if side.name in ADAPTED else 0.1)
+                await asyncio.to_thread(side.step, bridge, scale=scale)
                 weights[side.next_version() - 1] = _copy(side.model)
-            return await asyncio.gather(*running, *start())
+            done.set()
+            await asyncio.gather(*asking)
 
-    groups = asyncio.run(steps())
-    return [(prompts[i % len(prompts)], completion) for i, group in enumerate(groups) for completion in group], weights
+    asyncio.run(steps())
+    return sampled, weights
 
 
 def _worst_span(side: Side, completions: Sampled, weights: dict[int, Any]) -> float:
