@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from syncline.bench.sync import measure, references
     from syncline.bench.table import as_json, sync_table
     from syncline.bridges.ranks import ONE_RANK
-    from syncline.cli.train import _bridge as build_bridge
+    from syncline.cli.bridge import build_bridge
 
     num_gpus = torch.cuda.device_count()
     bridges = args.bridge or [name for name in BRIDGES if num_gpus != 1 or name not in ON_TWO_GPUS]

@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from syncline.cli.bridge import build_bridge
 from syncline.cli.ranks import is_rank, run_ranks
 from syncline.config import RunConfig, load
-from syncline.config.rules import serves_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from syncline.learner.loop import Parts
     from syncline.learner.parity import ParityGate
     from syncline.learner.step import Step
-    from syncline.protocols import EngineControl, MetricSink, RolloutSource, WeightBridge
+    from syncline.protocols import MetricSink, RolloutSource
 
 log = logging.getLogger("syncline.train")
 
@@ -92,7 +92,7 @@ def assemble(
         for engine in engines:
             stack.callback(engine.close)
             engine.wait_until_ready(timeout_seconds=timeout_seconds)
-        bridge = _bridge(config, engines, assets, ranks=ranks)
+        bridge = build_bridge(config, engines, assets, ranks=ranks)
         stack.callback(bridge.close)
         bridge.attach(model)
         checkpoints = Checkpoints(folder / "checkpoints", config.learner.num_checkpoints, assets, ranks)
@@ -123,39 +123,6 @@ def _outside(
     stack.callback(sink.close)
     source = TrajectorySource(trajectories_url, wait_timeout_seconds=config.trajectory.wait_timeout_seconds)
     return sink, stack.enter_context(source)
-
-
-def _bridge(config: RunConfig, engines: Sequence["EngineControl"], assets: Path, *, ranks: "Ranks") -> "WeightBridge":
-    from syncline.bridges.broadcast import BroadcastBridge
-    from syncline.bridges.lora import LoraBridge
-    from syncline.bridges.restart import RestartBridge
-    from syncline.bridges.shared import SharedBridge
-    from syncline.learner.adapter import adapter_layers, base_parameters
-    from syncline.learner.model import checkpoint_parameters, checkpoint_shards, saved_parameters
-    from syncline.learner.places import wholes
-
-    if serves_adapters(config):
-        return LoraBridge(
-            engines,
-            config.bridge,
-            base=base_parameters,
-            layers=adapter_layers,
-            folder=Path(config.run.dir) / "adapters",
-            shares_base=config.bridge.name == "shared",
-        )
-    if config.bridge.name == "shared":
-        return SharedBridge(engines, config.bridge, shards=checkpoint_shards, ranks=ranks)
-    if config.bridge.name == "broadcast":
-        return BroadcastBridge(engines, config.bridge, export=checkpoint_parameters, host=config.engine.host)
-    return RestartBridge(
-        engines,
-        config.bridge,
-        export=lambda model: wholes(checkpoint_shards(model), ranks),
-        saved=lambda model: saved_parameters(model, ranks),
-        folder=Path(config.run.dir) / "weights",
-        assets=assets,
-        ranks=ranks,
-    )
 
 
 def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device", ranks: "Ranks") -> "Step":

@@ -14,7 +14,8 @@ from pydantic import Field
 
 from syncline.bridges.receipt import model_digest
 from syncline.engines.vllm.adapters import Adapter
-from syncline.engines.vllm.routes import Body, Route, Served
+from syncline.engines.vllm.routes import Body, Route
+from syncline.engines.vllm.served import Served
 from syncline.errors import EngineError
 
 LOAD_TIMEOUT_SECONDS = 300.0

@@ -11,7 +11,8 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import Field
 
-from syncline.engines.vllm.routes import Body, Route, Served, _name, _need_paused
+from syncline.engines.vllm.routes import Body, Route
+from syncline.engines.vllm.served import Served
 from syncline.errors import EngineError, SyncError
 
 log = logging.getLogger("syncline.engine")
@@ -57,7 +58,7 @@ def broadcast_routes(served: Served) -> APIRouter:
 
 
 async def _receive(served: Served, body: ReceiveBody) -> dict[str, Any]:
-    _need_paused(served, "a broadcast")
+    served.need_paused("a broadcast")
     served.refuse_backwards(body.policy_version)
     served.tear(f"a broadcast of version {body.policy_version} broke off")
     try:
@@ -68,5 +69,5 @@ async def _receive(served: Served, body: ReceiveBody) -> dict[str, Any]:
         raise
     started = time.perf_counter()
     await served.remeasure()
-    await _name(served, body.policy_version)
+    await served.name(body.policy_version)
     return {**served.receipt(), "prove_seconds": time.perf_counter() - started}

@@ -22,7 +22,10 @@ from syncline.engines.vllm.adapters import Adapters
 from syncline.engines.vllm.arguments import Start, engine_device, parse, set_environment
 from syncline.engines.vllm.broadcast_routes import broadcast_routes
 from syncline.engines.vllm.gate import Gate
-from syncline.engines.vllm.routes import Served, WeightsBody, add_routes
+from syncline.engines.vllm.routes import add_routes
+from syncline.engines.vllm.sampling_routes import sampling_routes
+from syncline.engines.vllm.served import Restart, Served
+from syncline.engines.vllm.weight_routes import weight_routes
 
 WATCH_SECONDS = 0.5
 
@@ -54,7 +57,7 @@ def serve(config: RunConfig, start: Start, *, run_dir: Path | None, argv: list[s
 
 async def _serve(
     args: Namespace, sock: Any, start: Start, about: dict[str, str], run_dir: Path | None, *, shares: bool
-) -> tuple[WeightsBody | None, str | None]:
+) -> tuple[Restart | None, str | None]:
     parts = compat.server_parts()
     died: list[str] = []
     async with parts.build_engine_client(args) as engine:
@@ -70,10 +73,8 @@ async def _serve(
             await served.gate.close()
             await compat.pause(engine, "abort")
             served.gate.freeze()
-        add_routes(app, served)
-        app.include_router(broadcast_routes(served))
-        app.include_router(adapter_routes(served))
-        app.include_router(seed_routes(served))
+        routes = (sampling_routes, weight_routes, broadcast_routes, adapter_routes, seed_routes)
+        add_routes(app, *(router(served) for router in routes))
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))
         watch = asyncio.create_task(_watch(engine, died))
@@ -98,7 +99,7 @@ async def _watch(engine: Any, died: list[str]) -> None:
             return
 
 
-def _restarted(argv: list[str], weights: WeightsBody) -> list[str]:
+def _restarted(argv: list[str], weights: Restart) -> list[str]:
     """This command again, with the checkpoint to start from in place of any earlier one."""
     kept: list[str] = []
     words = iter(argv)

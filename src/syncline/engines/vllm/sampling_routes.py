@@ -1,0 +1,111 @@
+"""Sampling, tokens in and tokens out, with the policy version of every token; and how the engine is.
+
+`generate` passes the gate (`gate.py`), so it waits while weights move.
+"""
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from syncline.engines.vllm import compat
+from syncline.engines.vllm.adapters import Adapter
+from syncline.engines.vllm.gate import UNPUBLISHED, Visit
+from syncline.engines.vllm.routes import Body, Route
+from syncline.engines.vllm.served import Served
+from syncline.errors import EngineError
+from syncline.types import SamplingParams
+
+HEALTH_TIMEOUT_SECONDS = 5.0
+
+
+class GenerateBody(Body):
+    prompt_token_ids: tuple[int, ...] = Field(min_length=1)
+    sampling: SamplingParams
+    num_completions: int = Field(default=1, ge=1)
+
+
+def sampling_routes(served: Served) -> APIRouter:
+    from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+
+    router = APIRouter(route_class=Route)
+
+    @router.get("/health")
+    async def health() -> JSONResponse:
+        fault = await _fault(served.engine)
+        body = {"status": fault or "ok", **served.about, **served.receipt(), "torn": served.torn}
+        return JSONResponse(body, status_code=HTTPStatus.SERVICE_UNAVAILABLE if fault else HTTPStatus.OK)
+
+    @router.post("/syncline/generate")
+    @with_cancellation
+    async def generate(body: GenerateBody, raw_request: Request) -> JSONResponse:
+        del raw_request
+        can_freeze = compat.can_freeze(seed=body.sampling.seed)
+        async with served.gate.request(f"syncline-{uuid4().hex}", can_freeze=can_freeze) as visit:
+            with served.adapters.running() as adapter:
+                if adapter is not None and adapter is served.adapters.by_hand:
+                    visit.entered_under = UNPUBLISHED
+                return JSONResponse(await _sample(served, body, visit, adapter))
+
+    return router
+
+
+async def _fault(engine: Any) -> str | None:
+    """What is wrong with the engine; a round trip to its core proves that it answers."""
+    try:
+        await asyncio.wait_for(engine.check_health(), HEALTH_TIMEOUT_SECONDS)
+        await asyncio.wait_for(engine.is_paused(), HEALTH_TIMEOUT_SECONDS)
+    except TimeoutError:
+        return f"the engine core did not answer within {HEALTH_TIMEOUT_SECONDS:g} s"
+    except Exception as error:  # the engine boundary: whatever vLLM raises here means it cannot sample
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+async def _sample(served: Served, body: GenerateBody, visit: Visit, adapter: Adapter | None) -> dict[str, Any]:
+    prompt = {"prompt_token_ids": list(body.prompt_token_ids)}
+    lora_request = adapter.request() if adapter else None
+    try:
+        collector = await served.engine.add_request(visit.request_id, prompt, _params(body), lora_request=lora_request)
+    except ValueError as error:
+        raise EngineError(f"vLLM refused the request: {error}") from error
+    await served.gate.submitted(visit)
+    try:
+        final = await collector.get()
+    except asyncio.CancelledError:
+        await served.engine.abort(visit.request_id)
+        raise
+    return {"completions": [_completion(output, visit) for output in final.outputs]}
+
+
+def _params(body: GenerateBody) -> Any:
+    from vllm import SamplingParams as VllmSamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    asked = body.sampling
+    return VllmSamplingParams(
+        n=body.num_completions,
+        max_tokens=asked.max_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k or -1,
+        seed=asked.seed,
+        stop_token_ids=list(asked.stop_token_ids) or None,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completion(output: Any, visit: Visit) -> dict[str, Any]:
+    token_ids = list(output.token_ids)
+    return {
+        "token_ids": token_ids,
+        "logprobs": [row[token].logprob for token, row in zip(token_ids, output.logprobs, strict=True)],
+        "versions": visit.spans(output.index, len(token_ids)),
+        "finish_reason": output.finish_reason,
+    }

@@ -1,0 +1,115 @@
+"""What every weight bridge asks of an engine: pause, resume, receipts; and loads, exports and restarts."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable
+from http import HTTPStatus
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from syncline.bridges.receipt import model_digest
+from syncline.engines.vllm import compat
+from syncline.engines.vllm.routes import Body, Route
+from syncline.engines.vllm.served import Restart, Served
+from syncline.errors import EngineError, EngineTimeout
+
+
+class PauseBody(Body):
+    mode: Literal["drain", "abort", "keep"]
+    timeout_seconds: float = Field(gt=0)
+
+
+class WeightsBody(Body):
+    path: str
+    policy_version: int = Field(ge=0)
+
+
+class ExportBody(Body):
+    fused: bool = False
+
+
+class AdoptBody(Body):
+    policy_version: int = Field(ge=0)
+
+
+def weight_routes(served: Served) -> APIRouter:
+    router = APIRouter(route_class=Route)
+
+    @router.get("/syncline/receipt")
+    async def receipt() -> dict[str, Any]:
+        return served.receipt()
+
+    @router.get("/syncline/parameters")
+    async def parameters() -> dict[str, Any]:
+        return {**served.receipt(), "parameters": served.parameters}
+
+    @router.post("/syncline/measure")
+    async def measure() -> dict[str, Any]:
+        measured = await served.measured()
+        return {**served.receipt(), "digest": model_digest(measured), "parameters": measured}
+
+    @router.post("/syncline/pause")
+    async def pause(body: PauseBody) -> dict[str, Any]:
+        await served.gate.close()
+        wait = {
+            "drain": served.gate.wait_until_empty,
+            "keep": served.gate.wait_until_freezable,
+            "abort": served.gate.wait_until_submitted,
+        }[body.mode]
+        await wait(timeout_seconds=body.timeout_seconds)
+        await _within(body.timeout_seconds, compat.pause(served.engine, body.mode), "stop sampling")
+        if body.mode != "keep":
+            await served.gate.wait_until_empty(timeout_seconds=body.timeout_seconds)
+        served.gate.freeze()
+        served.is_measured = False
+        return served.receipt()
+
+    @router.post("/syncline/resume")
+    async def resume() -> dict[str, Any]:
+        if served.torn:
+            raise EngineError(f"the weights are of no version; publish one instead of resuming: {served.torn}")
+        if served.gate.is_open:
+            return served.receipt()
+        await served.refuse_unproved()
+        await served.engine.resume_generation()
+        await served.gate.open()
+        return served.receipt()
+
+    @router.post("/syncline/export")
+    async def export(body: ExportBody) -> list[dict[str, Any]]:
+        if not served.shares:
+            raise EngineError("this engine was not started to share its weights; set bridge.name to shared")
+        return await served.each_rank("syncline_export", body.fused)
+
+    @router.post("/syncline/reload")
+    async def reload(body: WeightsBody) -> dict[str, Any]:
+        served.need_paused("reload")
+        if served.adapters.num_slots:
+            raise EngineError("an engine that serves adapters keeps its base; set bridge.name to lora or shared")
+        await served.remeasure("syncline_reload", body.path)
+        return await served.name(body.policy_version)
+
+    @router.post("/syncline/adopt")
+    async def adopt(body: AdoptBody) -> dict[str, Any]:
+        served.need_paused("adopt")
+        await served.remeasure()
+        return await served.name(body.policy_version)
+
+    @router.post("/syncline/restart", status_code=HTTPStatus.ACCEPTED)
+    async def restart(body: WeightsBody) -> dict[str, Any]:
+        served.need_paused("restart")
+        served.restart_from = Restart(body.path, body.policy_version)
+        asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)
+        return served.receipt()
+
+    return router
+
+
+async def _within(timeout_seconds: float, answer: Awaitable[None], what: str) -> None:
+    try:
+        await asyncio.wait_for(answer, timeout_seconds)
+    except TimeoutError as error:
+        raise EngineTimeout(f"the engine core did not {what} in {timeout_seconds:g} s") from error
