@@ -261,6 +261,73 @@ def test_weights_that_are_not_finite_are_not_published(side: Side) -> None:
     assert side.mismatch() < TOLERANCE
 
 
+class Saboteur:
+    """An engine's control that, once, spoils the learner's weights between their digest and their way to the engine."""
+
+    def __init__(self, engine: EngineController, moment: str) -> None:
+        self._engine = engine
+        self._moment = moment
+        self.spoil: Callable[[], None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._moment and self.spoil is not None:
+            spoil, self.spoil = self.spoil, None
+            spoil()
+        return getattr(self._engine, name)
+
+
+def _truncate(gate: torch.Tensor, up: torch.Tensor, old: torch.Tensor) -> None:
+    gate[len(gate) // 2 :] = 0
+
+
+def _swap(gate: torch.Tensor, up: torch.Tensor, old: torch.Tensor) -> None:
+    kept = gate.clone()
+    gate.copy_(up)
+    up.copy_(kept)
+
+
+def _stale(gate: torch.Tensor, up: torch.Tensor, old: torch.Tensor) -> None:
+    gate.copy_(old)
+
+
+def _half(gate: torch.Tensor, up: torch.Tensor, old: torch.Tensor) -> None:
+    gate[len(gate) // 2 :] = old[len(gate) // 2 :]
+
+
+def _poison(gate: torch.Tensor, up: torch.Tensor, old: torch.Tensor) -> None:
+    gate[0, 0] = float("nan")
+
+
+FAULTS = {"truncated": _truncate, "swapped": _swap, "stale": _stale, "half updated": _half, "poisoned": _poison}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str) -> None:
+    if side.name in ADAPTED:
+        pytest.skip("an adapter's way is spoilt in test_lora_engine")
+    engine = side.engine
+    saboteur = Saboteur(engine, "adopt" if side.name == "shared" else "receipt")
+    side.engine = saboteur  # type: ignore[assignment]
+    bridge = side.attached()
+    side.engine = engine
+    bridge.publish(side.model, policy_version=side.next_version())
+    version, mlp = side.next_version(), side.model.model.layers[1].mlp
+    gate, up, old = mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.gate_proj.weight.detach().clone()
+    named = r"layers\.1\.mlp\.gate_proj\.weight: the learner"
+    with pytest.raises(SyncError, match=named), bridge.updating(), torch.no_grad():
+        for parameter in side.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        good = gate.clone(), up.clone()
+        saboteur.spoil = lambda: FAULTS[fault](gate, up, old)
+        bridge.publish(side.model, policy_version=version)
+    assert engine.health()["paused"] is True
+    with torch.no_grad():
+        gate.copy_(good[0])
+        up.copy_(good[1])
+    bridge.publish(side.model, policy_version=version)
+    assert side.mismatch() < TOLERANCE
+
+
 def test_a_failure_while_the_weights_move_leaves_the_engine_paused(side: Side) -> None:
     bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
