@@ -107,7 +107,7 @@ def _wait_until_ready(process: subprocess.Popen, controller: EngineController, l
     deadline = time.monotonic() + 180
     while controller._health_fault() is not None:
         if process.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError(f"the engine did not start:\n{log.read_text()[-4000:]}")
+            raise AssertionError(f"the engine did not start:\n{log.read_text()[-10000:]}")
         time.sleep(0.5)
 
 
