@@ -88,7 +88,7 @@ async def _load(served: Served, adapter: Adapter, method: str, *content: Any, ti
         served.adapters.held.append(adapter)
 
 
-def seed_routes(served: Served) -> APIRouter:
+def by_hand_routes(served: Served) -> APIRouter:
     """`/lora/*`, as older recipes call them."""
     router = APIRouter(route_class=Route)
     adapters = served.adapters

@@ -45,7 +45,7 @@ class Adapters:
         self.policy: Adapter | None = None
         """The last one a bridge switched to."""
         self.by_hand: Adapter | None = None
-        """Loaded over a seed's route: what is sampled from it is no policy's."""
+        """Loaded over `/lora/load`: what is sampled from it is no policy's."""
         self.loading = asyncio.Lock()
         """One adapter at a time is loaded."""
         self.held: list[Adapter] = []

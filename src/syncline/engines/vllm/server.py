@@ -17,7 +17,7 @@ from typing import Any
 
 from syncline.config import RunConfig
 from syncline.engines.vllm import compat
-from syncline.engines.vllm.adapter_routes import adapter_routes, seed_routes
+from syncline.engines.vllm.adapter_routes import adapter_routes, by_hand_routes
 from syncline.engines.vllm.adapters import Adapters
 from syncline.engines.vllm.arguments import Start, engine_device, parse, set_environment
 from syncline.engines.vllm.broadcast_routes import broadcast_routes
@@ -73,7 +73,7 @@ async def _serve(
             await served.gate.close()
             await compat.pause(engine, "abort")
             served.gate.freeze()
-        routes = (sampling_routes, weight_routes, broadcast_routes, adapter_routes, seed_routes)
+        routes = (sampling_routes, weight_routes, broadcast_routes, adapter_routes, by_hand_routes)
         add_routes(app, *(router(served) for router in routes))
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))
