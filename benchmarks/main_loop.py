@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from shapes import SHAPES, make_model
+
+from syncline.bench.shapes import SHAPES, make_model
 
 WARM_UP_STEPS = 2
 ROWS = (

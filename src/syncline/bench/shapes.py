@@ -5,8 +5,8 @@ from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
     "narrow": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": 128,
+        "intermediate_size": 256,
         "num_hidden_layers": 24,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
@@ -47,13 +47,6 @@ def make_model(shape: str, folder: Path, *, max_length: int) -> Path:
     build_model(shape, max_length=max_length, device="cuda" if torch.cuda.is_available() else "cpu").save_pretrained(
         folder
     )
-    _tokenizer().save_pretrained(folder)
-    return folder
-
-
-def make_folder(shape: str, folder: Path, *, max_length: int) -> Path:
-    """The same without weights, for an engine that makes up its own (`load_format: dummy`)."""
-    config(shape, max_length=max_length).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
 

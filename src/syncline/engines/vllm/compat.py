@@ -5,13 +5,15 @@ Supported: 0.26 (torch 2.11) to 0.33. vLLM 0.27 moved the server's parts from `e
 """
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from syncline.errors import EngineError
+from syncline.errors import EngineError, EngineTimeout
 
+SETTLE_SECONDS = 30.0
 OLDEST, NEWEST = (0, 26), (0, 33)
 
 
@@ -107,9 +109,12 @@ async def sampled_tokens(engine: Any) -> dict[str, dict[int, int]]:
     """
     states = engine.output_processor.request_states
     queue = engine.engine_core.outputs_queue
+    deadline = time.monotonic() + SETTLE_SECONDS
     while states and not (queue.empty() and queue._getters):
         if engine.errored:
             raise EngineError("the engine core died while requests were frozen")
+        if time.monotonic() > deadline:
+            raise EngineTimeout(f"vLLM has not taken in the frozen requests' last tokens in {SETTLE_SECONDS:g} s")
         await asyncio.sleep(0)
     sampled: defaultdict[str, dict[int, int]] = defaultdict(dict)
     for state in states.values():

@@ -25,7 +25,7 @@ from syncline.engines.vllm.gate import Gate
 from syncline.engines.vllm.routes import add_routes
 from syncline.engines.vllm.sampling_routes import sampling_routes
 from syncline.engines.vllm.served import Restart, Served
-from syncline.engines.vllm.weight_routes import weight_routes
+from syncline.engines.vllm.weight_routes import pause_routes, weight_routes
 
 WATCH_SECONDS = 0.5
 
@@ -73,7 +73,7 @@ async def _serve(
             await served.gate.close()
             await compat.pause(engine, "abort")
             served.gate.freeze()
-        routes = (sampling_routes, weight_routes, broadcast_routes, adapter_routes, by_hand_routes)
+        routes = (sampling_routes, pause_routes, weight_routes, broadcast_routes, adapter_routes, by_hand_routes)
         add_routes(app, *(router(served) for router in routes))
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))

@@ -35,7 +35,8 @@ class AdoptBody(Body):
     policy_version: int = Field(ge=0)
 
 
-def weight_routes(served: Served) -> APIRouter:
+def pause_routes(served: Served) -> APIRouter:
+    """What the engine holds, and whether it samples."""
     router = APIRouter(route_class=Route)
 
     @router.get("/syncline/receipt")
@@ -77,6 +78,13 @@ def weight_routes(served: Served) -> APIRouter:
         await served.engine.resume_generation()
         await served.gate.open()
         return served.receipt()
+
+    return router
+
+
+def weight_routes(served: Served) -> APIRouter:
+    """What replaces the weights of a paused engine, or opens them to others."""
+    router = APIRouter(route_class=Route)
 
     @router.post("/syncline/export")
     async def export(body: ExportBody) -> list[dict[str, Any]]:
