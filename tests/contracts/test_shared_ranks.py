@@ -113,7 +113,7 @@ def stepped(ranks: Ranks, url: str, path: str) -> dict[str, Any]:
     for version in range(1, NUM_STEPS + 1):
         sampling.wait_for(version - 1)
         with bridge.updating():
-            move_every_weight(model, ranks, version)
+            move_every_weight(model, version)
             receipts.append(bridge.publish(model, policy_version=version).receipt)
         weights.append(whole_weights(model, ranks))
     sampling.wait_for(NUM_STEPS)
@@ -126,11 +126,11 @@ def whole_weights(model: Any, ranks: Ranks) -> dict[str, torch.Tensor]:
     return {name: whole.cpu().clone() for name, whole in wholes(checkpoint_shards(model), ranks)}
 
 
-def move_every_weight(model: Any, ranks: Ranks, version: int) -> None:
-    """Copies move alike on all ranks, pieces each in its own way."""
+def move_every_weight(model: Any, version: int) -> None:
+    """Copies move alike on all ranks that hold them (key heads too, where there are fewer than ranks), other pieces each
+    in its own way."""
     for index, (_, shard) in enumerate(checkpoint_shards(model)):
-        is_copy = tuple(shard.tensor.shape) == shard.shape
-        generator = torch.Generator().manual_seed(1000 * version + index + (0 if is_copy else 500 * ranks.rank))
+        generator = torch.Generator().manual_seed(1000 * version + index + 100_000 * sum(shard.start))
         noise = 0.1 * torch.randn(shard.tensor.shape, generator=generator)
         shard.tensor.data.add_(noise.to(shard.tensor))
 
