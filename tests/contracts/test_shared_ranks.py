@@ -127,8 +127,8 @@ def whole_weights(model: Any, ranks: Ranks) -> dict[str, torch.Tensor]:
 
 
 def move_every_weight(model: Any, version: int) -> None:
-    """Copies move alike on all ranks that hold them (key heads too, where there are fewer than ranks), other pieces each
-    in its own way."""
+    """Copies move alike on the ranks that hold them (key heads too, where there are fewer than ranks), other pieces
+    each in its own way."""
     for index, (_, shard) in enumerate(checkpoint_shards(model)):
         generator = torch.Generator().manual_seed(1000 * version + index + 100_000 * sum(shard.start))
         noise = 0.1 * torch.randn(shard.tensor.shape, generator=generator)
