@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from outcomes import Noticed
 from real_engine import make_tiny_model, run_values, running_engine, visible_gpu
 from test_weight_bridge import DTYPE, TOLERANCE, Side, learner_device
 from transformers import AutoModelForCausalLM
@@ -80,7 +81,9 @@ def test_two_engines_take_every_version_at_once(sides: list[Side]) -> None:
     bridge.close()
 
 
-def test_a_learner_killed_in_the_middle_is_missed_by_the_engine_which_joins_the_next(sides: list[Side]) -> None:
+def test_a_learner_killed_in_the_middle_is_missed_by_the_engine_which_joins_the_next(
+    sides: list[Side], noticed: Noticed
+) -> None:
     side = sides[0]
     side.engine.pause(mode="abort", timeout_seconds=30)
     script = Path(__file__).parents[1] / "broadcast_learner.py"
@@ -94,6 +97,7 @@ def test_a_learner_killed_in_the_middle_is_missed_by_the_engine_which_joins_the_
     _until(lambda: httpx.get(f"{side.engine.url}/health", timeout=30).json()["torn"], "waited for the learner")
     assert time.monotonic() - killed < DETECT_SECONDS
     assert_torn(side, named="waited for the learner")
+    noticed("learner killed at an update", "broadcast", by="engine", told=side.engine.health()["torn"])
 
     bridge = bridge_to([side])
     bridge.attach(side.model)
@@ -110,7 +114,7 @@ def _until(answer: Callable[[], str | None], wanted: str) -> None:
         time.sleep(0.1)
 
 
-def test_an_engine_killed_in_the_middle_is_named_and_the_other_joins_again(sides: list[Side]) -> None:
+def test_an_engine_killed_in_the_middle_is_named_and_the_other_joins_again(sides: list[Side], noticed: Noticed) -> None:
     victim, survivor = sides[1], sides[0]
     version = 10
     sending: list[bool] = []
@@ -128,10 +132,11 @@ def test_an_engine_killed_in_the_middle_is_named_and_the_other_joins_again(sides
     bridge.publish(survivor.model, policy_version=version)
     step(survivor.model)
     started = time.monotonic()
-    with pytest.raises(SyncError, match=f"{victim.engine.name}: "):
+    with pytest.raises(SyncError, match=f"{victim.engine.name}: ") as told:
         bridge.publish(survivor.model, policy_version=version + 1)
     assert time.monotonic() - started < DETECT_SECONDS
     assert_torn(survivor, named="waited for the learner")
+    noticed("engine killed at an update", "broadcast", by="learner, and the other engine", told=told.value)
     with pytest.raises(SynclineError, match=victim.engine.url):
         bridge.publish(survivor.model, policy_version=version + 1)
     bridge.close()
