@@ -21,7 +21,7 @@ import torch
 from syncline.bridges.adapter import AdapterLayout, LoraLayer, is_adapter_name, listed, what_cannot_be_held
 from syncline.bridges.carriers import Carrier, Way, way_to
 from syncline.bridges.fleet import Fleet
-from syncline.bridges.handles import bind, open_views
+from syncline.bridges.handles import bind, fingerprint_of, open_views
 from syncline.bridges.receipt import differences, model_digest, parameter_digests, whole
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
@@ -68,7 +68,8 @@ class LoraBridge:
         self._carrier = Carrier(layout, self._ways(engines, device), device=device, folder=self._folder)
         if self._shares_base:
             [memory] = self._fleet.engines[0].export()
-            bind({name: whole(p) for name, p in base.items()}, open_views(memory, device=device), rank=0)
+            own = {name: whole(p) for name, p in base.items()}
+            bind(own, open_views(memory, device=device, model=fingerprint_of(own)), rank=0)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
