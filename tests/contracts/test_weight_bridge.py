@@ -69,7 +69,7 @@ BRIDGES: dict[str, MakeBridge] = {
     "lora": lora,
     "shared-lora": lora,
 }
-TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,), "broadcast": (1, 2), "lora": (1,), "shared-lora": (1,)}
+TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,), "broadcast": (1, 2), "lora": (1, 2), "shared-lora": (1,)}
 """Ranks of the engine under each bridge; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
 ADAPTED = ("lora", "shared-lora")
 LORA = {"rank": 4, "alpha": 22.0}
