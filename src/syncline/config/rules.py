@@ -190,6 +190,11 @@ def _adapter(config: RunConfig) -> Iterator[str]:
     for target in targets:
         if target.rsplit(".", 1)[-1] in _NOT_LINEAR:
             yield f"model.lora.target_modules: {target!r} is not served as an adapter; leave it out, or use restart"
+    if lora.dora:
+        yield (
+            "model.lora.dora: true gives rows magnitudes, which an engine cannot serve beside its base as bridge.name "
+            f"= {bridge.name!r} needs; set it to false, or use restart or broadcast, which merge it"
+        )
     if bridge.in_flight == "keep":
         yield (
             "bridge.in_flight: 'keep' moves requests to the next version, and with model.lora and "
