@@ -1,5 +1,7 @@
 """An adapter on a real vLLM of two ranks: one of them goes wrong, and adapters that come as files."""
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +35,8 @@ def side(tmp_path_factory, spoilt: Path) -> Iterator[Side]:
     values["engine"] |= {"device": DEVICE, "devices": [0, 1], "tensor_parallel_size": 2}
     values["engine"]["extra"] = {"worker_extension_cls": "spoilt_worker.SpoiltWorker"}
     values["learner"] = {"device": DEVICE}
-    with running_engine(values, folder, environment={SPOIL: str(spoilt)}) as engine:
+    environment = {SPOIL: str(spoilt), "PYTHONPATH": os.pathsep.join(sys.path)}  # the engine imports the worker too
+    with running_engine(values, folder, environment=environment) as engine:
         yield Side("lora", engine, model_path, folder / "adapters")
 
 
