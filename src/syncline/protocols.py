@@ -180,8 +180,8 @@ class EngineControl(Protocol):
         ...
 
     def adapters(self) -> Mapping[str, Any]:
-        """What adapters it can hold: `dtype`, `max_rank`, `modules` (name → inputs, outputs), `num_ranks`, and its
-        `whereabouts` (`bridges.carriers`). Raises `EngineError` when it was started without."""
+        """What adapters it can hold: `dtype`, `max_rank`, `modules` (name → inputs, outputs), and the `whereabouts`
+        (`bridges.carriers`) of each rank. Raises `EngineError` when it was started without."""
         ...
 
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:

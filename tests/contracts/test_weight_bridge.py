@@ -24,7 +24,7 @@ from syncline.config.schema import Bridge, Lora
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
 from syncline.learner.adapter import adapter_layers, base_parameters
-from syncline.learner.model import add_lora, checkpoint_shards
+from syncline.learner.model import add_lora, checkpoint_parameters, checkpoint_shards
 from syncline.protocols import SyncReport, WeightBridge
 from syncline.types import Completion, SamplingParams
 
@@ -37,7 +37,7 @@ PROMPTS = tuple(tuple(range(5 + i, 12 + i)) for i in range(6))
 
 def restart(side: "Side", config: Bridge) -> WeightBridge:
     return RestartBridge(
-        [side.engine], config, export=lambda m: m.named_parameters(), folder=side.folder, assets=side.model_path
+        [side.engine], config, export=checkpoint_parameters, folder=side.folder, assets=side.model_path
     )
 
 
@@ -47,7 +47,7 @@ def shared(side: "Side", config: Bridge) -> WeightBridge:
 
 def broadcast(side: "Side", config: Bridge) -> WeightBridge:
     config = config.model_copy(update={"bucket_bytes": 200_000, "timeout_seconds": 60.0})  # a few buckets, not one
-    return BroadcastBridge([side.engine], config, export=lambda m: m.named_parameters())
+    return BroadcastBridge([side.engine], config, export=checkpoint_parameters)
 
 
 def lora(side: "Side", config: Bridge) -> WeightBridge:
@@ -69,7 +69,13 @@ BRIDGES: dict[str, MakeBridge] = {
     "lora": lora,
     "shared-lora": lora,
 }
-TENSOR_PARALLEL = {"restart": (1, 2, 4), "shared": (1,), "broadcast": (1, 2, 4), "lora": (1,), "shared-lora": (1,)}
+TENSOR_PARALLEL = {
+    "restart": (1, 2, 4),
+    "shared": (1,),
+    "broadcast": (1, 2, 4),
+    "lora": (1, 2, 4),
+    "shared-lora": (1,),
+}
 """Ranks of the engine under each bridge; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
 ADAPTED = ("lora", "shared-lora")
 LORA = {"rank": 4, "alpha": 22.0}
@@ -372,6 +378,20 @@ def test_verify_tells_whether_the_engine_holds_a_checkpoint(side: Side, tmp_path
     kind = "[4, 256]" if side.name in ADAPTED else "[70, 128]"
     dtype = str(DTYPE).removeprefix("torch.")
     assert f"model.{changed}.weight: the checkpoint {dtype}{kind}" in capsys.readouterr().err
+
+
+def test_an_adapter_with_magnitudes_reaches_the_engine_merged(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA, which vLLM does not serve as an adapter: what is sampled from is what PEFT computes unmerged."""
+    if side.name not in ("restart", "broadcast"):
+        pytest.skip("refused by a rule of the configuration")
+    dora = add_lora(side.load(side.model_path), Lora.model_validate(LORA | {"dora": True}))
+    monkeypatch.setattr(side, "model", dora)
+    bridge = side.attached()
+    base = {name: parameter.clone() for name, parameter in base_parameters(dora)}
+    for _ in range(2):
+        side.step(bridge)
+        assert side.mismatch() < TOLERANCE
+    assert all(torch.equal(base[name], parameter) for name, parameter in base_parameters(dora)), "the base moved"
 
 
 Sampled = list[tuple[tuple[int, ...], Completion]]

@@ -134,11 +134,12 @@ def _in_flight(config: RunConfig) -> Iterator[str]:
 def _bridge(config: RunConfig) -> Iterator[str]:
     if config.bridge.name != "shared":
         return
-    if config.engine.tensor_parallel_size != config.learner.tensor_parallel_size and not config.model.lora:
+    if config.engine.tensor_parallel_size != config.learner.tensor_parallel_size:
+        remedy = "set bridge.name to lora" if config.model.lora else "set both alike, or use restart"
         yield (
             f"learner.tensor_parallel_size: {config.learner.tensor_parallel_size} is not engine.tensor_parallel_size = "
             f"{config.engine.tensor_parallel_size}, and with bridge.name = 'shared' each rank of the one trains the "
-            "memory of one of the other; set both alike, or use restart"
+            f"memory of one of the other; {remedy}"
         )
     if config.engine.devices != config.learner.devices or config.engine.device != config.learner.device:
         yield (
@@ -189,6 +190,11 @@ def _adapter(config: RunConfig) -> Iterator[str]:
     for target in targets:
         if target.rsplit(".", 1)[-1] in _NOT_LINEAR:
             yield f"model.lora.target_modules: {target!r} is not served as an adapter; leave it out, or use restart"
+    if lora.dora:
+        yield (
+            "model.lora.dora: true gives rows magnitudes, which an engine cannot serve beside its base as bridge.name "
+            f"= {bridge.name!r} needs; set it to false, or use restart or broadcast, which merge it"
+        )
     if bridge.in_flight == "keep":
         yield (
             "bridge.in_flight: 'keep' moves requests to the next version, and with model.lora and "
@@ -206,11 +212,6 @@ def _adapter_engine(config: RunConfig) -> Iterator[str]:
         yield (
             f"engine.extra.max_loras: {extra['max_loras']} leaves no slot for the next version beside the one that is "
             "sampled from; raise it to 2"
-        )
-    if config.engine.tensor_parallel_size > 1:
-        yield (
-            f"engine.tensor_parallel_size: {config.engine.tensor_parallel_size} splits the adapter over ranks, whose "
-            "pieces this version cannot prove; set it to 1, or use restart"
         )
     if extra.get("quantization") and config.bridge.name == "lora":
         yield (

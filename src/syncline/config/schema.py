@@ -37,6 +37,9 @@ class Lora(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
+    dora: bool = False
+    """DoRA: rows of the adapted weights have magnitudes of their own. Reaches an engine merged, by `restart` or
+    `broadcast`."""
 
 
 class Model(Section):
