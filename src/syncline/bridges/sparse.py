@@ -163,7 +163,12 @@ class SparseReceiver(Receiver):
 
     def receive(self, group: Group, *, deadline: Deadline) -> None:
         self._changes.clear()
-        super().receive(group, deadline=deadline)
+        try:
+            super().receive(group, deadline=deadline)
+        except torch.OutOfMemoryError as error:
+            raise SyncError(
+                "no memory for a bucket's changes; lower bridge.bucket_bytes or engine.gpu_memory_utilization"
+            ) from error
 
     def _start(self, group: Group, bucket: int, deadline: Deadline, watch: Watch) -> Any:
         count = self._count(group, bucket, deadline, watch)
