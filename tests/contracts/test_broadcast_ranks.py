@@ -20,7 +20,8 @@ from syncline.learner.distributed import rank_device
 from syncline.learner.model import checkpoint_shards, load_model
 
 pytestmark = pytest.mark.e2e
-NUM_STEPS = 3
+NUM_STEPS = 2
+BRIDGES = ({"name": "restart"}, {"name": "broadcast", "sparse": True, "bucket_bytes": 200_000})
 
 
 class Place(NamedTuple):
@@ -65,6 +66,10 @@ def engine(place: Place, model_path: Path, tmp_path_factory) -> Iterator[EngineC
         yield controller
 
 
+def published_over_each(ranks: Ranks, url: str, bridges: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [published(ranks, url, values) for values in bridges]
+
+
 def published(ranks: Ranks, url: str, values: dict[str, Any]) -> dict[str, Any]:
     """Versions of which each changes a tenth of the values, and what the last one's whole weights are."""
     config = resolve(values)
@@ -92,22 +97,22 @@ def nudge(model: Any, version: int) -> None:
         shard.tensor.data.add_((noise * chosen).to(shard.tensor))
 
 
-@pytest.mark.parametrize(
-    "bridge", [{"name": "broadcast", "sparse": True, "bucket_bytes": 200_000}, {"name": "restart"}]
-)
 def test_the_engine_holds_and_samples_from_the_whole_of_what_all_ranks_trained(
-    place: Place, engine: EngineController, model_path: Path, tmp_path: Path, bridge: dict[str, Any]
+    place: Place, engine: EngineController, model_path: Path, tmp_path: Path
 ) -> None:
-    values = place.values(model_path, tmp_path, bridge)
-    ranks = on_ranks(published, engine.url, values, world_size=place.learner, device=DEVICE)  # type: ignore[attr-defined]
-    reports, weights = ranks[0]["reports"], ranks[0]["weights"]
-    assert all([r.receipt for r in rank["reports"]] == [r.receipt for r in reports] for rank in ranks)
-    assert engine.receipt() == reports[-1].receipt
-    assert reports[-1].receipt.digest == model_digest(parameter_digests(weights.items()))
-    if "sparse" in bridge:
-        sizes = [report.num_bytes / sum(weight.nbytes for weight in weights.values()) for report in reports]
-        assert sizes[0] == 0, "the engine started with these"
-        assert sizes[1] > 1 > 0.5 > max(sizes[2:])
+    """Files first; then, from the first weights again, everything once and after that what changed."""
+    values = [place.values(model_path, tmp_path, bridge) for bridge in BRIDGES]
+    url: str = engine.url  # type: ignore[attr-defined]
+    ranks = on_ranks(published_over_each, url, values, world_size=place.learner, device=DEVICE)
+    for first, *others in zip(*ranks, strict=True):
+        receipts = [report.receipt for report in first["reports"]]
+        assert all([report.receipt for report in other["reports"]] == receipts for other in others)
+        assert receipts[-1].digest == model_digest(parameter_digests(first["weights"].items()))
+    _, broadcast = ranks[0]
+    size = sum(weight.nbytes for weight in broadcast["weights"].values())
+    whole, *few = [report.num_bytes / size for report in broadcast["reports"]]
+    assert whole > 1 > 0.5 > max(few)
+    assert engine.receipt() == broadcast["reports"][-1].receipt
     side = Side("broadcast", engine, model_path, tmp_path)
-    side.model = plain_model(model_path, weights)
+    side.model = plain_model(model_path, broadcast["weights"])
     assert side.mismatch() < TOLERANCE

@@ -1,4 +1,4 @@
-"""What only a GPU's streams can show of a broadcast: packed while the last bucket is away, changes told without waiting."""
+"""What only a GPU's streams show of a broadcast: the next bucket packed while one is away, changes told unwaited."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,6 @@ from syncline.bridges.collective import Deadline
 from syncline.bridges.pipeline import Sender
 from syncline.bridges.sparse import Difference, difference, encode, write_changes
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
 LINK_CYCLES = 40_000_000
 """A bucket's way, in cycles of the GPU: about 20 ms, many times what packing it takes."""
