@@ -46,7 +46,8 @@ def shared(side: "Side", config: Bridge) -> WeightBridge:
 
 
 def broadcast(side: "Side", config: Bridge) -> WeightBridge:
-    config = config.model_copy(update={"bucket_bytes": 200_000, "timeout_seconds": 60.0})  # a few buckets, not one
+    few_buckets = {"bucket_bytes": 200_000, "timeout_seconds": 60.0, "sparse": side.name == "broadcast-sparse"}
+    config = config.model_copy(update=few_buckets)
     return BroadcastBridge([side.engine], config, export=checkpoint_parameters)
 
 
@@ -66,17 +67,12 @@ BRIDGES: dict[str, MakeBridge] = {
     "restart": restart,
     "shared": shared,
     "broadcast": broadcast,
+    "broadcast-sparse": broadcast,
     "lora": lora,
     "shared-lora": lora,
 }
-TENSOR_PARALLEL = {
-    "restart": (1, 2, 4),
-    "shared": (1,),
-    "broadcast": (1, 2, 4),
-    "lora": (1, 2, 4),
-    "shared-lora": (1,),
-}
-"""Ranks of the engine under each bridge; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
+TENSOR_PARALLEL = {"restart": (1, 2, 4), "broadcast": (1, 2, 4), "broadcast-sparse": (2,), "lora": (1, 2, 4)}
+"""Ranks of the engine, if not one; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
 ADAPTED = ("lora", "shared-lora")
 LORA = {"rank": 4, "alpha": 22.0}
 """A rank below vLLM's smallest slot, and a scaling of 5.5, which rounds and makes a stale adapter show."""
@@ -84,7 +80,7 @@ LORA = {"rank": 4, "alpha": 22.0}
 
 def learner_device(name: str, *, ranks: int = 1) -> str:
     """NCCL has no two ranks on one GPU, and the engine's are on the first."""
-    return f"cuda:{ranks}" if DEVICE == "cuda" and name == "broadcast" else DEVICE
+    return f"cuda:{ranks}" if DEVICE == "cuda" and name.startswith("broadcast") else DEVICE
 
 
 class Side:
@@ -124,7 +120,7 @@ class Side:
                 parameter.copy_(initial)
 
     def bridge(self, *, in_flight: str = "drain") -> WeightBridge:
-        name = self.name.removesuffix("-lora")
+        name = self.name.partition("-")[0]
         return BRIDGES[self.name](self, Bridge.model_validate({"name": name, "in_flight": in_flight}))
 
     def attached(self, *, in_flight: str = "drain") -> WeightBridge:
@@ -137,10 +133,12 @@ class Side:
 
     def step(self, bridge: WeightBridge, *, scale: float = 0.05) -> SyncReport:
         """What a training step does to the weights, as the loop does it."""
+        few = self.name == "broadcast-sparse"  # a tenth of the values, as much further
         with bridge.updating():
             with torch.no_grad():
                 for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
-                    parameter.add_(torch.randn_like(parameter) * scale)
+                    noise = torch.randn_like(parameter) * scale
+                    parameter.add_(3 * noise * (torch.rand_like(parameter) < 0.1) if few else noise)
             return bridge.publish(self.model, policy_version=self.next_version())
 
     def sample(self, *, max_tokens: int = 12, prompts=PROMPTS) -> list[Completion]:
@@ -189,8 +187,8 @@ def _engines() -> list[Any]:
             ],
         )
         for name in sorted(BRIDGES)
-        for ranks in TENSOR_PARALLEL[name]
-        for gpus in [ranks + (name == "broadcast")]
+        for ranks in TENSOR_PARALLEL.get(name, (1,))
+        for gpus in [ranks + name.startswith("broadcast")]
     ]
 
 
@@ -199,9 +197,9 @@ def side(request, tmp_path_factory) -> Iterator[Side]:
     name, ranks = request.param
     folder = tmp_path_factory.mktemp(f"{name}-tp{ranks}")
     model_path = make_tiny_model(folder / "model")
-    values = run_values(model_path, folder / "run", bridge={"name": name.removesuffix("-lora")})
+    values = run_values(model_path, folder / "run", bridge={"name": name.partition("-")[0]})
     values["engine"] |= {"device": DEVICE, "devices": list(range(ranks)), "tensor_parallel_size": ranks}
-    values["learner"] = {"device": DEVICE, "devices": [ranks if name == "broadcast" else 0]}
+    values["learner"] = {"device": DEVICE, "devices": [ranks if name.startswith("broadcast") else 0]}
     if name in ADAPTED:
         values["model"]["lora"] = LORA
     with running_engine(values, folder) as engine:

@@ -115,11 +115,6 @@ def _ranks(config: RunConfig) -> Iterator[str]:
             f"learner.tensor_parallel_size: {size} does not split adapters, and model.lora is set; set it to 1, or "
             "leave model.lora out"
         )
-    if config.bridge.name == "broadcast":
-        yield (
-            f"learner.tensor_parallel_size: {size} has parameters in pieces, which bridge.name = 'broadcast' does not "
-            "gather; set it to 1, or use shared or restart"
-        )
 
 
 def _in_flight(config: RunConfig) -> Iterator[str]:
@@ -157,6 +152,11 @@ def _bridge(config: RunConfig) -> Iterator[str]:
 
 def _broadcast(config: RunConfig) -> Iterator[str]:
     if config.bridge.name != "broadcast":
+        if config.bridge.sparse:
+            yield (
+                f"bridge.sparse: true sends only what changed, and bridge.name = {config.bridge.name!r} sends no "
+                "weights in buckets; leave it out, or set bridge.name to broadcast"
+            )
         return
     if config.engine.device == "cuda" and config.learner.device == "cuda":
         yield from gpus_held_twice(config)

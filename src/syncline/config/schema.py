@@ -182,6 +182,9 @@ class Bridge(Section):
     `drain` without anybody waiting for them: they end under the adapter they began with."""
     bucket_bytes: PositiveInt = 128 << 20
     """With `broadcast`: what one collective call carries. Learner and engine keep two such buffers each."""
+    sparse: bool = False
+    """With `broadcast`: only values whose bits changed are sent, where that is less than all. The learner keeps the
+    bits last published, as many bytes as the model has (of several ranks the first)."""
     adapter_transfer: Literal["auto", "memory", "files"] = "auto"
     """How an adapter reaches an engine: memory on the learner's own host, files elsewhere."""
     timeout_seconds: PositiveFloat = 300.0
