@@ -58,6 +58,12 @@ def _loss(config: RunConfig) -> Iterator[str]:
             f"learner.loss.importance.level: {loss.importance.level!r} would correct twice, because "
             "learner.loss.old_logprobs = 'sampler' already divides by the sampler's probabilities; set it to none"
         )
+    if config.run.max_staleness and loss.importance.level == "none" and loss.old_logprobs == "learner":
+        yield (
+            f"learner.loss.importance.level: 'none' trains on tokens up to run.max_staleness = "
+            f"{config.run.max_staleness} versions old as if they were new; set it to token, or "
+            "learner.loss.old_logprobs to sampler"
+        )
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:

@@ -112,12 +112,17 @@ class Trajectory(Section):
 
 
 class Importance(Section):
-    """Corrects for the gap between the sampler's and the learner's probabilities (TIS, MIS)."""
+    """Corrects for tokens that another policy drew than the one trained: the engine's rounding, or an older version."""
 
-    level: Literal["none", "token", "sequence"] = "token"
+    level: Literal["none", "token", "sequence", "geometric"] = "token"
+    """What the ratio learner / sampler is of: one token, the product over its sample, or that product's geometric mean,
+    which suits long samples. `none` weighs every token 1."""
     mode: Literal["truncate", "mask"] = "truncate"
-    clip_min: NonNegativeFloat = 0.0
-    clip_max: PositiveFloat = 2.0
+    """Outside of the band a weight is cut to its border (TIS), or set to 0 (MIS)."""
+    clip_min: Fraction = 0.0
+    """Lower border of the band."""
+    clip_max: Annotated[float, Field(ge=1)] = 2.0
+    """Upper border; 1, the ratio of a token that is on-policy, is always inside."""
 
 
 class Loss(Section):

@@ -114,10 +114,10 @@ def config(name: str, level: str, mode: str = "truncate") -> Loss:
     return Loss.model_validate({"name": name, "importance": importance, "kl_coef": 0.05, "mask_truncated": True})
 
 
-@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+@pytest.mark.parametrize("level", ["none", "token", "sequence", "geometric"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_many_microbatches_have_the_gradient_of_one(name: str, level: str) -> None:
-    loss = config(name, level, "mask" if level == "sequence" else "truncate")
+    loss = config(name, level, "mask" if level in ("sequence", "geometric") else "truncate")
     whole, split = batches(loss, 1000), batches(loss, 17)
     assert len(whole) == 1
     assert len(split) >= 5
