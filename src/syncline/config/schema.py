@@ -27,6 +27,9 @@ class Run(Section):
     """Attempts at each task: the G of GRPO."""
     max_staleness: NonNegativeInt = 0
     """Oldest policy a token may come from, in versions behind the one being trained. 0 is on-policy."""
+    max_refills: NonNegativeInt = 0
+    """Dynamic sampling (DAPO): groups whose rewards are all equal teach nothing and are replaced by freshly sampled
+    tasks, at most this many a step; any more are trained on as they are, and counted. 0: none is replaced."""
     deterministic: bool = False
     """Asks torch for deterministic kernels, so that a resumed run repeats bit for bit."""
 
