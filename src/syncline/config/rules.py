@@ -85,6 +85,12 @@ def _environments(config: RunConfig) -> Iterator[str]:
     for i, name in enumerate(names):
         if name in names[:i]:
             yield f"environments.{i}.name: {name!r} is taken by environments.{names.index(name)}; give it another name"
+    for i, overlong in enumerate(environment.overlong for environment in config.environments):
+        if overlong and overlong.cache_tokens > config.sampling.max_tokens:
+            yield (
+                f"environments.{i}.overlong.cache_tokens: {overlong.cache_tokens} is above sampling.max_tokens = "
+                f"{config.sampling.max_tokens}, so the shortest completion would be punished; lower it"
+            )
 
 
 def _devices(config: RunConfig) -> Iterator[str]:

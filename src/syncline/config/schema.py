@@ -91,6 +91,15 @@ class Engine(Section):
     """vLLM's own options, passed through and checked by vLLM: `{max_num_batched_tokens: 8192}`."""
 
 
+class Overlong(Section):
+    """Soft punishment of completions close to `sampling.max_tokens` (DAPO), added to the reward as part `overlong`."""
+
+    cache_tokens: PositiveInt
+    """Where it begins: so many tokens below the limit. From there it grows linearly."""
+    penalty: PositiveFloat = 1.0
+    """What is taken off at the limit."""
+
+
 class Environment(Section):
     task: str
     """A built-in (`arithmetic`, `gsm8k`) or an import path: `my_package.my_module:MyEnvironment`."""
@@ -100,6 +109,8 @@ class Environment(Section):
     """Share of the groups, relative to the other environments."""
     concurrency: PositiveInt = 64
     """Groups in flight at once."""
+    overlong: Overlong | None = None
+    """Absent: long completions are not punished. Held-out tasks never are."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the environment's constructor."""
 
