@@ -9,6 +9,7 @@ mean share of the next batch that was sampled before the step had ended: 0 when 
 """
 
 import argparse
+import itertools
 import json
 import queue
 import sys
@@ -37,24 +38,20 @@ def main() -> int:
     sys.path.insert(0, str(ROOT / "recipes" / "demo"))
     from base_model import build_base_model
 
-    base, worst = build_base_model(ROOT / "runs" / "base"), 0
+    base, first, worst = build_base_model(ROOT / "runs" / "base"), dict[tuple[str, int], float](), 0
     print(f"{'bridge':12}{'seed':>5}{'bound':>6}" + "".join(f"{column:>15}" for column in COLUMNS), flush=True)
-    for bridge in args.bridges:
-        for seed in args.seeds:
-            first: float | None = None
-            for bound in args.staleness:
-                folder = args.out / f"{bridge.replace(', ', '-').replace(' + ', '-')}-{seed}-{bound}"
-                fields = (f"run.max_staleness={bound}", f"run.groups_per_step={GROUPS_PER_STEP}", *args.overrides)
-                places: queue.SimpleQueue[str] = queue.SimpleQueue()
-                places.put(args.gpus)
-                code = run(bridge, folder, base, seed, places, fields)
-                worst = max(worst, code)
-                cells = "   failed: see its log"
-                if code == 0:
-                    row = measured(folder, first)
-                    first = first or row["train_seconds"]
-                    cells = "".join(f"{row[column]:15.2f}" for column in COLUMNS)
-                print(f"{bridge:12}{seed:5}{bound:6}{cells}", flush=True)
+    for bridge, seed, bound in itertools.product(args.bridges, args.seeds, args.staleness):
+        folder = args.out / f"{bridge.replace(', ', '-').replace(' + ', '-')}-{seed}-{bound}"
+        fields = (f"run.max_staleness={bound}", f"run.groups_per_step={GROUPS_PER_STEP}", *args.overrides)
+        places: queue.SimpleQueue[str] = queue.SimpleQueue()
+        places.put(args.gpus)
+        code = run(bridge, folder, base, seed, places, fields)
+        worst, cells = max(worst, code), "   failed: see its log"
+        if code == 0:
+            row = measured(folder, first.get((bridge, seed)))
+            first.setdefault((bridge, seed), row["train_seconds"])
+            cells = "".join(f"{row[column]:15.2f}" for column in COLUMNS)
+        print(f"{bridge:12}{seed:5}{bound:6}{cells}", flush=True)
     return worst
 
 

@@ -53,6 +53,17 @@ def _loss(config: RunConfig) -> Iterator[str]:
             f"learner.loss.importance.clip_min: {loss.importance.clip_min} is not below "
             f"clip_max = {loss.importance.clip_max}; lower it"
         )
+    mask = loss.importance.sequence_mask
+    if mask and mask.clip_min >= mask.clip_max:
+        yield (
+            f"learner.loss.importance.sequence_mask.clip_min: {mask.clip_min} is not below clip_max = {mask.clip_max}; "
+            "lower it"
+        )
+    if mask and (mask.level, "mask") == (loss.importance.level, loss.importance.mode):
+        yield (
+            f"learner.loss.importance.sequence_mask.level: {mask.level!r} masks what learner.loss.importance.level and "
+            "mode mask already; set level to token, or leave sequence_mask out"
+        )
     if loss.old_logprobs == "sampler" and loss.importance.level != "none":
         yield (
             f"learner.loss.importance.level: {loss.importance.level!r} would correct twice, because "

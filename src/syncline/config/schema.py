@@ -125,6 +125,16 @@ class Trajectory(Section):
     max_request_bytes: PositiveInt = 256 << 20
 
 
+class SequenceMask(Section):
+    """Leaves whole samples out, whatever their tokens weigh: with token weights, the "sequence mask, token TIS" of
+    OpenRLHF and verl."""
+
+    level: Literal["sequence", "geometric"] = "geometric"
+    """What must lie in the band: the product of the sample's token ratios, or its geometric mean."""
+    clip_min: Fraction = 0.0
+    clip_max: Annotated[float, Field(ge=1)]
+
+
 class Importance(Section):
     """Corrects for tokens that another policy drew than the one trained: the engine's rounding, or an older version."""
 
@@ -137,6 +147,7 @@ class Importance(Section):
     """Lower border of the band."""
     clip_max: Annotated[float, Field(ge=1)] = 2.0
     """Upper border; 1, the ratio of a token that is on-policy, is always inside."""
+    sequence_mask: SequenceMask | None = None
 
 
 class Loss(Section):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from syncline.config.schema import Importance
+from syncline.config.schema import Importance, SequenceMask
 from syncline.learner.losses import sum_over_sample
 
 MAX_LOG_RATIO = 20.0
@@ -86,30 +86,36 @@ def importance_weights(
         truncate   min(max(r, a), b)        TIS: Ionides, "Truncated Importance Sampling", 2008, with a = 0
         mask       r where a <= r <= b, else 0    MIS: IcePop's two-sided band, arXiv 2510.18855; with a = 0 one-sided
 
-    A masked token still counts in the loss's normaliser. Level `none` weighs every token 1.
+    A masked token still counts in the loss's normaliser. Level `none` weighs every token 1. With `sequence_mask`, the
+    tokens of a sample whose own ratio, of that mask's level, is outside of that mask's band weigh 0 too.
     """
     difference = learner_logprobs.detach().float() - sampler_logprobs.float()
-    ratio = _log_ratio(difference, sample_index, importance).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    inside = (ratio >= importance.clip_min) & (ratio <= importance.clip_max)
+    ratio = _ratio(difference, sample_index, importance.level)
+    inside = _inside(ratio, importance)
     if importance.mode == "truncate":
         weights = ratio.clamp(importance.clip_min, importance.clip_max)
     else:
         weights = torch.where(inside, ratio, 0.0)
+    if mask := importance.sequence_mask:
+        kept = _inside(_ratio(difference, sample_index, mask.level), mask)
+        weights, inside = torch.where(kept, weights, 0.0), inside & kept
     return weights, _tally(difference, weights, inside)
 
 
-def _log_ratio(difference: Tensor, sample_index: Tensor, importance: Importance) -> Tensor:
-    match importance.level:
-        case "none":
-            return torch.zeros_like(difference)
-        case "token":
-            return difference
-        case "sequence":
-            return sum_over_sample(difference, sample_index)
-        case "geometric":
-            return sum_over_sample(difference, sample_index) / sum_over_sample(
-                torch.ones_like(difference), sample_index
-            )
+def _ratio(difference: Tensor, sample_index: Tensor, level: str) -> Tensor:
+    """learner / sampler of each token, sample or geometric mean, `[N]`."""
+    log_ratio = difference
+    if level == "none":
+        log_ratio = torch.zeros_like(difference)
+    elif level in ("sequence", "geometric"):
+        log_ratio = sum_over_sample(difference, sample_index)
+    if level == "geometric":
+        log_ratio = log_ratio / sum_over_sample(torch.ones_like(difference), sample_index)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _inside(ratio: Tensor, band: Importance | SequenceMask) -> Tensor:
+    return (ratio >= band.clip_min) & (ratio <= band.clip_max)
 
 
 def _tally(difference: Tensor, weights: Tensor, inside: Tensor) -> ImportanceTally:

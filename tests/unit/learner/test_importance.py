@@ -53,6 +53,24 @@ def test_the_table_tells_a_wrong_sign_and_a_wrong_level_apart(row: dict) -> None
         assert (weigh(importance(row, level=level))[0] - right).abs().max() > 0.02, level
 
 
+@pytest.mark.parametrize(
+    ("mask", "weights", "kept"),
+    [
+        # Products 2, 0.25, 1.5 and geometric means sqrt 2, 0.5, 1.5 of the samples; token weights 3, 0.5, 0.4, 1, 1.5.
+        ({"level": "sequence", "clip_min": 0.2, "clip_max": 1.8}, [0, 0, 0.4, 1, 1.5], 2 / 5),
+        ({"level": "geometric", "clip_min": 0.6, "clip_max": 1.8}, [3, 0.5, 0, 0, 1.5], 2 / 5),
+        ({"level": "geometric", "clip_min": 0.4, "clip_max": 1.45}, [3, 0.5, 0.4, 1, 0], 2 / 5),
+    ],
+)
+def test_a_sequence_mask_leaves_whole_samples_out_of_what_tokens_weigh(mask: dict, weights: list, kept: float) -> None:
+    config = Importance.model_validate({"level": "token", "clip_min": 0.4, "clip_max": 3.0, "sequence_mask": mask})
+    found, tally = weigh(config)
+    assert found.tolist() == pytest.approx(weights)
+    assert tally.metrics()["sampling/kept_ratio"] == pytest.approx(kept)
+    alone = config.model_copy(update={"level": "none"})
+    assert weigh(alone)[0].tolist() == [float(weight > 0) for weight in weights]
+
+
 def test_weights_are_constants_to_autograd() -> None:
     result, _ = weigh(Importance(), learner=LEARNER.clone().requires_grad_())
     assert not result.requires_grad
