@@ -344,6 +344,19 @@ def test_a_failure_while_the_weights_move_leaves_the_engine_paused(side: Side) -
     _assert_paused_then_resume(side)
 
 
+def test_the_engine_samples_while_the_learner_steps_unless_it_reads_what_the_step_writes(side: Side) -> None:
+    """What asynchronous mode rests on; the forward and backward passes are outside of `updating` altogether."""
+    bridge = side.attached()
+    version = side.next_version()
+    bridge.publish(side.model, policy_version=version)
+    with bridge.updating():
+        assert side.engine.health()["paused"] is (side.name == "shared")
+        if side.name != "shared":
+            assert {span.policy_version for c in side.sample() for span in c.versions} == {version}
+        bridge.publish(side.model, policy_version=version + 1)
+    assert {span.policy_version for c in side.sample() for span in c.versions} == {version + 1}
+
+
 def test_requests_in_flight_end_under_one_version_and_are_never_torn(side: Side) -> None:
     """Steps move every weight while requests run: each completion must be of one version, and of its weights alone."""
     completions, weights = _sample_over_steps(side, side.attached(), max_tokens=40)

@@ -26,6 +26,21 @@ def timings(started: float, sampled: float, learned: float, *, synced: SyncRepor
     }
 
 
+def staleness(groups: Sequence[RolloutGroup], *, policy_version: int) -> dict[str, float]:
+    """How many versions behind `policy_version`, the one trained, the sampled tokens are: 0 is on-policy. TRL's keys,
+    but the mean is over tokens, because the versions of one rollout may differ. Nothing sampled gives an empty dict.
+    """
+    spans = [span for group in groups for rollout in group.rollouts for s in rollout.samples for span in s.versions]
+    if not spans:
+        return {}
+    ages = [(policy_version - span.policy_version, span.end - span.start) for span in spans]
+    num_tokens = sum(tokens for _, tokens in ages)
+    return {
+        "sample/staleness_mean": sum(age * tokens for age, tokens in ages) / num_tokens,
+        "sample/staleness_max": float(max(age for age, _ in ages)),
+    }
+
+
 def log_step(
     sink: MetricSink,
     state: TrainState,
