@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from real_engine import make_tiny_model, run_values, running_engine
+from real_engine import make_tiny_model, run_values, running_engine, visible_gpu
 from test_weight_bridge import DTYPE, TOLERANCE, Side, learner_device
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +19,7 @@ from syncline.bridges.broadcast import BroadcastBridge
 from syncline.config.schema import Bridge
 from syncline.errors import EngineError, SyncError, SynclineError
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.contract("broadcast, two engines", 1)]
 CONFIG = Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=20)
 DETECT_SECONDS = 10.0
 
@@ -28,8 +28,7 @@ DETECT_SECONDS = 10.0
 def sides(tmp_path_factory) -> Iterator[list[Side]]:
     folder = tmp_path_factory.mktemp("broadcast")
     model = make_tiny_model(folder / "model")
-    engine = {"kv_cache_bytes": 64 << 20, "gpu_memory_utilization": 0.2}
-    values = run_values(model, folder / "run", bridge={"name": "broadcast"}, engine=engine)
+    values = run_values(model, folder / "run", bridge={"name": "broadcast"})
     with (
         running_engine(values, folder / "a") as first,
         running_engine(values, folder / "b", environment=_last_gpu()) as second,
@@ -43,7 +42,7 @@ def _last_gpu() -> dict[str, str]:
         return {}
     if torch.cuda.device_count() < 3:
         pytest.skip("two engines and a learner need three GPUs")
-    return {"CUDA_VISIBLE_DEVICES": "2"}
+    return {"CUDA_VISIBLE_DEVICES": visible_gpu(2)}
 
 
 def bridge_to(sides: list[Side]) -> BroadcastBridge:

@@ -69,7 +69,7 @@ BRIDGES: dict[str, MakeBridge] = {
     "lora": lora,
     "shared-lora": lora,
 }
-TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,), "broadcast": (1, 2), "lora": (1, 2), "shared-lora": (1,)}
+TENSOR_PARALLEL = {"restart": (1, 2, 4), "shared": (1,), "broadcast": (1, 2, 4), "lora": (1, 2, 4), "shared-lora": (1,)}
 """Ranks of the engine under each bridge; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
 ADAPTED = ("lora", "shared-lora")
 LORA = {"rank": 4, "alpha": 22.0}
@@ -176,7 +176,11 @@ def _engines() -> list[Any]:
         pytest.param(
             (name, ranks),
             id=f"{name}-tp{ranks}",
-            marks=pytest.mark.skipif(0 < torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs"),
+            marks=[
+                pytest.mark.contract(name, ranks),
+                pytest.mark.skipif(0 < torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs"),
+                *([pytest.mark.slow] if ranks > 2 else []),
+            ],
         )
         for name in sorted(BRIDGES)
         for ranks in TENSOR_PARALLEL[name]

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -31,8 +30,8 @@ Way = Literal["device", "memory", "files"]
 
 def whereabouts(device: torch.device) -> dict[str, str]:
     """What decides which memory two processes can both open."""
-    origin = asdict(Origin.here(device))
-    del origin["pid"]
+    here = Origin.here(device)
+    origin = {field: getattr(here, field) for field in ("boot_id", "device", "torch_version")}
     return origin | {"pid_namespace": os.readlink("/proc/self/ns/pid")}
 
 

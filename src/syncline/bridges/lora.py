@@ -21,7 +21,7 @@ import torch
 from syncline.bridges.adapter import AdapterLayout, LoraLayer, is_adapter_name, listed, what_cannot_be_held
 from syncline.bridges.carriers import Carrier, Way, way_to
 from syncline.bridges.fleet import Fleet
-from syncline.bridges.handles import bind, open_views
+from syncline.bridges.handles import bind, fingerprint_of, open_views
 from syncline.bridges.receipt import differences, model_digest, parameter_digests, whole
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
@@ -158,7 +158,8 @@ class LoraBridge:
                 f"engine {engine.name} splits the base over {len(others) + 1} ranks, and the learner's is whole; set "
                 "bridge.name to lora"
             )
-        bind({name: whole(p) for name, p in base.items()}, open_views(memory, device=device), rank=0)
+        own = {name: whole(p) for name, p in base.items()}
+        bind(own, open_views(memory, device=device, model=fingerprint_of(own)), rank=0)
 
     def _refuse_unheld(self, layers: Mapping[str, LoraLayer], engines: Sequence[Mapping[str, Any]]) -> AdapterLayout:
         layout = AdapterLayout.of(layers, engines[0]["dtype"])

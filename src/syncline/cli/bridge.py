@@ -6,10 +6,37 @@ from typing import TYPE_CHECKING
 
 from syncline.config import RunConfig
 from syncline.config.rules import serves_adapters
+from syncline.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from syncline.bridges.ranks import Ranks
+    from syncline.engines.client import EngineController
     from syncline.protocols import EngineControl, WeightBridge
+
+
+def connect_engines(
+    config: RunConfig, urls: Sequence[str], bridge_config: str | None, *, device: "torch.device", ranks: "Ranks"
+) -> list["EngineController"]:
+    """The engine that a bridge file names, if one is asked for, then those at `urls`. Nobody is spoken to yet."""
+    from syncline.bridges.bridge_file import find_bridge_file
+    from syncline.engines.client import EngineController
+    from syncline.engines.found import FoundEngine
+
+    timeout = config.engine.start_timeout_seconds
+    found: list[EngineController] = []
+    if bridge_config:
+        if config.bridge.name != "shared":
+            raise ConfigError([f"bridge.name: {config.bridge.name!r} takes no --bridge-config; set it to shared"])
+        file = ranks.together(
+            lambda: find_bridge_file(bridge_config, model=config.model.path, device=device, rank=ranks.rank)
+        )
+        found = [FoundEngine(file, start_timeout_seconds=timeout)]
+    engines = [*found, *(EngineController(url, start_timeout_seconds=timeout) for url in urls)]
+    if not engines:
+        raise ConfigError(["--engine-url: not given; name the engine by it, or by --bridge-config"])
+    return engines
 
 
 def build_bridge(
