@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,29 +177,29 @@ def _evenly(ordered: list[_Sequence], num_microbatches: int) -> list[list[_Seque
 def _collate(sequences: list[_Sequence]) -> PackedBatch:
     lengths = [sequence.length for sequence in sequences]
     starts = list(itertools.accumulate(lengths, initial=0))
-    labels = [
-        (
-            start + i - 1,
-            sequence.sample.token_ids[i],
-            s,
-            sequence.sample.logprobs[i],
-            sequence.advantage,
-            sequence.loss_weight,
-        )
-        for s, (start, sequence) in enumerate(zip(starts[:-1], sequences, strict=True))
-        for i, sampled in enumerate(sequence.sample.loss_mask)
-        if sampled
-    ]
-    predict_index, token_ids, sample_index, logprobs, advantages, loss_weights = zip(*labels, strict=True)
+    sampled = [_tensor(s.sample.loss_mask, np.bool_).nonzero().flatten() for s in sequences]
+    counts = torch.tensor([len(indices) for indices in sampled])
+    ids = [_tensor(s.sample.token_ids, np.int64) for s in sequences]
+
+    def of_each(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)
+
     return PackedBatch(
-        token_ids=torch.tensor([t for s, n in zip(sequences, lengths, strict=True) for t in s.sample.token_ids[:n]]),
+        token_ids=torch.cat([t[:length] for t, length in zip(ids, lengths, strict=True)]),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         max_seqlen=lengths[0],
-        predict_index=torch.tensor(predict_index),
-        labels=torch.tensor(token_ids),
-        sample_index=torch.tensor(sample_index),
-        sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
-        advantages=torch.tensor(advantages, dtype=torch.float32),
-        loss_weights=torch.tensor(loss_weights, dtype=torch.float32),
+        predict_index=torch.cat([i + start - 1 for i, start in zip(sampled, starts[:-1], strict=True)]),
+        labels=torch.cat([t[i] for t, i in zip(ids, sampled, strict=True)]),
+        sample_index=torch.arange(len(sequences)).repeat_interleave(counts),
+        sampler_logprobs=torch.cat(
+            [_tensor(s.sample.logprobs, np.float32)[i] for s, i in zip(sequences, sampled, strict=True)]
+        ),
+        advantages=of_each([s.advantage for s in sequences]),
+        loss_weights=of_each([s.loss_weight for s in sequences]),
     )
+
+
+def _tensor(values: tuple[Any, ...], kind: Any) -> Tensor:
+    """By numpy, which reads Python's numbers some twenty times as fast as torch does."""
+    return torch.from_numpy(np.array(values, dtype=kind))
