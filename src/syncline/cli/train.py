@@ -93,9 +93,9 @@ def assemble(
     torch.manual_seed(config.run.seed)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    checkpointing = config.learner.gradient_checkpointing
-    model = load_model(config.model, device=device, gradient_checkpointing=checkpointing, ranks=ranks)
-    accumulate_fp32(model)
+    model = load_model(config.model, device=device, running=config.learner, ranks=ranks)
+    if config.learner.gradients == "float32":
+        accumulate_fp32(model)
     assets = assets_folder(config.model.path)
     with ExitStack() as stack:
         for engine in engines:
@@ -138,11 +138,13 @@ def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device", r
     from syncline.learner.model import Reference, Scorer
     from syncline.learner.step import Step
 
-    needs_reference = config.learner.loss.kl_coef > 0
+    reference = None
+    if config.learner.loss.kl_coef > 0:
+        reference = Reference.of(model, config.model, running=config.learner, device=device, ranks=ranks)
     return Step(
         config=config.learner,
         scorer=Scorer(config.sampling.temperature, config.learner.logprob_chunk_tokens),
-        reference=Reference.of(model, config.model, device=device, ranks=ranks) if needs_reference else None,
+        reference=reference,
         device=device,
         max_completion_tokens=config.sampling.max_tokens,
         num_steps=config.run.num_steps,

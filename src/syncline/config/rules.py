@@ -91,6 +91,37 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _memory(config: RunConfig) -> Iterator[str]:
+    learner, optimizer = config.learner, config.learner.optimizer
+    if optimizer.moments == "int8" and learner.tensor_parallel_size > 1:
+        yield (
+            f"learner.optimizer.moments: 'int8' shares scales within a rank's piece, and tensor_parallel_size = "
+            f"{learner.tensor_parallel_size} resumes on any number of ranks; set it to float32"
+        )
+    if learner.compile == "on" and learner.tensor_parallel_size > 1:
+        yield (
+            f"learner.compile: 'on' does not know split layers, and tensor_parallel_size = "
+            f"{learner.tensor_parallel_size}; set it to auto"
+        )
+    if not optimizer.in_backward:
+        return
+    if optimizer.max_grad_norm is not None:
+        yield (
+            f"learner.optimizer.in_backward: true steps a parameter before the norm of all gradients is known, which "
+            f"max_grad_norm = {optimizer.max_grad_norm:g} clips; set max_grad_norm to null, or in_backward to false"
+        )
+    if learner.tensor_parallel_size > 1:
+        yield (
+            f"learner.optimizer.in_backward: true steps before ranks have added up their gradients, and "
+            f"tensor_parallel_size = {learner.tensor_parallel_size}; set it to false"
+        )
+    if config.bridge.name == "shared" and config.model.lora is None:
+        yield (
+            "learner.optimizer.in_backward: true writes weights during the backward pass, and with bridge.name = "
+            "'shared' the engine reads them then; set it to false, or use restart"
+        )
+
+
 def _environments(config: RunConfig) -> Iterator[str]:
     names = [e.name or e.task for e in config.environments]
     for i, name in enumerate(names):
@@ -270,6 +301,7 @@ _RULES = (
     _distribution,
     _loss,
     _schedule,
+    _memory,
     _environments,
     _devices,
     _ranks,

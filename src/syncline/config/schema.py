@@ -176,7 +176,24 @@ class Optimizer(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this norm; null: never."""
+    moments: Literal["float32", "int8"] = "float32"
+    """Of AdamW: 8 bytes a parameter, or 2 and the package torchao (blocks of 256 share a scale; norms and biases stay
+    in float32)."""
+    in_backward: bool = False
+    """Each parameter is stepped by the last micro-batch's backward pass as soon as its gradient is whole, and the
+    gradient freed. With one micro-batch a step no two gradients ever exist at once."""
+
+
+class Recomputation(Section):
+    """Activations computed again in the backward pass instead of kept: less memory for more time."""
+
+    what: Literal["none", "selective", "full"] = "none"
+    """`full`: of a layer, its input alone is kept. `selective`: its matrix products and attention, not its norms,
+    rotations and activations, which compiled layers do not keep anyway."""
+    every: PositiveInt = 1
+    """Of every how many layers one does so."""
 
 
 class Learner(Section):
@@ -189,9 +206,16 @@ class Learner(Section):
     token_budget: PositiveInt = 8192
     """Tokens of a micro-batch; peak memory follows it, not the group."""
     logprob_chunk_tokens: PositiveInt = 1024
-    """Rows of logits alive at once."""
-    gradient_checkpointing: bool = False
+    """As many logits as this many rows have are alive at once."""
+    attention: str = "auto"
+    """`auto`: the first that works here of `flash3` and `flash4` (where these FlashAttentions are installed), `flash`
+    (torch's own), and on a CPU SDPA. Or a name that transformers knows, such as `kernels-community/flash-attn3`."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch compiles the layers at the first step. auto: dense layers, where one GPU has the whole model."""
+    recomputation: Recomputation = Recomputation()
     loss: Loss = Loss()
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """What the gradients of bfloat16 parameters add up in: 4 bytes a parameter, or 2 and a rounding a micro-batch."""
     optimizer: Optimizer = Optimizer()
     checkpoint_interval: PositiveInt = 10
     """Steps between checkpoints."""

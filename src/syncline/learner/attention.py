@@ -1,9 +1,10 @@
 """Causal attention over sequences laid end to end, as a transformers attention function.
 
 No token attends across a sequence's border, nothing is padded and no T x T mask exists. On a GPU in half precision
-torch's variable-length FlashAttention does the work; elsewhere one SDPA call for each run of equally long sequences
-does (`packing` puts the longest first, so equal lengths are neighbours). Neither caps its scores, so the attention of
-Gemma 2 is written out for each run. What none can do is refused by name.
+torch's variable-length FlashAttention does the work: 2, or another that `attention_choice` put in its place. Elsewhere
+one SDPA call does for each run of equally long sequences (`packing` puts the longest first, so equal lengths are
+neighbours). Neither caps its scores, so the attention of Gemma 2 is written out for each run. What none can do is
+refused by name.
 """
 
 import inspect

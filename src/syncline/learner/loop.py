@@ -56,7 +56,7 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
         sampled = time.perf_counter()
         report.update(staleness(groups, policy_version=state.policy_version))
         advantages = group_advantages(groups, config.learner.loss.scale_advantages)
-        num_tokens = parts.step.backward(model, groups, advantages, report)
+        num_tokens = parts.step.backward(model, groups, advantages, report, optimizer=optimizer, step=state.step)
         with parts.bridge.updating():
             parts.step.apply_gradients(optimizer, state.step, report)
             learned = time.perf_counter()

@@ -11,9 +11,11 @@ from torch import nn
 
 from syncline.bridges.manifest import Shard
 from syncline.bridges.ranks import ONE_RANK, Ranks
-from syncline.config.schema import Lora, Model
+from syncline.config.schema import Learner, Lora, Model
 from syncline.errors import ConfigError
-from syncline.learner.attention import check_attention, register_attention
+from syncline.learner.attention import check_attention
+from syncline.learner.attention_choice import choose_attention
+from syncline.learner.layers import compile_layers, recompute_layers
 from syncline.learner.logprobs import token_logprobs
 from syncline.learner.packing import PackedBatch
 from syncline.learner.places import shard, wholes
@@ -35,32 +37,48 @@ def learner_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    config: Model, *, device: torch.device, gradient_checkpointing: bool = False, ranks: Ranks = ONE_RANK
+    config: Model, *, device: torch.device, running: Learner | None = None, ranks: Ranks = ONE_RANK
 ) -> nn.Module:
-    """The model to train, on `device`, in training mode; with several ranks, this rank's pieces of it.
+    """The model to train, on `device`, in training mode; with several ranks, this rank's pieces of it. `running` says
+    how its layers run.
 
     Raises `ConfigError` for a path that holds no model, and for one that cannot be split.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    running = running or Learner()
     dtype = learner_dtype(config.dtype, device)
     try:
+        settings = without_dropout(AutoConfig.from_pretrained(config.path))
+        check_attention(settings)
+        attention = choose_attention(running.attention, settings, device=device, dtype=dtype)
         model = AutoModelForCausalLM.from_pretrained(
-            config.path,
-            config=without_dropout(AutoConfig.from_pretrained(config.path)),
-            dtype=dtype,
-            attn_implementation=register_attention(),
+            config.path, config=settings, dtype=dtype, attn_implementation=attention
         )
-        check_attention(model.config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError([f"model.path: {config.path!r} cannot be trained: {error}"]) from error
     refuse_unknown_logits(model.config)
     model.config.use_cache = False
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     parallelize(model, ranks)
     model = model.to(device).train()  # pyright: ignore[reportArgumentType]
-    return add_lora(model, config.lora) if config.lora else model
+    if config.lora:
+        model = add_lora(model, config.lora)
+    run_layers_as(running, model, device=device, ranks=ranks)
+    return model
+
+
+def run_layers_as(running: Learner, model: nn.Module, *, device: torch.device, ranks: Ranks = ONE_RANK) -> None:
+    """What is kept for the backward pass, and whether layers are compiled: `auto` where that was seen to pay, for
+    dense layers whole on one GPU."""
+    recompute_layers(model, running.recomputation)
+    pays = device.type == "cuda" and ranks.world_size == 1 and not _has_experts(causal_lm(model).config)
+    if running.compile == "on" or (running.compile == "auto" and pays):
+        compile_layers(model)
+
+
+def _has_experts(config: Any) -> bool:
+    """Whose sizes differ with every token."""
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def without_dropout(config: Any) -> Any:
@@ -182,7 +200,7 @@ class Scorer:
             **batch.attention_kwargs(),
         ).last_hidden_state[0]
         return token_logprobs(
-            hidden[batch.predict_index],
+            hidden.index_select(0, batch.predict_index),
             lm.get_output_embeddings(),
             batch.labels,
             temperature=self.temperature,
@@ -203,10 +221,12 @@ class Reference:
     disable: Any = None
 
     @classmethod
-    def of(cls, policy: nn.Module, config: Model, *, device: torch.device, ranks: Ranks = ONE_RANK) -> "Reference":
+    def of(
+        cls, policy: nn.Module, config: Model, *, running: Learner, device: torch.device, ranks: Ranks
+    ) -> "Reference":
         if config.lora:
             return cls(policy, policy.disable_adapter)
-        return cls(load_model(config, device=device, ranks=ranks).requires_grad_(False).eval())
+        return cls(load_model(config, device=device, running=running, ranks=ranks).requires_grad_(False).eval())
 
     def switched(self) -> AbstractContextManager[Any]:
         return self.disable() if self.disable else nullcontext()

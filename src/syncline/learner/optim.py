@@ -6,6 +6,7 @@ again, exactly. The weight's storage is written in place and never replaced: ano
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.config.schema import Optimizer
 from syncline.errors import CheckpointError, TrainingError
+from syncline.learner.moments import Moment, moment_of
 from syncline.learner.places import Place, complete_gradients, local, local_gradient, place_of
 
 CHUNK_ELEMENTS = 1 << 24
@@ -27,19 +29,18 @@ def accumulate_fp32(model: nn.Module) -> list[RemovableHandle]:
 
     The parameter's own `.grad` is freed at once, so micro-batches add up without rounding to bfloat16 each time.
     """
-    return [
-        parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
-        for parameter in model.parameters()
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16
-    ]
+    trained = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+    for parameter in trained:
+        parameter.main_grad = None  # type: ignore[attr-defined]
+    return [parameter.register_post_accumulate_grad_hook(_move_to_main_grad) for parameter in trained]
 
 
 def _move_to_main_grad(parameter: Tensor) -> None:
     gradient, parameter.grad = parameter.grad, None
-    main_grad = getattr(parameter, "main_grad", None)
     if gradient is None:
         return
     gradient = local_gradient(gradient, parameter)
+    main_grad = parameter.main_grad  # type: ignore[attr-defined]
     if main_grad is None:
         parameter.main_grad = gradient.float()  # type: ignore[attr-defined]
     else:
@@ -70,8 +71,8 @@ class _Slot:
     name: str
     parameter: nn.Parameter
     place: Place
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Moment
+    exp_avg_sq: Moment
     low_bits: Tensor | None
     weight_decay: float
 
@@ -82,9 +83,14 @@ class _Slot:
             return main_grad
         return local_gradient(self.parameter.grad, self.parameter)
 
+    def free_gradient(self) -> None:
+        self.parameter.grad = None
+        if hasattr(self.parameter, "main_grad"):
+            self.parameter.main_grad = None  # type: ignore[attr-defined]
+
     def state(self) -> dict[str, Tensor]:
         low_bits = {} if self.low_bits is None else {"low_bits": self.low_bits}
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq} | low_bits
+        return self.exp_avg.state("exp_avg") | self.exp_avg_sq.state("exp_avg_sq") | low_bits
 
 
 class SplitMasterAdamW:
@@ -102,7 +108,7 @@ class SplitMasterAdamW:
     ) -> None:
         self._config = config
         self._ranks = ranks
-        self._slots = [_slot(name, p, config.weight_decay) for name, p in named_parameters if p.requires_grad]
+        self._slots = [_slot(name, p, config) for name, p in named_parameters if p.requires_grad]
         self._num_steps = 0
         if not self._slots:
             raise ValueError("the optimizer got no trainable parameter")
@@ -118,12 +124,51 @@ class SplitMasterAdamW:
         graded = [(slot, gradient) for slot in self._slots if (gradient := slot.gradient) is not None]
         complete_gradients(((slot.place, gradient) for slot, gradient in graded), self._ranks)
         norm = _global_norm(graded, self._ranks)
-        clip = min(1.0, self._config.max_grad_norm / (norm + 1e-6))
+        limit = self._config.max_grad_norm
+        clip = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         self._num_steps += 1
         for slot, gradient in graded:
             self._update(slot, gradient, learning_rate=learning_rate, clip=clip)
-            slot.parameter.grad = slot.parameter.main_grad = None  # type: ignore[attr-defined]
+            slot.free_gradient()
         return norm
+
+    @contextmanager
+    def stepping_in_backward(self, learning_rate: float) -> Iterator[list[Tensor]]:
+        """A backward pass inside of it, the step's last, steps each parameter once its gradient is whole, and frees it.
+
+        Yields a list that fills with the squared norms of the gradients. A gradient that is not finite raises
+        `TrainingError` naming its parameter, when others have moved: the run must end there.
+        """
+        self._num_steps += 1
+        squares: list[Tensor] = []
+        names = {id(slot.parameter): slot for slot in self._slots}
+        hooks = [
+            slot.parameter.register_post_accumulate_grad_hook(
+                lambda parameter: self._step_now(names[id(parameter)], learning_rate, squares)
+            )
+            for slot in self._slots
+        ]
+        try:
+            yield squares
+            for slot in self._slots:  # what got its gradient without autograd, as a head's `main_grad`
+                self._step_now(slot, learning_rate, squares)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _step_now(self, slot: _Slot, learning_rate: float, squares: list[Tensor]) -> None:
+        gradient = slot.gradient
+        if gradient is None:
+            return
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        if not norm.isfinite():
+            raise TrainingError(
+                f"the gradient is not finite in parameter {slot.name!r}; parameters after it have moved"
+            )
+        squares.append(norm.square())
+        self._update(slot, gradient, learning_rate=learning_rate, clip=1.0)
+        slot.free_gradient()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat, as safetensors wants it: `<parameter>.exp_avg`, `.exp_avg_sq`, `.low_bits` and `num_steps`.
@@ -152,36 +197,36 @@ class SplitMasterAdamW:
         self._num_steps = int(state["num_steps"])
 
     def _update(self, slot: _Slot, gradient: Tensor, *, learning_rate: float, clip: float) -> None:
-        low_bits = slot.low_bits if slot.low_bits is not None else slot.exp_avg
-        tensors = (local(slot.parameter).detach(), gradient, slot.exp_avg, slot.exp_avg_sq, low_bits)
+        weights = local(slot.parameter).detach()
         beta1, beta2 = self._config.betas
-        for weight, grad, exp_avg, exp_avg_sq, low in _chunks(tensors):
-            split = weight.dtype == torch.bfloat16
-            master = join_master(weight, low) if split else weight
-            master = master.contiguous()
-            adamw(
-                [master],
-                [grad.float().contiguous() * clip],
-                [exp_avg],
-                [exp_avg_sq],
-                [],
-                [torch.tensor(float(self._num_steps - 1), device=master.device)],
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=learning_rate,
-                weight_decay=slot.weight_decay,
-                eps=self._config.eps,
-                maximize=False,
-            )
-            if split:
+        for rows in _chunks(weights):
+            weight, grad = _rows(weights, rows), _rows(gradient, rows)
+            low = None if slot.low_bits is None else _rows(slot.low_bits, rows)
+            master = (weight if low is None else join_master(weight, low)).contiguous()
+            with slot.exp_avg.rows(rows) as exp_avg, slot.exp_avg_sq.rows(rows) as exp_avg_sq:
+                adamw(
+                    [master],
+                    [grad.float().contiguous() * clip],
+                    [exp_avg],
+                    [exp_avg_sq],
+                    [],
+                    [torch.tensor(float(self._num_steps - 1), device=master.device)],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=beta1,
+                    beta2=beta2,
+                    lr=learning_rate,
+                    weight_decay=slot.weight_decay,
+                    eps=self._config.eps,
+                    maximize=False,
+                )
+            if low is not None:
                 split_master(master, weight, low)
             elif master is not weight:
                 weight.copy_(master)
 
 
-def _slot(name: str, parameter: nn.Parameter, weight_decay: float) -> _Slot:
+def _slot(name: str, parameter: nn.Parameter, config: Optimizer) -> _Slot:
     if parameter.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"parameter {name!r} is {parameter.dtype}; the optimizer takes float32 and bfloat16")
     shape, device = local(parameter).shape, parameter.device
@@ -189,10 +234,10 @@ def _slot(name: str, parameter: nn.Parameter, weight_decay: float) -> _Slot:
         name=name,
         parameter=parameter,
         place=place_of(parameter),
-        exp_avg=torch.zeros(shape, device=device),
-        exp_avg_sq=torch.zeros(shape, device=device),
+        exp_avg=moment_of(shape, device, config.moments, signed=True),
+        exp_avg_sq=moment_of(shape, device, config.moments, signed=False),
         low_bits=torch.zeros(shape, dtype=torch.int16, device=device) if parameter.dtype == torch.bfloat16 else None,
-        weight_decay=weight_decay if parameter.ndim >= 2 else 0.0,
+        weight_decay=config.weight_decay if parameter.ndim >= 2 else 0.0,
     )
 
 
@@ -214,13 +259,13 @@ def _global_norm(graded: list[tuple[_Slot, Tensor]], ranks: Ranks) -> float:
     return norm.item()
 
 
-def _chunks(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Views of a few rows of every tensor, whatever its strides.
+def _chunks(tensor: Tensor) -> Iterator[slice]:
+    """A few rows at a time. AdamW works element by element: the split changes nothing."""
+    num_rows = tensor.shape[0] if tensor.ndim else 1
+    rows = max(1, CHUNK_ELEMENTS * num_rows // max(1, tensor.numel()))
+    return (slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows))
 
-    AdamW works element by element: the split changes nothing.
-    """
-    tensors = tuple(tensor.unsqueeze(0) if tensor.ndim == 0 else tensor for tensor in tensors)
-    num_rows = tensors[0].shape[0]
-    rows = max(1, CHUNK_ELEMENTS * num_rows // max(1, tensors[0].numel()))
-    for start in range(0, num_rows, rows):
-        yield tuple(tensor.narrow(0, start, min(rows, num_rows - start)) for tensor in tensors)
+
+def _rows(tensor: Tensor, rows: slice) -> Tensor:
+    """A view; a scalar is its own row."""
+    return tensor[rows] if tensor.ndim else tensor.unsqueeze(0)

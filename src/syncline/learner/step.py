@@ -4,7 +4,9 @@ Peak memory follows the token budget, not the group: a micro-batch's activations
 normaliser was fixed by `pack` over the whole step, so the summed gradient is the full batch's.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +22,16 @@ from syncline.learner.schedule import learning_rate
 from syncline.observe.metrics import Metrics, Reduction
 from syncline.types import RolloutGroup
 
+log = logging.getLogger("syncline.step")
+
 
 @dataclass(slots=True)
 class _Tally:
-    """What the micro-batches of a step add up to."""
+    """What the micro-batches of a step add up to: tensors, so that no micro-batch waits for the one before it."""
 
-    loss: float = 0.0
-    entropy_sum: float = 0.0
-    kl_sum: float = 0.0
+    loss: Tensor | float = 0.0
+    entropy_sum: Tensor | float = 0.0
+    kl_sum: Tensor | float = 0.0
     num_tokens: int = 0
     clip: ClipTally | None = None
     importance: ImportanceTally | None = None
@@ -35,9 +39,9 @@ class _Tally:
     def add(
         self, loss: Tensor, entropy: Tensor, kl: Tensor | None, clip: ClipTally, importance: ImportanceTally
     ) -> None:
-        self.loss += loss.item()
-        self.entropy_sum += entropy.sum().item()
-        self.kl_sum += kl.sum().item() if kl is not None else 0.0
+        self.loss = self.loss + loss
+        self.entropy_sum = self.entropy_sum + entropy.sum()
+        self.kl_sum = self.kl_sum + kl.detach().sum() if kl is not None else 0.0
         self.num_tokens += entropy.numel()
         self.clip = clip if self.clip is None else self.clip + clip
         self.importance = importance if self.importance is None else self.importance + importance
@@ -58,8 +62,14 @@ class Step:
         groups: Sequence[RolloutGroup],
         advantages: Mapping[str, Sequence[float]],
         report: Metrics,
+        *,
+        optimizer: SplitMasterAdamW,
+        step: int,
     ) -> int:
-        """Leaves the step's gradient on the parameters. Returns the tokens trained on, 0 when there were none."""
+        """Leaves the gradient of step `step` on the parameters, or with `optimizer.in_backward` applies it at once.
+
+        Returns the tokens trained on, 0 when there were none.
+        """
         batches = pack(
             groups,
             advantages,
@@ -68,8 +78,13 @@ class Step:
             max_completion_tokens=self.max_completion_tokens,
         )
         tally = _Tally()
-        for batch in batches:
-            self._microbatch(model, batch.to(self.device), tally)
+        peaks: list[int | None] = []
+        for i, batch in enumerate(batches):
+            last = self.config.optimizer.in_backward and i == len(batches) - 1
+            with self._applied(optimizer, step, report) if last else nullcontext():
+                peaks.append(self._with_peak(i, model, batch, tally))
+        if measured := [peak for peak in peaks if peak is not None]:
+            report.add("memory/microbatch_peak_bytes", max(measured), reduction=Reduction.MAX)
         _report(tally, len(batches), report, kl=self.reference is not None)
         return tally.num_tokens
 
@@ -82,8 +97,27 @@ class Step:
         report.add("learning_rate", rate)
         if report.reduced()["tokens/trained"] == 0:
             report.add("step/skipped", 1)
-            return
-        report.add("grad_norm", optimizer.step(rate))
+        elif not self.config.optimizer.in_backward:
+            report.add("grad_norm", optimizer.step(rate))
+
+    @contextmanager
+    def _applied(self, optimizer: SplitMasterAdamW, step: int, report: Metrics) -> Iterator[None]:
+        rate = learning_rate(step, self.config.optimizer, num_steps=self.num_steps)
+        with optimizer.stepping_in_backward(rate) as squares:
+            yield
+        report.add("grad_norm", float(torch.stack(squares).sum().sqrt()))
+
+    def _with_peak(self, index: int, model: nn.Module, batch: PackedBatch, tally: _Tally) -> int | None:
+        """Returns the most device memory the micro-batch had at once, weights and gradients included; none on a CPU."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._microbatch(model, batch.to(self.device), tally)
+        if not on_gpu:
+            return None
+        peak = torch.cuda.max_memory_allocated(self.device)
+        log.info("micro-batch %d: %d tokens, peak %.2f GB of GPU memory", index, batch.num_tokens, peak / 1e9)
+        return peak
 
     def _microbatch(self, model: nn.Module, batch: PackedBatch, tally: _Tally) -> None:
         loss_config = self.config.loss
@@ -120,13 +154,13 @@ class Step:
 
 
 def _report(tally: _Tally, num_microbatches: int, report: Metrics, *, kl: bool) -> None:
-    report.add("loss", tally.loss)
+    report.add("loss", float(tally.loss))
     report.add("step/num_microbatches", num_microbatches)
     report.add("tokens/trained", tally.num_tokens, reduction=Reduction.SUM)
     if tally.clip is None or tally.importance is None:
         return
-    report.add("entropy", tally.entropy_sum / tally.num_tokens)
+    report.add("entropy", float(tally.entropy_sum) / tally.num_tokens)
     if kl:
-        report.add("kl", tally.kl_sum / tally.num_tokens)
+        report.add("kl", float(tally.kl_sum) / tally.num_tokens)
     report.update(tally.clip.metrics())
     report.update(tally.importance.metrics())

@@ -43,19 +43,6 @@ class Vocabulary:
         """Of a head that nobody split: all rows."""
         return getattr(head, "vocabulary", None) or cls(0, ONE_RANK)
 
-    def select(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """`[N, n]` and `[N]` to the logits of the labels `[N]`: 0 where another rank has the label's row."""
-        if not logits.shape[-1]:
-            return logits.new_zeros(len(labels))
-        held, columns = self._place(labels, logits.shape[-1])
-        return logits.gather(-1, columns[:, None]).squeeze(-1).where(held, 0.0)
-
-    def add_at_labels(self, logits: Tensor, labels: Tensor, values: Tensor) -> None:
-        """Adds `values` `[N]` to the labels' columns of `[N, n]`, in place, where this rank has them."""
-        if logits.shape[-1]:
-            held, columns = self._place(labels, logits.shape[-1])
-            logits.scatter_add_(-1, columns[:, None], values.where(held, 0.0)[:, None])
-
     def normalised(self, log_normaliser: Tensor, label_logits: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's numbers, each `[N]`, to the whole vocabulary's: log normaliser, logprobs and entropy.
 
@@ -67,11 +54,6 @@ class Vocabulary:
         whole = parts[:, 0].logsumexp(0)
         mean = ((parts[:, 0] - whole).exp() * parts[:, 2]).sum(0)
         return whole, parts[:, 1].sum(0) - whole, whole - mean
-
-    def _place(self, labels: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-        columns = labels - self.start
-        held = (columns >= 0) & (columns < num_columns)
-        return held, columns.where(held, 0)
 
 
 class VocabularyParallel(ParallelStyle):

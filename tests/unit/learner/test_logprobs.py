@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from syncline.learner import logprobs as logprobs_module
 from syncline.learner.logprobs import token_logprobs
+from syncline.learner.optim import accumulate_fp32
 
 N, H, V, CHUNK = 50, 8, 96, 16
 
@@ -126,3 +128,36 @@ def test_dropout_in_the_head_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"dropout 0.1 in the language model head \(0\)"):
         token_logprobs(hidden, head, labels, temperature=1.0, chunk=CHUNK)
     token_logprobs(hidden, head.eval(), labels, temperature=1.0, chunk=CHUNK)
+
+
+@pytest.mark.parametrize("narrowest", [8, 40])
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (1.3, 2.0)])
+def test_tiles_of_columns_give_what_whole_rows_give(
+    monkeypatch: pytest.MonkeyPatch, narrowest: int, temperature: float, softcap: float | None
+) -> None:
+    monkeypatch.setattr(logprobs_module, "NARROWEST", narrowest)
+    head = nn.Linear(H, V)
+    hidden, labels, upstream = problem()
+    with LargestTensor() as largest:
+        logprobs, entropy = token_logprobs(hidden, head, labels, temperature=temperature, chunk=4, softcap=softcap)
+        gradients = torch.autograd.grad(logprobs, [hidden, *head.parameters()], upstream)
+    assert largest.numel <= max(4 * V, N * H, V * H)
+    expected, expected_entropy = plain(hidden, head, labels, temperature, softcap)
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy, expected_entropy)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, [hidden, *head.parameters()], upstream))
+
+
+def test_the_heads_gradient_goes_straight_to_its_float32_sum() -> None:
+    head = nn.Linear(H, V, bias=False).bfloat16()
+    hidden, labels, upstream = problem()
+    accumulate_fp32(head)
+    for _ in range(2):
+        token_logprobs(hidden.bfloat16(), head, labels, temperature=1.0, chunk=CHUNK)[0].backward(upstream)
+    exact = nn.Linear(H, V, bias=False)
+    exact.weight.data = head.weight.data.float()
+    plain(hidden.bfloat16().float(), exact, labels, 1.0, None)[0].backward(2 * upstream)
+    summed: Any = vars(head.weight)["main_grad"]
+    assert head.weight.grad is None
+    assert summed.dtype == torch.float32
+    assert (summed - exact.weight.grad).norm() / exact.weight.grad.norm() < 5e-3  # type: ignore[union-attr]

@@ -167,6 +167,22 @@ def test_a_resumed_run_takes_the_very_same_steps(model_path: Path, tmp_path: Pat
     }
 
 
+def test_steps_in_the_backward_pass_are_those_after_it(model_path: Path, tmp_path: Path) -> None:
+    trained = []
+    for in_backward in (False, True):
+        folder = tmp_path / str(in_backward)
+        config = config_of(model_path, folder, num_steps=2)
+        optimizer = config.learner.optimizer.model_copy(update={"in_backward": in_backward, "max_grad_norm": None})
+        learner = config.learner.model_copy(update={"optimizer": optimizer})
+        parts = parts_of(config.model_copy(update={"learner": learner}), first_group=0, events=[])
+        train(config, parts)
+        trained.append(parts)
+    after, within = trained
+    assert all(torch.equal(a, b) for a, b in zip(after.model.parameters(), within.model.parameters(), strict=True))
+    norms = [[metrics["grad_norm"] for _, metrics in parts.sink.logged] for parts in trained]  # type: ignore[attr-defined]
+    assert norms[0] == pytest.approx(norms[1])
+
+
 def test_a_step_without_anything_to_learn_from_moves_nothing(model_path: Path, tmp_path: Path) -> None:
     config = config_of(model_path, tmp_path, num_steps=1)
     parts = parts_of(config, first_group=GROUPS_PER_STEP, events=[])

@@ -197,3 +197,51 @@ def test_gradients_of_microbatches_add_up_in_float32() -> None:
     optimizer = SplitMasterAdamW(layer.named_parameters(), CONFIG)
     assert optimizer.step(RATE) == 1.5
     assert vars(layer.weight)["main_grad"] is None
+
+
+@pytest.mark.parametrize("summed_in", ["float32", "bfloat16"])
+def test_stepping_in_the_backward_pass_is_a_step_after_it(summed_in: str) -> None:
+    """Two micro-batches; the last one's backward pass steps each parameter and frees its gradient."""
+    config = CONFIG.model_copy(update={"max_grad_norm": None})
+    inputs = torch.randn(2, 5, 37).bfloat16()
+
+    def trained(in_backward: bool) -> tuple[list[Tensor], float]:
+        torch.manual_seed(3)
+        layer = nn.Sequential(nn.Linear(37, 13), nn.Linear(13, 4)).bfloat16()
+        if summed_in == "float32":
+            accumulate_fp32(layer)
+        optimizer = SplitMasterAdamW(layer.named_parameters(), config)
+        layer(inputs[0]).square().sum().backward()
+        if in_backward:
+            with optimizer.stepping_in_backward(1e-2) as squares:
+                layer(inputs[1]).square().sum().backward()
+            norm = float(torch.stack(squares).sum().sqrt())
+        else:
+            layer(inputs[1]).square().sum().backward()
+            norm = optimizer.step(1e-2)
+        assert all(p.grad is None and getattr(p, "main_grad", None) is None for p in layer.parameters())
+        return [p.detach() for p in layer.parameters()], norm
+
+    (ours, our_norm), (expected, norm) = trained(True), trained(False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert our_norm == pytest.approx(norm)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_backward_pass_by_name() -> None:
+    own = parameters(torch.float32)
+    optimizer = SplitMasterAdamW(own.items(), CONFIG.model_copy(update={"max_grad_norm": None}))
+    with (
+        pytest.raises(TrainingError, match=r"not finite in parameter 'layer\.weight'"),
+        optimizer.stepping_in_backward(RATE),
+    ):
+        (own["layer.weight"] * float("nan")).sum().backward()
+
+
+def test_without_a_limit_no_gradient_is_scaled() -> None:
+    moved = []
+    for limit in (None, 1e9):
+        own = parameters(torch.float32)
+        optimizer = SplitMasterAdamW(own.items(), CONFIG.model_copy(update={"max_grad_norm": limit}))
+        step(optimizer, own, {name: torch.full(shape, 1e3) for name, shape in SHAPES.items()})
+        moved.append(own)
+    assert all(torch.equal(moved[0][name], moved[1][name]) for name in SHAPES)

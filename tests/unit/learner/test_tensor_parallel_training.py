@@ -10,13 +10,14 @@ from test_tensor_parallel import FAMILIES, save, scored
 from transformers import AutoModelForCausalLM
 
 from syncline.bridges.ranks import ONE_RANK, Ranks
-from syncline.config.schema import Model, Optimizer
+from syncline.config.schema import Learner, Model, Optimizer, Recomputation
 from syncline.errors import TrainingError
 from syncline.learner.checkpoint import Checkpoints, TrainState
 from syncline.learner.model import load_model, trainable_parameters
 from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
 from syncline.learner.places import shard, wholes
 
+RECOMPUTED = Learner(recomputation=Recomputation(what="full"))
 FAMILY = "qwen3, key heads shared"
 OPTIMIZER = Optimizer(learning_rate=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
 """A large epsilon: an element whose gradient is but rounding must not move by the whole rate."""
@@ -28,7 +29,7 @@ class Run:
         recomputed = ranks.world_size > 1  # activations computed again in the backward pass must change nothing
         config = Model(path=path, dtype=dtype)  # pyright: ignore
         device = torch.device("cpu")
-        self.model = load_model(config, device=device, gradient_checkpointing=recomputed, ranks=ranks)
+        self.model = load_model(config, device=device, running=RECOMPUTED if recomputed else Learner(), ranks=ranks)
         accumulate_fp32(self.model)
         self.optimizer = SplitMasterAdamW(trainable_parameters(self.model), OPTIMIZER, ranks=ranks)
         self.assets = Path(path)

@@ -1,0 +1,55 @@
+"""A kernel is taken for what it computes here, not for its name."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from syncline.errors import ConfigError
+from syncline.learner import attention_choice
+from syncline.learner.attention import ATTENTION, packed_attention
+from syncline.learner.attention_choice import TOLERANCE, choose_attention
+
+CPU = torch.device("cpu")
+CONFIG = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+
+
+def test_a_cpu_gets_sdpa() -> None:
+    assert choose_attention("auto", CONFIG, device=CPU, dtype=torch.float32) == ATTENTION
+
+
+def test_a_name_that_is_none_of_ours_is_left_to_transformers() -> None:
+    name = "kernels-community/flash-attn3"
+    assert choose_attention(name, CONFIG, device=CPU, dtype=torch.float32) == name
+
+
+@pytest.mark.parametrize("asked", ["flash", "flash3", "flash4"])
+def test_a_gpu_kernel_on_a_cpu_is_refused_by_name(asked: str) -> None:
+    with pytest.raises(ConfigError, match=rf"learner.attention: '{asked}' needs a GPU.* set it to auto"):
+        choose_attention(asked, CONFIG, device=CPU, dtype=torch.float32)
+
+
+def leaking(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    """Sees across the borders."""
+    whole = torch.tensor([0, query.shape[2]], dtype=torch.int32)
+    told = kwargs | {"cu_seq_lens_q": whole, "max_length_q": query.shape[2]}
+    return packed_attention(module, query, key, value, mask, **told)
+
+
+def absent(*args: Any, **kwargs: Any) -> Any:
+    raise ImportError("No module named 'flash'")
+
+
+@pytest.mark.parametrize(
+    ("compute", "fault"), [(packed_attention, None), (leaking, "relative error"), (absent, "ImportError: No module")]
+)
+def test_a_candidate_is_tried_against_float32(compute: Any, fault: str | None) -> None:
+    kernel = attention_choice._Kernel(compute=compute)
+    found = attention_choice._fault(kernel, CONFIG, CPU, torch.bfloat16)
+    assert found is None if fault is None else fault in str(found)
+
+
+def test_bfloat16_itself_is_well_within_the_tolerance() -> None:
+    kernel = attention_choice._Kernel()
+    assert 0 < attention_choice._error(kernel, CONFIG, CPU, torch.bfloat16) < TOLERANCE / 2
