@@ -4,6 +4,14 @@ from pathlib import Path
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "narrow": {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -36,6 +44,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
     },
+    "qwen2.5-32b": {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
 }
 VOCABULARY = 151936
 
@@ -47,7 +63,7 @@ def make_model(shape: str, folder: Path, *, max_length: int) -> Path:
     build_model(shape, max_length=max_length, device="cuda" if torch.cuda.is_available() else "cpu").save_pretrained(
         folder
     )
-    _tokenizer().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -73,10 +89,11 @@ def build_model(shape: str, *, max_length: int, device: str) -> Any:
 
     torch.manual_seed(0)
     with torch.device(device):
-        return Qwen2ForCausalLM(config(shape, max_length=max_length)).bfloat16()
+        return Qwen2ForCausalLM._from_config(config(shape, max_length=max_length), dtype=torch.bfloat16)
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
+    """A character each, which is enough to write prompts with."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
