@@ -58,10 +58,12 @@ def main() -> int:
     return max(codes)
 
 
-def run(name: str, folder: Path, base: Path, seed: int, places: "queue.SimpleQueue[str]") -> int:
+def run(
+    name: str, folder: Path, base: Path, seed: int, places: "queue.SimpleQueue[str]", overrides: Sequence[str] = ()
+) -> int:
     """One `syncline run`, its output in a file beside its folder. Returns the exit code."""
     gpus = places.get()
-    fields = [f"run.dir={folder}", f"run.seed={seed}", f"model.path={base}", *VARIANTS[name]]
+    fields = [f"run.dir={folder}", f"run.seed={seed}", f"model.path={base}", *VARIANTS[name], *overrides]
     if name == "broadcast" and "," in gpus:
         fields.append("engine.devices=[1]")
     argv = [sys.executable, "-m", "syncline", "run", str(ROOT / "configs" / "demo.yaml"), *fields, "--overwrite"]

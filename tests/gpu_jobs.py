@@ -28,22 +28,27 @@ def known_jobs() -> list[Job]:
 def _contracts() -> Iterator[Job]:
     """Every bridge with every number of engine ranks; `broadcast` has its learner on a GPU of its own."""
     suite = "tests/contracts/test_weight_bridge.py"
-    for bridge, sizes in {"restart": (1, 2, 4), "broadcast": (1, 2, 4), "lora": (1, 2, 4), "shared": (1,)}.items():
+    for bridge, sizes in {"restart": (1, 2, 4), "broadcast": (1, 2, 4), "lora": (1, 2, 4)}.items():
         for ranks in sizes:
             name = f"{bridge}-tp{ranks}"
             yield Job(f"contract:{name}", ranks + (bridge == "broadcast"), (suite, "-k", f"[{name}"))
-    yield Job("contract:shared-lora-tp1", 1, (suite, "-k", "[shared-lora-tp1"))
+    for bridge in ("shared", "shared-lora"):
+        yield Job(f"contract:{bridge}-tp1", 1, (suite, "-k", f"[{bridge}-tp1"))
+    yield Job("contract:broadcast-sparse-tp2", 3, (suite, "-k", "[broadcast-sparse-tp2"))
     for ranks in (2, 4):
         yield Job(f"contract:shared-tp{ranks}", ranks, ("tests/contracts/test_shared_ranks.py", "-k", f"tp{ranks}"))
 
 
 def _others() -> Iterator[Job]:
     yield Job("broadcast-kills", 3, ("tests/contracts/test_broadcast_engines.py",))
+    yield Job("chaos", 2, ("tests/contracts/test_weight_chaos.py",))
+    yield Job("broadcast-ranks", 4, ("tests/contracts/test_broadcast_ranks.py",))
+    yield Job("adapter-ranks", 2, ("tests/contracts/test_lora_ranks.py",))
     yield Job("replicas", 1, ("tests/contracts/test_replicas.py",))
     yield Job("adapters", 1, ("tests/contracts/test_lora_engine.py",))
-    yield Job("adapters-tp2", 2, ("tests/contracts/test_lora_ranks.py",))
     yield Job("kernels", 1, ("tests/gpu",))
     yield Job("restart-process", 1, ("tests/e2e/test_engine_restart.py",))
+    yield Job("learner-apart", 1, ("tests/e2e/test_learner_apart.py",))
     yield Job("recovery", 1, ("tests/e2e/test_recovery.py",))
 
 

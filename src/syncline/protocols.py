@@ -125,6 +125,8 @@ class SyncReport:
     seconds: float
     pause_seconds: float
     parts_seconds: Mapping[str, float] = field(default_factory=dict)
+    changed_fraction: float | None = None
+    """Of the weights' 16-bit words, those the engines were sent anew; `None`: nobody compared."""
 
 
 @dataclass(frozen=True, slots=True)
