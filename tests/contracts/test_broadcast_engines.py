@@ -64,7 +64,7 @@ def assert_torn(side: Side, *, named: str) -> None:
     assert named in health["torn"]
     assert all(digest.endswith(":torn") for digest in side.engine.parameters().values())
     with pytest.raises(EngineError, match="publish one instead of resuming"):
-        side.engine.resume()
+        side.resume()
 
 
 def test_two_engines_take_every_version_at_once(sides: list[Side]) -> None:

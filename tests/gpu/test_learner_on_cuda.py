@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from rank_digests import combined
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from syncline.bridges.digest import tensor_digest
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import combined, parameter_digests, shard_digests
+from syncline.bridges.receipt import parameter_digests
 from syncline.config.schema import Optimizer
 from syncline.learner.attention import register_attention
 from syncline.learner.logprobs import token_logprobs
@@ -124,5 +125,5 @@ def test_the_digests_of_pieces_on_the_gpu_add_up(dtype: torch.dtype, shape: tupl
     for half in tensor.cuda().tensor_split(2, dim):
         start = [0] * len(shape)
         start[dim], first = first, half.shape[dim]
-        ranks.append(shard_digests([("w", Shard(half, shape, tuple(start)))]))
+        ranks.append([("w", Shard(half, shape, tuple(start)))])
     assert combined(ranks) == parameter_digests([("w", tensor)])
