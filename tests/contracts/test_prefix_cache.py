@@ -1,4 +1,4 @@
-"""Keys and values of an older version are served to nobody, over any route that samples, unless the config asks for it."""
+"""Keys and values of an older version are served to nobody, over any route, unless the config asks for it."""
 
 import asyncio
 import time
@@ -44,12 +44,8 @@ def openai(side: Side) -> Completion:
     model = httpx.get(f"{side.engine.url}/v1/models").json()["data"][0]["id"]
     answer = httpx.post(f"{side.engine.url}/v1/completions", json=asked | {"model": model}, timeout=60)
     [choice] = answer.raise_for_status().json()["choices"]
-    return Completion(
-        tuple(choice["token_ids"]),
-        tuple(choice["logprobs"]["token_logprobs"]),
-        (),
-        FinishReason(choice["finish_reason"]),
-    )
+    logprobs, reason = choice["logprobs"]["token_logprobs"], FinishReason(choice["finish_reason"])
+    return Completion(tuple(choice["token_ids"]), tuple(logprobs), (), reason)
 
 
 def counted(side: Side, metric: str) -> float:
@@ -71,9 +67,7 @@ def test_a_prompt_is_cached_within_a_version_and_computed_anew_under_the_next(
         sample(side)
         before = counted(side, "prefix_cache_hits")
         completion = sample(side)
-        assert counted(side, "prefix_cache_hits") > before, (
-            "nothing is shown: the cache does not serve the prompt at all"
-        )
+        assert counted(side, "prefix_cache_hits") > before, "nothing is shown: the prompt is never cached"
         assert side.difference(PROMPT, completion, side.model) < TOLERANCE
 
 
@@ -86,26 +80,29 @@ def test_a_frozen_request_goes_on_from_its_own_keys_and_values_only_if_asked_to(
     bridge.publish(side.model, policy_version=side.next_version())
     old = _copy(side.model)
     preempted = counted(side, "num_preemptions")
-    completion = asyncio.run(_over_a_step(side, bridge))
-    first, second = completion.versions
-    off = side.span_difference(PROMPT, completion, side.model, (second.start, second.end))
-    assert side.span_difference(PROMPT, completion, old, (first.start, first.end)) < TOLERANCE
+    kept = asyncio.run(_over_a_step(side, bridge))
+    assert kept, "no request was kept over the step"
+    before, after = (
+        [side.span_difference(PROMPT, c, m, (c.versions[i].start, c.versions[i].end)) for c in kept]
+        for i, m in enumerate((old, side.model))
+    )
+    assert max(before) < TOLERANCE
     if frozen_kv == "recompute":
-        assert counted(side, "num_preemptions") == preempted + 1
-        assert off < TOLERANCE
+        assert counted(side, "num_preemptions") > preempted
+        assert max(after) < TOLERANCE
     else:
         assert counted(side, "num_preemptions") == preempted
-        assert off > 10 * TOLERANCE, "nothing is shown: the step changed too little"
+        assert min(after) > 10 * TOLERANCE, "nothing is shown: the step changed too little"
     assert side.difference(PROMPT, ours(side), side.model) < TOLERANCE, "a new request was served a frozen one's blocks"
 
 
-async def _over_a_step(side: Side, bridge: WeightBridge) -> Completion:
-    """A request that is running when the weights change."""
+async def _over_a_step(side: Side, bridge: WeightBridge) -> list[Completion]:
+    """Completions that were running when the weights changed, and went on."""
     async with EngineClient(side.engine.url, timeout_seconds=60) as client:
-        asking = asyncio.create_task(client.generate(PROMPT, SamplingParams(180, temperature=0.8)))
         sampled, deadline = counted(side, "generation_tokens"), time.monotonic() + 30
-        while counted(side, "generation_tokens") < sampled + 20:
+        asking = asyncio.create_task(client.generate(PROMPT, SamplingParams(180, temperature=0.8), num_completions=8))
+        while counted(side, "generation_tokens") < sampled + 40:
             assert time.monotonic() < deadline, "the request does not run"
             await asyncio.sleep(0.01)
         await asyncio.to_thread(side.step, bridge, scale=0.1)
-        return (await asking)[0]
+        return [completion for completion in await asking if len(completion.versions) == 2]

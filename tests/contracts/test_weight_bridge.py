@@ -334,7 +334,7 @@ def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str) 
         bridge.publish(side.model, policy_version=version)
     side.before_export = lambda: None
     assert engine.health()["paused"] is True
-    with pytest.raises(EngineError, match="answered 409.*publish one instead of resuming"):
+    with pytest.raises(EngineError, match=r"answered 409.*publish one instead of resuming"):
         side.resume()
     with torch.no_grad():
         gate.copy_(good[0])
@@ -464,11 +464,9 @@ def test_an_engine_that_holds_something_else_is_not_resumed(side: Side, other: s
     bridge.publish(side.model, policy_version=side.next_version())
     side.engine.pause(mode="abort", timeout_seconds=30)
     held = side.engine.receipt()
-    expected = (
-        replace(held, policy_version=held.policy_version + 1) if other == "version" else replace(held, digest="0" * 64)
-    )
+    later, unknown = replace(held, policy_version=held.policy_version + 1), replace(held, digest="0" * 64)
     with pytest.raises(EngineError, match=r"answered 409.*asked to resume .*publish instead"):
-        side.engine.resume(expected)
+        side.engine.resume(later if other == "version" else unknown)
     _assert_paused_then_resume(side)
 
 
