@@ -92,7 +92,7 @@ def test_a_frozen_request_goes_on_from_its_own_keys_and_values_only_if_asked_to(
         assert max(after) < TOLERANCE
     else:
         assert counted(side, "num_preemptions") == preempted
-        assert min(after) > 10 * TOLERANCE, "nothing is shown: the step changed too little"
+        assert min(after) > 2 * TOLERANCE, "nothing is shown: the step changed too little"
     assert side.difference(PROMPT, ours(side), side.model) < TOLERANCE, "a new request was served a frozen one's blocks"
 
 

@@ -179,9 +179,10 @@ class Bridge(Section):
     `drain` without anybody waiting for them: they end under the adapter they began with."""
     frozen_kv: Literal["recompute", "reuse"] = "recompute"
     """With `in_flight: keep`, what becomes of a frozen request's keys and values. `recompute`: its context is computed
-    again under the new weights, so that a token's logprob is exactly its version's. `reuse`: it goes on with those of
-    the weights it began with, and sees only the short pause; its tokens carry their versions, but no one version's
-    weights give their logprobs, which is what importance correction is for."""
+    again under the new weights, so that a token's logprob is exactly its version's (AReaL and verl's partial rollouts
+    do so too). `reuse`: it goes on with those of the weights it began with and sees only the short pause (as in
+    PipelineRL); its tokens carry their versions, but no one version's weights give their logprobs, which is what
+    importance correction is for."""
     bucket_bytes: PositiveInt = 128 << 20
     """With `broadcast`: what one collective call carries. Learner and engine keep two such buffers each."""
     adapter_transfer: Literal["auto", "memory", "files"] = "auto"
