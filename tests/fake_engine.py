@@ -26,6 +26,8 @@ class FakeEngine:
         self.calls: list[str] = []
         self.before_receive: Callable[[], None] = lambda: None
         """A fault to inject: what it raises is the answer to `receive_broadcast`."""
+        self.after_receive: Callable[[], object] = lambda: None
+        """Another: what it does to the weights is found by the proof."""
         self._held = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
         self._num_workers = num_workers
         self._members: list[Member] = []
@@ -123,6 +125,7 @@ class FakeEngine:
         except EngineError:
             self._leave()
             raise
+        self.after_receive()
         return Received(self._name(expected, resume), prove_seconds=0.0)
 
     def export(self) -> Mapping[str, Any]:
