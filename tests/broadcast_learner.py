@@ -24,7 +24,7 @@ def main() -> None:
     reads: list[int] = []
 
     def export(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """The sending is the fourth reading, after one at the attach and two to measure and to prepare to do so again."""
+        """The sending is the fourth reading: one is at the attach, two are the digest's, which then needs no more."""
         reads.append(0)
         sent = 0
         for name, parameter in model.named_parameters():

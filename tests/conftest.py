@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["outcomes"]
 MARKS = {"gpu": pytest.mark.gpu, "e2e": pytest.mark.e2e}
 
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 
+from syncline.bridges import receipt
 from syncline.bridges.digest import piece_sums
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import Combination, Piece
-
-Pieces = Sequence[tuple[str, Shard]]
 
 
-def combined(ranks: Iterable[Pieces]) -> dict[str, str]:
-    ranks = [list(rank) for rank in ranks]
-    combination = Combination([[Piece.of(name, shard) for name, shard in rank] for rank in ranks])
-    return combination.digests([piece_sums(rank).digests for rank in ranks])
+def combined(ranks: Iterable[Sequence[tuple[str, Shard]]]) -> dict[str, str]:
+    found = ((rank, piece_sums(rank).digests) for rank in ranks)
+    return receipt.combined(
+        [[(receipt.Piece.of(*named), one) for named, one in zip(rank, sums, strict=True)] for rank, sums in found]
+    )

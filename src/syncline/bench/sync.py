@@ -48,9 +48,15 @@ class Case:
     publishes: int = 20
     num_requests: int = 64
     lora_rank: int = 0
+    changed: float = 1.0
+    """Share of the values that each publish changes; below 1 `broadcast` sends these alone."""
     learner_gpu: int | None = None
     engine_gpu: int | None = None
     gpu_memory_utilization: float = 0.4
+
+    @property
+    def sparse(self) -> bool:
+        return self.bridge == "broadcast" and self.changed < 1
 
     def ways(self) -> tuple[FrozenKv, ...]:
         """How frozen requests are treated, in turn; an adapter's requests are never frozen."""
@@ -73,7 +79,8 @@ class Case:
                 "environments": [{"task": "arithmetic"}],
                 "engine": engine,
                 "learner": learner,
-                "bridge": {"name": bridge or self.bridge} | ({} if self.lora_rank else kept),
+                "bridge": {"name": bridge or self.bridge, "sparse": self.sparse and not bridge}
+                | ({} if self.lora_rank else kept),
             }
         )
 
@@ -117,11 +124,13 @@ def measure(case: Case, build_bridge: BuildBridge) -> Result:
     free_before = _free(case.engine_gpu)
     with _serving(case) as engine:
         health = engine.health()
-        result = Result(case.shape, case.bridge, f"{health['name']} {health['version']} on {health['device']}")
+        name = f"{case.bridge} {case.changed:.2%} changed" if case.sparse else case.bridge
+        result = Result(case.shape, name, f"{health['name']} {health['version']} on {health['device']}")
         engine_bytes = free_before - _free(case.engine_gpu)
         result.engine_bytes = None if case.engine_gpu is None else engine_bytes
         device = torch.device("cpu") if case.learner_gpu is None else torch.device("cuda", case.learner_gpu)
-        publish = _Publisher(load_model(case.config().model, device=device), device)
+        model = load_model(case.config().model, device=device)
+        publish = _Publisher(model, device, every=round(1 / case.changed))
         result.weights_bytes = sum(p.numel() * p.element_size() for p in publish.model.parameters())
         for frozen_kv in case.ways():
             bridge = build_bridge(case.config(frozen_kv), [engine], case.model)
@@ -183,12 +192,13 @@ def _compare_decoding(case: Case, engines: Sequence[EngineController], found: Se
 
 
 class _Publisher:
-    """Changes what is trained, as a step does, and publishes the next version."""
+    """Changes what is trained, as a step does, one value in `every`, and publishes the next version."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, *, every: int) -> None:
         self.model = model
         self.device = device
         self.bridge: WeightBridge
+        self._every = every
         self._version = -1
 
     def over(self, bridge: WeightBridge) -> "_Publisher":
@@ -201,7 +211,7 @@ class _Publisher:
             with torch.no_grad():
                 for parameter in self.model.parameters():
                     if parameter.requires_grad:
-                        parameter.neg_()
+                        parameter.view(-1)[:: self._every].neg_()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             return self.bridge.publish(self.model, policy_version=self._version)

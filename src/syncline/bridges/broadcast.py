@@ -31,6 +31,7 @@ from syncline.bridges.invitation import Invitation, manifest_of
 from syncline.bridges.measure import LearnerDigests
 from syncline.bridges.pipeline import Sender
 from syncline.bridges.receipt import model_digest, whole
+from syncline.bridges.sparse import SparseSender
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError, SynclineError
@@ -42,8 +43,8 @@ Answer = TypeVar("Answer")
 
 
 class BroadcastBridge:
-    """See the module. `export(model)` yields the parameters under their checkpoint names, adapters merged; a sharded
-    learner runs `GatheringBridge` on its other ranks. `host` is this machine's address as the engines see it."""
+    """See the module. `export(model)` yields the parameters under their checkpoint names, adapters merged; a learner
+    of several ranks runs `GatheringBridge` on the others. `host` is this machine's address as the engines see it."""
 
     def __init__(
         self, engines: Sequence[EngineControl], config: Bridge, *, export: Export, host: str = "127.0.0.1"
@@ -58,14 +59,17 @@ class BroadcastBridge:
         self._device = torch.device("cpu")
         self._group: Group | None = None
         """`None` while the learner is in no group with its engines."""
+        self._sent_digest: str | None = None
+        """Of what the sender last sent, proved: an engine that holds it needs only what changed."""
         self._closing: list[Future[None]] = []
 
     def attach(self, model: Any) -> None:
+        self._manifest, self._device = manifest_of(self._export(model))
         with self._others.told():
             self._fleet.wait_until_ready()
-            self._manifest, self._device = manifest_of(self._export(model))
             self._fleet.refuse_other_model({entry.name: entry.kind for entry in self._manifest})
-            self._sender = Sender(plan(self._manifest, bucket_bytes=self._config.bucket_bytes), self._device)
+            end = SparseSender if self._config.sparse else Sender
+            self._sender = end(plan(self._manifest, bucket_bytes=self._config.bucket_bytes), self._device)
             self._join()
 
     @contextmanager
@@ -94,21 +98,24 @@ class BroadcastBridge:
             served = [engine.receipt for engine in paused]
             self._fleet.refuse_backwards(policy_version, served)
             moves = any(receipt.digest != expected.digest for receipt in served)
+            if any(receipt.digest != self._sent_digest for receipt in served):
+                self._sender.forget()
             group = self._connected(paused) if moves else None
             clock.lap("connect")
             word["moves"] = moves
         with self._others.told():
             if group:
+                self._sent_digest = None
                 received = self._move(group, model, expected)
                 clock.lap("transfer")
                 clock.split("transfer", "prove", max(answer.prove_seconds for answer in received))
                 self._fleet.proved([answer.receipt for answer in received], expected, digests=digests)
+                self._sent_digest = expected.digest
             else:
                 self._fleet.adopt(expected, digests=digests)
             clock.lap("prove")
-        return SyncReport(
-            expected, self._sender.plan.num_bytes if group else 0, clock.total, clock.total, dict(clock.parts)
-        )
+        moved, changed = (self._sender.num_bytes, self._sender.changed_fraction) if group else (0, None)
+        return SyncReport(expected, moved, clock.total, clock.total, dict(clock.parts), changed)
 
     @contextmanager
     def _pausing(self) -> Iterator["Future[list[Paused]]"]:
@@ -158,6 +165,7 @@ class BroadcastBridge:
             size=1 + sum(sizes),
             generation=uuid4().hex,
             bucket_bytes=self._config.bucket_bytes,
+            sparse=self._config.sparse,
             device=device_name(self._device),
             manifest=self._manifest,
         )

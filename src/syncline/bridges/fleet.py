@@ -112,7 +112,8 @@ class Fleet:
         for engine, receipt in zip(self.engines, held, strict=True):
             if receipt != expected:
                 faults = "\n".join(differences(digests, engine.parameters()))
+                version = f"version {receipt.policy_version}" if receipt.policy_version >= 0 else "no version,"
                 raise SyncError(
-                    f"engine {engine.name} holds version {receipt.policy_version} digest {receipt.digest[:12]} after "
+                    f"engine {engine.name} holds {version} digest {receipt.digest[:12]} after "
                     f"a publish of version {expected.policy_version} digest {expected.digest[:12]}:\n{faults}"
                 )

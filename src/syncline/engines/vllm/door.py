@@ -56,9 +56,10 @@ def salted(prompt: Any, salt: str) -> Any:
         prompt = {"prompt": prompt}
     elif isinstance(prompt, list | tuple):
         prompt = {"prompt_token_ids": list(prompt)}
-    if isinstance(prompt, Mapping) and not {"encoder_prompt", "encoder_inputs"} & prompt.keys():
-        return {**prompt, "cache_salt": _joined(salt, prompt.get("cache_salt"))}
-    if hasattr(prompt, "cache_salt"):
+    if isinstance(prompt, Mapping):
+        if not {"encoder_prompt", "encoder_inputs"} & prompt.keys():
+            return {**prompt, "cache_salt": _joined(salt, prompt.get("cache_salt"))}
+    elif hasattr(prompt, "cache_salt"):
         prompt.cache_salt = _joined(salt, prompt.cache_salt)
         return prompt
     raise ValueError(f"a prompt of type {type(prompt).__name__} cannot be kept apart from other versions' cache")

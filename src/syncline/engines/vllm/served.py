@@ -5,7 +5,7 @@ from typing import Any
 
 from syncline.bridges.adapter import is_adapter_name
 from syncline.bridges.measure import Reading
-from syncline.bridges.receipt import Combination, Piece, model_digest
+from syncline.bridges.receipt import Combination, Piece, combined, model_digest
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.adapters import Adapters
 from syncline.engines.vllm.gate import UNPUBLISHED, Gate
@@ -55,8 +55,7 @@ class Served:
             self.layouts = layouts
         measured = self.combination.digests([reading.digests for reading in readings])
         if current := self.adapters.current:
-            [held] = await self.each_rank("syncline_held", current.id)
-            measured |= held
+            measured |= combined(await self.each_rank("syncline_held", current.id))
         return measured
 
     async def each_rank(self, method: str, *args: Any) -> list[Any]:

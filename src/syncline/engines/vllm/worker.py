@@ -9,6 +9,7 @@ from syncline.bridges.invitation import Invitation
 from syncline.bridges.manifest import Shard
 from syncline.bridges.measure import Measure
 from syncline.bridges.receipt import whole
+from syncline.engines.vllm import compat
 from syncline.engines.vllm.answer import answer
 from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
 from syncline.engines.vllm.receiver import Member
@@ -47,7 +48,8 @@ class WorkerExtension(AdapterExtension):
 
     def syncline_export(self, fused: bool) -> dict[str, Any]:
         """Where this rank's pieces lie, under their checkpoint names, or (`fused`) as vLLM names and fuses them."""
-        return answer(lambda: export_views(self._views(fused), memory_file=self._memory_file))
+        version = compat.vllm_version()
+        return answer(lambda: export_views(self._views(fused), memory_file=self._memory_file, vllm_version=version))
 
     def _own_measure(self) -> Measure:
         self._measure = self._measure or Measure(checkpoint_views)
