@@ -121,7 +121,7 @@ def test_changes_alone_reach_both_and_one_left_out_is_named_and_made_good(sides:
     nudge(model)
     with monkeypatch.context() as spoilt:
         spoilt.setattr(sparse, "encode", truncated)
-        with pytest.raises(SyncError, match=rf"{sides[0].engine.name} holds version {version + 2} .*\n.*: the learner"):
+        with pytest.raises(SyncError, match=rf"{sides[0].engine.name} holds no version, .*\n.*: the learner"):
             bridge.publish(model, policy_version=version + 2)
     assert all(side.engine.health()["paused"] for side in sides)
     assert bridge.publish(model, policy_version=version + 2).num_bytes == whole.num_bytes
