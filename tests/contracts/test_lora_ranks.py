@@ -16,6 +16,7 @@ from syncline.errors import EngineError, SyncError
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.contract("lora", 2),
     pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs 2 GPUs"),
 ]
 

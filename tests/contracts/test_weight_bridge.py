@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from outcomes import Noticed
 from real_engine import make_tiny_model, run_values, running_engine
 from transformers import AutoModelForCausalLM
 
@@ -255,13 +256,16 @@ def test_versions_only_grow(side: Side) -> None:
     _assert_paused_then_resume(side)
 
 
-def test_a_model_the_engine_does_not_serve_is_refused_by_parameter_name(side: Side, tmp_path: Path) -> None:
+def test_a_model_the_engine_does_not_serve_is_refused_by_parameter_name(
+    side: Side, tmp_path: Path, noticed: Noticed
+) -> None:
     other = side.load(make_tiny_model(tmp_path / "other", hidden_size=64, tied=False))
-    with pytest.raises(SyncError, match=r"lm_head\.weight: missing in the engine"):
+    with pytest.raises(SyncError, match=r"lm_head\.weight: missing in the engine") as told:
         side.bridge().attach(other)
+    noticed("wrong model", side.name, by="learner, at attach", told=told.value)
 
 
-def test_weights_that_are_not_finite_are_not_published(side: Side) -> None:
+def test_weights_that_are_not_finite_are_not_published(side: Side, noticed: Noticed) -> None:
     bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
     version = side.engine.receipt().policy_version
@@ -269,10 +273,11 @@ def test_weights_that_are_not_finite_are_not_published(side: Side) -> None:
     weight = next(parameter for name, parameter in trained if "layers.1.mlp.down_proj" in name)
     good = weight.detach().clone()
     message = r"layers\.1\.mlp\.down_proj\.(lora_A\.)?weight is not finite"
-    with pytest.raises(SyncError, match=message), bridge.updating():
+    with pytest.raises(SyncError, match=message) as told, bridge.updating():
         with torch.no_grad():
             weight[0, 0] = float("nan")
         bridge.publish(side.model, policy_version=version + 1)
+    noticed("NaN after a step", side.name, by="learner, before it publishes", told=told.value)
     assert side.engine.receipt().policy_version == version
     with torch.no_grad():
         weight.copy_(good)
@@ -317,13 +322,20 @@ def _poison(gate: torch.Tensor, up: torch.Tensor, old: torch.Tensor) -> None:
     gate[0, 0] = float("nan")
 
 
-FAULTS = {"truncated": _truncate, "swapped": _swap, "stale": _stale, "half updated": _half, "poisoned": _poison}
+Fault = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+FAULTS: dict[str, Fault] = {
+    "truncated": _truncate,
+    "swapped": _swap,
+    "stale": _stale,
+    "half updated": _half,
+    "poisoned": _poison,
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str) -> None:
+def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str, noticed: Noticed) -> None:
     if side.name in ADAPTED:
-        pytest.skip("an adapter's way is spoilt in test_lora_engine")
+        pytest.skip("an adapter's way is spoilt in test_weight_chaos")
     engine = side.engine
     saboteur = Saboteur(engine, {"shared": "adopt", "restart": "receipt"}.get(side.name, "nothing"))
     side.engine = saboteur  # type: ignore[assignment]
@@ -333,7 +345,7 @@ def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str) 
     version, mlp = side.next_version(), side.model.model.layers[1].mlp
     gate, up, old = mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.gate_proj.weight.detach().clone()
     named = r"layers\.1\.mlp\.gate_proj\.weight: the learner"
-    with pytest.raises(SyncError, match=named), bridge.updating(), torch.no_grad():
+    with pytest.raises(SyncError, match=named) as told, bridge.updating(), torch.no_grad():
         for parameter in side.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         good = gate.clone(), up.clone()
@@ -348,6 +360,7 @@ def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str) 
         up.copy_(good[1])
     bridge.publish(side.model, policy_version=version)
     assert side.mismatch() < TOLERANCE
+    noticed(f"{fault} on the way", side.name, by="digests of both sides", told=told.value)
 
 
 def test_a_failure_while_the_weights_move_leaves_the_engine_paused(side: Side) -> None:

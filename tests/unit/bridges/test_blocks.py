@@ -30,7 +30,7 @@ def whole_digest(tensor: torch.Tensor) -> str:
     return layout.digests(buffer)["w"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(DTYPES),
     st.integers(1, 9),

@@ -698,5 +698,5 @@ class QueueMachine(RuleBasedStateMachine):
         assert counters.accepted >= counters.trained + self.queue.ledger.count(*HOLDS_GROUP)
 
 
-QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestQueueMachine = QueueMachine.TestCase
