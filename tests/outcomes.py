@@ -53,6 +53,7 @@ def _in_one_line(text: str) -> str:
     """Without what differs from run to run."""
     text = re.sub(r"http://127\.0\.0\.1:\d+", "URL", " ".join(text.split()))
     text = re.sub(r"\b[0-9a-f]{12,}\b", "…", text)
+    text = re.sub(r"(?<![\w/])/tmp/\S*/", "…/", text)
     return text if len(text) <= MESSAGE_WIDTH else text[: MESSAGE_WIDTH - 1] + "…"
 
 
@@ -120,12 +121,15 @@ def contract_rows(lines: Iterable[dict[str, Any]]) -> list[list[str]]:
 
 
 def chaos_rows(lines: Iterable[dict[str, Any]]) -> list[list[str]]:
-    """Fault × bridge → who noticed, and what was said; of tests that passed, faults in the order they came."""
+    """Fault → bridges, who noticed, and what the first of them said; of tests that passed, faults as they came."""
     rows = [row for line in lines if line["outcome"] == "passed" for row in line.get("chaos", [])]
-    order = {fault: i for i, fault in enumerate(dict.fromkeys(row["fault"] for row in rows))}
-    rows.sort(key=lambda row: (order[row["fault"]], row["bridge"]))
-    keys = ("fault", "bridge", "by", "told")
-    return [["fault", "bridge", "noticed by", "told"]] + [[row[key].replace("|", "/") for key in keys] for row in rows]
+    groups: dict[tuple[str, str], dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: row["bridge"]):
+        groups.setdefault((row["fault"], row["by"]), {}).setdefault(row["bridge"], row["told"].replace("|", "/"))
+    order = list(dict.fromkeys(row["fault"] for row in rows))
+    found = sorted(groups.items(), key=lambda item: order.index(item[0][0]))
+    told = [[fault, ", ".join(bridges), by, next(iter(bridges.values()))] for (fault, by), bridges in found]
+    return [["fault", "bridges", "noticed by", "told"], *told]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from gpu_jobs import Job
 from on_gpus import Places, Session, kill, marked
-from outcomes import contract_rows
+from outcomes import chaos_rows, contract_rows
 
 TESTS = {
     "passes": "def test_it():\n    assert True\n",
@@ -91,3 +91,15 @@ def test_contracts_are_counted_by_bridge_device_and_ranks() -> None:
     row = {"bridge": "shared", "device": "CPU", "tensor_parallel": 2}
     lines = [{"outcome": "passed", "contract": row}, {"outcome": "failed", "contract": row}, {"outcome": "passed"}]
     assert contract_rows(lines)[1:] == [["shared", "CPU", "2", "1", "1", "0"]]
+
+
+def test_faults_are_told_once_for_the_bridges_that_noticed_them_alike() -> None:
+    def line(fault: str, bridge: str, by: str) -> dict:
+        return {"outcome": "passed", "chaos": [{"fault": fault, "bridge": bridge, "by": by, "told": f"{bridge} a|b"}]}
+
+    lines = [line("stale", "shared", "digests"), line("killed", "lora", "learner"), line("stale", "lora", "digests")]
+    unproved = line("stale", "restart", "digests") | {"outcome": "failed"}
+    assert chaos_rows([*lines, unproved])[1:] == [
+        ["stale", "lora, shared", "digests", "lora a/b"],
+        ["killed", "lora", "learner", "lora a/b"],
+    ]
