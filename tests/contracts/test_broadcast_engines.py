@@ -79,7 +79,7 @@ def assert_torn(side: Side, *, named: str) -> None:
     assert named in health["torn"]
     assert all(digest.endswith(":torn") for digest in side.engine.parameters().values())
     with pytest.raises(EngineError, match="publish one instead of resuming"):
-        side.engine.resume()
+        side.resume()
 
 
 def test_two_engines_take_every_version_at_once(sides: list[Side]) -> None:
@@ -122,7 +122,7 @@ def test_changes_alone_reach_both_and_one_left_out_is_named_and_made_good(sides:
     nudge(model)
     with monkeypatch.context() as spoilt:
         spoilt.setattr(sparse, "encode", truncated)
-        with pytest.raises(SyncError, match=rf"{sides[0].engine.name} holds version {version + 2} .*\n.*: the learner"):
+        with pytest.raises(SyncError, match=rf"{sides[0].engine.name} holds no version, .*\n.*: the learner"):
             bridge.publish(model, policy_version=version + 2)
     assert all(side.engine.health()["paused"] for side in sides)
     assert bridge.publish(model, policy_version=version + 2).num_bytes == whole.num_bytes

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from outcomes import Noticed
 from real_engine import make_tiny_model, run_values, running_engine
 from test_weight_bridge import DTYPE, LORA, TOLERANCE, Side, lora
 from transformers import AutoModelForCausalLM
@@ -121,13 +122,14 @@ def test_a_wrong_adapter_is_never_sampled_from(side: Side) -> None:
     assert side.mismatch() < TOLERANCE
 
 
-def test_an_adapter_of_other_modules_is_refused_by_the_engine(side: Side, tmp_path: Path) -> None:
+def test_an_adapter_of_other_modules_is_refused_by_the_engine(side: Side, tmp_path: Path, noticed: Noticed) -> None:
     layers = {"model.layers.0.mlp.gate": LoraLayer(torch.zeros(4, 128), torch.zeros(8, 4), 1.0)}
     layout = AdapterLayout.of(layers, str(DTYPE).removeprefix("torch."))
     carrier = Carrier(layout, ["memory"], device=torch.device("cpu"), folder=tmp_path)
     adapter = layout.wire() | {"source": carrier.send(0)[0]}
-    with pytest.raises(EngineError, match=r"answered 409.*mlp\.gate: the engine cannot adapt this module"):
+    with pytest.raises(EngineError, match=r"answered 409.*mlp\.gate: the engine cannot adapt this module") as told:
         side.engine.stage(adapter, policy_version=side.next_version(), timeout_seconds=30)
+    noticed("wrong adapter", "lora", by="engine, before it loads", told=told.value)
     with pytest.raises(EngineError, match=r"answered 409.*no adapter here has digest"):
         side.engine.switch(Receipt(side.next_version(), "0" * 64))
     carrier.close()

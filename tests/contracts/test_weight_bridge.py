@@ -4,6 +4,7 @@ import asyncio
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
 from syncline.learner.adapter import adapter_layers, base_parameters
 from syncline.learner.model import add_lora, checkpoint_parameters, checkpoint_shards
-from syncline.protocols import SyncReport, WeightBridge
+from syncline.protocols import Receipt, SyncReport, WeightBridge
 from syncline.types import Completion, SamplingParams
 
 pytestmark = pytest.mark.e2e
@@ -48,8 +49,12 @@ def shared(side: "Side", config: Bridge) -> WeightBridge:
 
 def broadcast(side: "Side", config: Bridge) -> WeightBridge:
     few_buckets = {"bucket_bytes": 200_000, "timeout_seconds": 60.0, "sparse": side.name == "broadcast-sparse"}
-    config = config.model_copy(update=few_buckets)
-    return BroadcastBridge([side.engine], config, export=checkpoint_parameters)
+
+    def export(model: Any) -> Any:
+        side.before_export()
+        return checkpoint_parameters(model)
+
+    return BroadcastBridge([side.engine], config.model_copy(update=few_buckets), export=export)
 
 
 def lora(side: "Side", config: Bridge) -> WeightBridge:
@@ -94,6 +99,8 @@ class Side:
         self.name = name
         self.model = self.load(model_path)
         self.folder = folder
+        self.before_export: Callable[[], None] = lambda: None
+        """Called when `broadcast` asks for what it sends; weights that stay are digested without asking again."""
         self._initial = [parameter.detach().clone() for parameter in self.model.parameters()]
 
     def load(self, path: Path) -> Any:
@@ -120,9 +127,9 @@ class Side:
             for parameter, initial in zip(self.model.parameters(), self._initial, strict=True):
                 parameter.copy_(initial)
 
-    def bridge(self, *, in_flight: str = "drain") -> WeightBridge:
+    def bridge(self, *, in_flight: str = "drain", config: Bridge | None = None) -> WeightBridge:
         name = self.name.partition("-")[0]
-        return BRIDGES[self.name](self, Bridge.model_validate({"name": name, "in_flight": in_flight}))
+        return BRIDGES[self.name](self, config or Bridge.model_validate({"name": name, "in_flight": in_flight}))
 
     def attached(self, *, in_flight: str = "drain") -> WeightBridge:
         bridge = self.bridge(in_flight=in_flight)
@@ -134,7 +141,7 @@ class Side:
 
     def resume(self) -> None:
         """By hand: it holds what it says."""
-        self.engine.resume()
+        self.engine.resume(self.engine.receipt())
 
     def step(self, bridge: WeightBridge, *, scale: float = 0.05) -> SyncReport:
         """What a training step does to the weights, as the loop does it."""
@@ -330,7 +337,7 @@ def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str, 
     if side.name in ADAPTED:
         pytest.skip("an adapter's way is spoilt in test_weight_chaos")
     engine = side.engine
-    saboteur = Saboteur(engine, "adopt" if side.name == "shared" else "receipt")
+    saboteur = Saboteur(engine, {"shared": "adopt", "restart": "receipt"}.get(side.name, "nothing"))
     side.engine = saboteur  # type: ignore[assignment]
     bridge = side.attached()
     side.engine = engine
@@ -342,9 +349,12 @@ def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str, 
         for parameter in side.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         good = gate.clone(), up.clone()
-        saboteur.spoil = lambda: FAULTS[fault](gate, up, old)
+        saboteur.spoil = side.before_export = lambda: FAULTS[fault](gate, up, old)
         bridge.publish(side.model, policy_version=version)
+    side.before_export = lambda: None
     assert engine.health()["paused"] is True
+    with pytest.raises(EngineError, match=r"answered 409.*publish one instead of resuming"):
+        side.resume()
     with torch.no_grad():
         gate.copy_(good[0])
         up.copy_(good[1])
@@ -472,7 +482,7 @@ def test_weights_changed_behind_the_bridges_back_are_not_sampled_from(side: Side
     bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
     side.engine.pause(mode="abort", timeout_seconds=30)
-    side.engine.resume()
+    side.resume()
     if not side.name.startswith("shared"):
         return  # nobody but the engine itself can write its weights
     side.engine.pause(mode="abort", timeout_seconds=30)
@@ -482,7 +492,7 @@ def test_weights_changed_behind_the_bridges_back_are_not_sampled_from(side: Side
         written.add_(1)
     for _ in range(2):
         with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead"):
-            side.engine.resume()
+            side.resume()
     if side.name in ADAPTED:
         with torch.no_grad():
             written.copy_(before)  # the base is not published, so no publish can make this good
@@ -492,10 +502,22 @@ def test_weights_changed_behind_the_bridges_back_are_not_sampled_from(side: Side
 
 def test_reload_of_a_running_engine_is_refused(side: Side) -> None:
     with pytest.raises(EngineError, match=r"answered 409.*pause it first"):
-        side.engine.adopt(policy_version=side.next_version())
+        side.engine.adopt(Receipt(side.next_version(), side.engine.receipt().digest))
+
+
+@pytest.mark.parametrize("other", ["version", "digest"])
+def test_an_engine_that_holds_something_else_is_not_resumed(side: Side, other: str) -> None:
+    bridge = side.attached()
+    bridge.publish(side.model, policy_version=side.next_version())
+    side.engine.pause(mode="abort", timeout_seconds=30)
+    held = side.engine.receipt()
+    later, unknown = replace(held, policy_version=held.policy_version + 1), replace(held, digest="0" * 64)
+    with pytest.raises(EngineError, match=r"answered 409.*asked to resume .*publish instead"):
+        side.engine.resume(later if other == "version" else unknown)
+    _assert_paused_then_resume(side)
 
 
 def _assert_paused_then_resume(side: Side) -> None:
     assert httpx.get(f"{side.engine.url}/health", timeout=10).json()["paused"] is True
-    side.engine.resume()
+    side.resume()
     assert side.sample()

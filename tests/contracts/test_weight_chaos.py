@@ -113,8 +113,8 @@ def step(side: Side, bridge: Any, *, version: int) -> None:
         bridge.publish(side.model, policy_version=version)
 
 
-def heals(side: Side) -> None:
-    """The engine is paused; whoever asks it now is answered by the next version that is proved, and by no other."""
+def heals(side: Side, version: int) -> None:
+    """The engine is paused; whoever asks it now is answered by `version`, once that is proved, and by no other."""
     assert side.engine.health()["paused"] is True
     bridge = side.attached()
 
@@ -122,11 +122,11 @@ def heals(side: Side) -> None:
         async with EngineClient(side.engine.url, timeout_seconds=60) as client:  # type: ignore[attr-defined]
             asking = asyncio.create_task(client.generate(PROMPTS[0], SamplingParams(8), num_completions=2))
             await asyncio.sleep(0.1)
-            await asyncio.to_thread(bridge.publish, side.model, policy_version=side.next_version())
+            await asyncio.to_thread(bridge.publish, side.model, policy_version=version)
             return await asking
 
     answered = asyncio.run(asked_while_paused())
-    assert {span.policy_version for c in answered for span in c.versions} == {side.next_version() - 1}
+    assert {span.policy_version for c in answered for span in c.versions} == {version}
     assert side.mismatch() < TOLERANCE
     bridge.close()
 
@@ -153,12 +153,12 @@ def in_files(folder: str, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 def test_a_tensor_dropped_on_the_way_is_noticed(side: Side, noticed: Noticed) -> None:
     dropped = DROPPED[side.name](side)
-    message = r"(?s)layers\.1\.mlp\.gate_proj"
+    message, version = r"(?s)layers\.1\.mlp\.gate_proj", side.next_version()
     with pytest.raises((SyncError, EngineError), match=message) as told:
-        step(side, dropped, version=side.next_version())
+        step(side, dropped, version=version)
     noticed("dropped on the way", side.name, by=NOTICED_BY[side.name], told=told.value)
     dropped.close()
-    heals(side)
+    heals(side, version)
 
 
 def _dropped_file(side: Side) -> Any:
@@ -227,11 +227,12 @@ def test_an_adapter_spoilt_on_the_way_is_noticed(engines: Engines, fault: str, n
     bridge = _tampered_adapter(side, spoil)
     layer = dict(side.model.named_modules())[ADAPTER_GATE.removesuffix(".lora_B.weight")]
     before["old"] = layer.lora_B["default"].weight.detach().clone().cpu()  # type: ignore[union-attr]
+    version = side.next_version()
     with pytest.raises((SyncError, EngineError), match=r"(?s)layers\.1\.mlp\.gate_proj\.lora_B") as told:
-        step(side, bridge, version=side.next_version())
+        step(side, bridge, version=version)
     noticed(f"{fault} on the way", "lora", by="digests of both sides", told=told.value)
     bridge.close()
-    heals(side)
+    heals(side, version)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -252,16 +253,14 @@ def test_a_learner_killed_in_the_middle_of_a_step_leaves_no_state_that_is_sample
         with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead") as told:
             side.resume()
         noticed("learner killed at an update", name, by="engine, when it is to resume", told=told.value)
-        side = Side(name, side.engine, side.model_path, side.folder)
-        heals(side)
+        heals(Side(name, side.engine, side.model_path, side.folder), published.policy_version + 1)
         return
     versions = {span.policy_version for completion in side.sample() for span in completion.versions}
     assert versions == {published.policy_version}
     noticed(
         "learner killed at an update", name, by="nobody needs to", told="the engine samples on: it has its own copy"
     )
-    version = side.next_version()
-    step(side, side.attached(), version=version)
+    step(side, side.attached(), version=side.next_version())
     assert side.mismatch() < TOLERANCE
 
 
