@@ -109,6 +109,9 @@ class Trajectory(Section):
     wait_timeout_seconds: PositiveFloat = 600.0
     """How long the learner waits for a full batch before it names who did not deliver."""
     max_request_bytes: PositiveInt = 256 << 20
+    """Of a request's body, unpacked."""
+    max_store_bytes: PositiveInt = 64 << 30
+    """Of the store on disk; groups beyond it are refused until the learner has consumed some."""
 
 
 class Importance(Section):

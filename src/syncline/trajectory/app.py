@@ -20,16 +20,20 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from syncline.protocols import Permit
-from syncline.trajectory import wire
+from syncline.trajectory import atropos_run, wire
+from syncline.trajectory.atropos import HOLD_SECONDS, AtroposWire, add_atropos_routes, as_rollout_group
+from syncline.trajectory.atropos_wire import Registration
+from syncline.trajectory.guard import Guard, read_json
 from syncline.trajectory.queue import Refused, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import queue_status, why_no_permit, why_waiting
-from syncline.trajectory.store import TrajectoryStore
+from syncline.trajectory.store import StoreFull, TrajectoryStore
 
 RETRY_AFTER_SECONDS = 1
 
 _FAULTS: dict[type[Exception], int | None] = {
     Refused: 409,
+    StoreFull: 503,
     wire.Malformed: 422,
     RequestValidationError: 422,
     sqlite3.Error: 503,
@@ -90,10 +94,21 @@ class Turns:
         return result, idle_seconds
 
 
-def build_app(store: TrajectoryStore, *, host: str, max_request_bytes: int) -> FastAPI:
-    """`app.state.turns.close()` ends the long polls. `host` is the one clients name, beside the loopback names."""
+def build_app(
+    store: TrajectoryStore,
+    *,
+    host: str,
+    max_request_bytes: int,
+    token: str | None = None,
+    own: Registration | None = None,
+    hold_seconds: float = HOLD_SECONDS,
+) -> FastAPI:
+    """`app.state.turns.close()` ends the long polls. Without a token `host` is the one clients name, beside the
+    loopback names. `own` is what the run's learner would tell a server of Atropos'; an upload waits `hold_seconds`."""
     app = FastAPI(title="syncline trajectories", docs_url=None, redoc_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "127.0.0.1", "localhost", "[::1]"])
+    if token is None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "127.0.0.1", "localhost", "[::1]"])
+    app.add_middleware(Guard, token=token)
     app.state.turns = Turns(store)
     app.state.max_request_bytes = max_request_bytes
     for fault, status in _FAULTS.items():
@@ -101,6 +116,7 @@ def build_app(store: TrajectoryStore, *, host: str, max_request_bytes: int) -> F
     _add_reports(app, store)
     _add_environment_routes(app, store)
     _add_learner_routes(app, store)
+    add_atropos_routes(app, AtroposWire(store, app.state.turns, own, hold_seconds))
     return app
 
 
@@ -114,7 +130,7 @@ def _add_reports(app: FastAPI, store: TrajectoryStore) -> None:
 
     @app.get("/status")
     async def status() -> dict[str, Any]:
-        return asdict(await turns.take(queue_status))
+        return await turns.take(lambda queue: asdict(queue_status(queue)) | atropos_run.status(queue))
 
 
 def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
@@ -137,7 +153,7 @@ def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
         return _json(answer.model_dump_json())
 
     @app.post("/groups")
-    async def groups(permit_id: str, body: Annotated[bytes, Depends(_read)]) -> Response:
+    async def groups(permit_id: str, body: Annotated[bytes, Depends(read_json)]) -> Response:
         group = await asyncio.to_thread(wire.decode_group, body)
         outcome = await turns.take(lambda queue: store.put(queue, group, permit_id, body=body))
         return _json(wire.PutAnswer(outcome=outcome).model_dump_json())
@@ -161,7 +177,8 @@ def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
     @app.post("/lease")
     async def lease(request: Request, body: Annotated[wire.LeaseRequest, _body(wire.LeaseRequest)]) -> Response:
         def action(queue: TrajectoryQueue) -> list[bytes]:
-            return store.payloads(queue.lease(body.num_groups, learner=body.learner, lease_id=body.lease_id))
+            tickets = queue.lease(body.num_groups, learner=body.learner, lease_id=body.lease_id)
+            return [as_rollout_group(t, body) for t, body in zip(tickets, store.payloads(tickets), strict=True)]
 
         found = await turns.poll(action, timeout_seconds=body.timeout_seconds, request=request)
         why = "" if found else await turns.take(lambda queue: why_waiting(queue, body.num_groups))
@@ -178,22 +195,9 @@ def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
         return {}
 
 
-async def _read(request: Request) -> bytes:
-    """The body, refused while it arrives when it is too long. JSON by name only, so that no web page can send one."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise HTTPException(415, "send the body as Content-Type: application/json")
-    limit = request.app.state.max_request_bytes
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise HTTPException(413, f"the body is over trajectory.max_request_bytes = {limit}; raise it or send less")
-    return bytes(body)
-
-
 def _body(model: type[M]) -> Any:
     async def read(request: Request) -> M:
-        return wire.decode(model, await _read(request))
+        return wire.decode(model, await read_json(request))
 
     return Depends(read)
 

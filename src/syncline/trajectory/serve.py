@@ -12,6 +12,8 @@ import uvicorn
 from syncline.config.schema import Run, Trajectory
 from syncline.errors import TrajectoryError
 from syncline.trajectory.app import build_app
+from syncline.trajectory.atropos_wire import Registration
+from syncline.trajectory.guard import needed_token
 from syncline.trajectory.ledger import QueueLimits
 from syncline.trajectory.store import TrajectoryStore
 
@@ -28,13 +30,22 @@ class _Server(uvicorn.Server):
 
 
 def run_server(
-    run: Run, trajectory: Trajectory, *, environments: Mapping[str, float], run_id: str, port: int | None = None
+    run: Run,
+    trajectory: Trajectory,
+    *,
+    environments: Mapping[str, float],
+    run_id: str,
+    port: int | None = None,
+    token: str | None = None,
+    own: Registration | None = None,
 ) -> None:
     """Serves `<run.dir>/trajectories.sqlite` on `trajectory.host` until SIGTERM or SIGINT; writes nothing else.
 
     `environments` are the weights by name; `port` overrides `trajectory.port`, which may be 0 in a config but not
-    here. Raises `TrajectoryError` when the port is taken, or the store is another run's or another process's.
+    here; `own` answers environments of the Atropos wire while the run's learner trains. Raises `TrajectoryError` when
+    the port is taken, or the store is another run's or another process's, `ConfigError` where a token is missing.
     """
+    token = needed_token(trajectory.host, token)
     port = trajectory.port if port is None else port
     limits = QueueLimits(
         groups_per_step=run.groups_per_step,
@@ -45,8 +56,17 @@ def run_server(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     path = Path(run.dir) / STORE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TrajectoryStore(path, run_id=run_id, limits=limits, weights=environments, clock=time.monotonic) as store:
-        app = build_app(store, host=trajectory.host, max_request_bytes=trajectory.max_request_bytes)
+    with TrajectoryStore(
+        path,
+        run_id=run_id,
+        limits=limits,
+        weights=environments,
+        clock=time.monotonic,
+        max_bytes=trajectory.max_store_bytes,
+    ) as store:
+        app = build_app(
+            store, host=trajectory.host, max_request_bytes=trajectory.max_request_bytes, token=token, own=own
+        )
         config = uvicorn.Config(
             app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS
         )
