@@ -163,6 +163,9 @@ class Learner(Section):
     gradient_checkpointing: bool = False
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
+    unrecorded: Literal["refuse", "accept"] = "refuse"
+    """Samples whose sampler recorded no logprobs or policy versions, as environments of other frameworks send them:
+    stop the run, or take them: the logprobs become the learner's own, and staleness is not bounded."""
     checkpoint_interval: PositiveInt = 10
     """Steps between checkpoints."""
     num_checkpoints: PositiveInt = 2

@@ -16,6 +16,7 @@ from syncline.config.schema import Loss
 from syncline.errors import ConfigError
 from syncline.learner.advantages import num_sampled
 from syncline.learner.losses import ALGORITHMS, BatchCounts
+from syncline.learner.unrecorded import sampler_logprob
 from syncline.types import Rollout, RolloutGroup, RolloutStatus, TrainingSample
 
 
@@ -40,7 +41,7 @@ class PackedBatch:
     sample_index: Tensor
     """`[N]` int64, the sequence in `[0, S)` of each label; ascending."""
     sampler_logprobs: Tensor
-    """`[N]` float32, the engine's, under the policy version it sampled with."""
+    """`[N]` float32, the engine's, under the policy version it sampled with; NaN where nobody recorded it."""
     advantages: Tensor
     """`[N]` float32."""
     loss_weights: Tensor
@@ -160,7 +161,7 @@ def _collate(sequences: list[_Sequence]) -> PackedBatch:
             start + i - 1,
             sequence.sample.token_ids[i],
             s,
-            sequence.sample.logprobs[i],
+            sampler_logprob(sequence.sample, i),
             sequence.advantage,
             sequence.loss_weight,
         )

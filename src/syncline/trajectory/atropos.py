@@ -35,6 +35,7 @@ HOLD_SECONDS = 240.0
 """Below the 300 s that atroposlib's client waits for an answer."""
 RETRY_AFTER_SECONDS = 5
 _CHUNK_BYTES = 1 << 16
+_GRACE_SECONDS = 0.05
 _DECODERS = 4
 """Bodies taken apart at once: what bounds the memory they take."""
 _EMPTY_EXAMPLE = {
@@ -148,9 +149,9 @@ class _Upload:
 class _BatchAnswer(Response):
     """Reports whether the client was there until the last piece was sent."""
 
-    def __init__(self, body: bytes, request: Request, report: Callable[[bool], Awaitable[None]]) -> None:
+    def __init__(self, body: bytes, report: Callable[[bool], Awaitable[None]]) -> None:
         super().__init__(body, media_type="application/json")
-        self._request, self._report = request, report
+        self._report = report
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         whole = False
@@ -159,10 +160,22 @@ class _BatchAnswer(Response):
             for start in range(0, len(self.body), _CHUNK_BYTES):
                 piece = bytes(self.body[start : start + _CHUNK_BYTES])
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-            whole = not await self._request.is_disconnected()
+            whole = not await _is_gone(receive)
             await send({"type": "http.response.body", "body": b""})
         finally:
             await self._report(whole)
+
+
+async def _is_gone(receive: Receive) -> bool:
+    """Whether the client has hung up. The last piece is on its way: a connection that broke under it takes a moment to
+    be known as broken."""
+    try:
+        async with asyncio.timeout(_GRACE_SECONDS):
+            while (await receive())["type"] != "http.disconnect":
+                pass
+    except TimeoutError:
+        return False
+    return True
 
 
 def as_scored_data(ticket: Ticket, body: bytes) -> bytes:
@@ -199,7 +212,7 @@ def _add_trainer_routes(app: FastAPI, at: AtroposWire) -> None:
         return {"uuid": uuid.uuid4().int}
 
     @app.get("/batch")
-    async def batch(request: Request) -> Response:
+    async def batch() -> Response:
         if await at.turns.take(lambda queue: rules.registration(queue, at.own)) is None:
             message = "Trainer not registered. Call /register first."
             return _json({"status": "error", "message": message, "batch": []})
@@ -208,7 +221,7 @@ def _add_trainer_routes(app: FastAPI, at: AtroposWire) -> None:
             return _json({"batch": None, "why_waiting": found})
         batch_id, groups = found
         body = b'{"batch":[' + b",".join(groups) + b'],"batch_id":"' + batch_id.encode() + b'"}'
-        return _BatchAnswer(body, request, lambda whole: at.sent(batch_id, whole=whole))
+        return _BatchAnswer(body, lambda whole: at.sent(batch_id, whole=whole))
 
     @app.get("/latest_example")
     async def latest_example() -> Response:

@@ -269,7 +269,7 @@ def _silence(queue: TrajectoryQueue, name: str) -> float:
 def _debts(queue: TrajectoryQueue) -> str:
     tickets = _queued(queue)
     return ", ".join(
-        f"{env.name!r} has {_num_queued(tickets, env.name)} queued and delivered last {_silence(queue, env.name):.1f} s ago"
+        f"{env.name!r} has {_num_queued(tickets, env.name)} queued, its last came {_silence(queue, env.name):.1f} s ago"
         for env in queue.state.atropos.envs
         if env.connected
     )

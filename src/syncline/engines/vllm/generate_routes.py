@@ -138,8 +138,8 @@ def _params(asked: dict[str, Any], *, stream: bool = False) -> Any:
 async def _final(engine: GatedEngine, prompt: dict[str, Any], params: Any) -> tuple[Any, Any]:
     found = None
     try:
-        async for found in engine.sample(prompt, params, f"generate-{uuid4().hex}"):
-            pass
+        async for last in engine.sample(prompt, params, f"generate-{uuid4().hex}"):
+            found = last
     except ValueError as error:
         raise _bad(f"vLLM refused the request: {error}") from error
     if found is None:
