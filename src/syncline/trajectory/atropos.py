@@ -35,7 +35,7 @@ HOLD_SECONDS = 240.0
 """Below the 300 s that atroposlib's client waits for an answer."""
 RETRY_AFTER_SECONDS = 5
 _CHUNK_BYTES = 1 << 16
-_GRACE_SECONDS = 0.05
+_GRACE_SECONDS = 0.005
 _DECODERS = 4
 """Bodies taken apart at once: what bounds the memory they take."""
 _EMPTY_EXAMPLE = {
@@ -147,7 +147,7 @@ class _Upload:
 
 
 class _BatchAnswer(Response):
-    """Reports whether the client was there until the last piece was sent."""
+    """Reports whether the client was there for the last byte: it cannot have hung up content before that."""
 
     def __init__(self, body: bytes, report: Callable[[bool], Awaitable[None]]) -> None:
         super().__init__(body, media_type="application/json")
@@ -157,18 +157,17 @@ class _BatchAnswer(Response):
         whole = False
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            for start in range(0, len(self.body), _CHUNK_BYTES):
-                piece = bytes(self.body[start : start + _CHUNK_BYTES])
+            for start in range(0, len(self.body) - 1, _CHUNK_BYTES):
+                piece = bytes(self.body[start : min(start + _CHUNK_BYTES, len(self.body) - 1)])
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             whole = not await _is_gone(receive)
-            await send({"type": "http.response.body", "body": b""})
+            await send({"type": "http.response.body", "body": bytes(self.body[-1:])})
         finally:
             await self._report(whole)
 
 
 async def _is_gone(receive: Receive) -> bool:
-    """Whether the client has hung up. The last piece is on its way: a connection that broke under it takes a moment to
-    be known as broken."""
+    """Whether the client has hung up; a connection that broke just now takes a moment to be known as broken."""
     try:
         async with asyncio.timeout(_GRACE_SECONDS):
             while (await receive())["type"] != "http.disconnect":
