@@ -21,9 +21,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from syncline.protocols import Permit
 from syncline.trajectory import atropos_run, wire
-from syncline.trajectory.atropos import HOLD_SECONDS, AtroposWire, add_atropos_routes, as_rollout_group
+from syncline.trajectory.atropos import BODIES, HOLD_SECONDS, AtroposWire, add_atropos_routes, as_rollout_group
 from syncline.trajectory.atropos_wire import Registration
 from syncline.trajectory.guard import Guard, read_json
+from syncline.trajectory.openapi import describe, takes
 from syncline.trajectory.queue import Refused, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import queue_status, why_no_permit, why_waiting
@@ -40,6 +41,11 @@ _FAULTS: dict[type[Exception], int | None] = {
     AnyHTTPException: None,
 }
 """`None`: the fault knows its own status."""
+
+_BODIES = (
+    *(wire.PermitsRequest, wire.GiveBackRequest, wire.StartRequest),
+    *(wire.LeaseRequest, wire.AcknowledgeRequest, wire.CommitRequest),
+)
 
 T = TypeVar("T")
 M = TypeVar("M", bound=wire.WireMessage)
@@ -117,6 +123,7 @@ def build_app(
     _add_environment_routes(app, store)
     _add_learner_routes(app, store)
     add_atropos_routes(app, AtroposWire(store, app.state.turns, own, hold_seconds))
+    describe(app, [*BODIES, *_BODIES])
     return app
 
 
@@ -136,7 +143,7 @@ def _add_reports(app: FastAPI, store: TrajectoryStore) -> None:
 def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
     turns: Turns = app.state.turns
 
-    @app.post("/permits")
+    @app.post("/permits", **takes(wire.PermitsRequest))
     async def permits(request: Request, body: Annotated[wire.PermitsRequest, _body(wire.PermitsRequest)]) -> Response:
         ask = Ask(body.environment, body.worker, body.num_permits)
         await turns.take(lambda queue: queue.ask(ask, held=body.held))
@@ -152,13 +159,13 @@ def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
         answer = wire.PermitsAnswer(permits=tuple(Permit(t.permit_id, t.task_index) for t in granted))
         return _json(answer.model_dump_json())
 
-    @app.post("/groups")
+    @app.post("/groups", **takes(None))
     async def groups(permit_id: str, body: Annotated[bytes, Depends(read_json)]) -> Response:
         group = await asyncio.to_thread(wire.decode_group, body)
         outcome = await turns.take(lambda queue: store.put(queue, group, permit_id, body=body))
         return _json(wire.PutAnswer(outcome=outcome).model_dump_json())
 
-    @app.post("/permits/{permit_id}/give_back")
+    @app.post("/permits/{permit_id}/give_back", **takes(wire.GiveBackRequest))
     async def give_back(
         permit_id: str, body: Annotated[wire.GiveBackRequest, _body(wire.GiveBackRequest)]
     ) -> dict[str, Any]:
@@ -169,12 +176,12 @@ def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
 def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
     turns: Turns = app.state.turns
 
-    @app.post("/start")
+    @app.post("/start", **takes(wire.StartRequest))
     async def start(body: Annotated[wire.StartRequest, _body(wire.StartRequest)]) -> dict[str, Any]:
         await turns.take(lambda queue: queue.start(**body.model_dump()))
         return {}
 
-    @app.post("/lease")
+    @app.post("/lease", **takes(wire.LeaseRequest))
     async def lease(request: Request, body: Annotated[wire.LeaseRequest, _body(wire.LeaseRequest)]) -> Response:
         def action(queue: TrajectoryQueue) -> list[bytes]:
             tickets = queue.lease(body.num_groups, learner=body.learner, lease_id=body.lease_id)
@@ -184,12 +191,12 @@ def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
         why = "" if found else await turns.take(lambda queue: why_waiting(queue, body.num_groups))
         return _json(wire.lease_body(found, why))
 
-    @app.post("/acknowledge")
+    @app.post("/acknowledge", **takes(wire.AcknowledgeRequest))
     async def acknowledge(body: Annotated[wire.AcknowledgeRequest, _body(wire.AcknowledgeRequest)]) -> dict[str, Any]:
         await turns.take(lambda queue: queue.acknowledge(**body.model_dump()))
         return {}
 
-    @app.post("/commit")
+    @app.post("/commit", **takes(wire.CommitRequest))
     async def commit(body: Annotated[wire.CommitRequest, _body(wire.CommitRequest)]) -> dict[str, Any]:
         await turns.take(lambda queue: queue.commit(**body.model_dump()))
         return {}

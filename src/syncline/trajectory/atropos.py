@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from starlette.types import Receive, Scope, Send
 
 from syncline.trajectory import atropos_run as rules
 from syncline.trajectory import wire
 from syncline.trajectory.atropos_wire import EnvIdentifier, RegisterEnv, Registration, ScoredData, from_group, to_group
 from syncline.trajectory.guard import read_json
+from syncline.trajectory.openapi import takes
 from syncline.trajectory.queue import TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import why_no_permit
@@ -43,6 +44,7 @@ _EMPTY_EXAMPLE = {
     **{"inference_logprobs": [], "messages": [], "images": []},
 }
 _GROUPS = TypeAdapter(list[ScoredData])
+BODIES = (Registration, RegisterEnv, EnvIdentifier, ScoredData)
 
 
 class AtroposWire:
@@ -204,7 +206,7 @@ def _add_trainer_routes(app: FastAPI, at: AtroposWire) -> None:
     async def root() -> dict[str, str]:
         return {"message": "AtroposLib API"}
 
-    @app.post("/register", **_takes(Registration))
+    @app.post("/register", **takes(Registration))
     async def register(request: Request) -> dict[str, int]:
         asked = await at.decode(TypeAdapter(Registration), await read_json(request))
         await at.turns.take(lambda queue: rules.register(queue, asked))
@@ -244,12 +246,12 @@ def _add_environment_routes(app: FastAPI, at: AtroposWire) -> None:
         run = await at.turns.take(lambda queue: rules.registration(queue, at.own))
         return {"batch_size": run.batch_size if run else -1, "max_token_len": run.max_token_len if run else -1}
 
-    @app.post("/register-env", **_takes(RegisterEnv))
+    @app.post("/register-env", **takes(RegisterEnv))
     async def register_env(request: Request) -> dict[str, Any]:
         asked = await at.decode(TypeAdapter(RegisterEnv), await read_json(request))
         return await at.turns.take(lambda queue: rules.register_env(queue, asked, at.own))
 
-    @app.post("/disconnect-env", **_takes(EnvIdentifier))
+    @app.post("/disconnect-env", **takes(EnvIdentifier))
     async def disconnect_env(request: Request) -> dict[str, Any]:
         env = await at.decode(TypeAdapter(EnvIdentifier), await read_json(request))
         try:
@@ -258,7 +260,7 @@ def _add_environment_routes(app: FastAPI, at: AtroposWire) -> None:
             return {"status": "failure", "error": str(error)}
         return {"status": "success"}
 
-    @app.get("/status-env", **_takes(EnvIdentifier))
+    @app.get("/status-env", **takes(EnvIdentifier))
     async def status_env(request: Request) -> dict[str, Any]:
         """`env_id` in a JSON body, as atroposlib sends it, or in the query."""
         query = request.query_params.get("env_id")
@@ -268,25 +270,18 @@ def _add_environment_routes(app: FastAPI, at: AtroposWire) -> None:
 
 
 def _add_upload_routes(app: FastAPI, at: AtroposWire) -> None:
-    @app.post("/scored_data", **_takes(ScoredData))
+    @app.post("/scored_data", **takes(ScoredData))
     async def scored_data(request: Request) -> dict[str, Any]:
         group = await at.decode(TypeAdapter(ScoredData), await read_json(request))
         return await at.take(group, request)
 
-    @app.post("/scored_data_list", **_takes(ScoredData, many=True))
+    @app.post("/scored_data_list", **takes(ScoredData, many=True))
     async def scored_data_list(request: Request) -> dict[str, Any]:
         groups = await at.decode(_GROUPS, await read_json(request))
         answers = [await at.take(group, request) for group in groups]
         buffered = [answer["buffer_size"] for answer in answers if answer["status"] == "buffered"]
         answer: dict[str, Any] = {"status": "received", "groups_processed": len(groups)}
         return answer | ({"buffered": len(buffered), "last_buffer_size": buffered[-1]} if buffered else {})
-
-
-def _takes(model: type[BaseModel], *, many: bool = False) -> dict[str, Any]:
-    """The body's schema, for `/openapi.json`: routes read it themselves, as it arrives."""
-    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
-    schema = {"type": "array", "items": reference} if many else reference
-    return {"openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}}
 
 
 def _json(content: Any) -> Response:

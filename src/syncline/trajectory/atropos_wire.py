@@ -23,6 +23,7 @@ MAX_SIZE = 2**31 - 1
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Step = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 Text = Annotated[str, Field(max_length=4096)]
+EnvId = Annotated[int, Field(ge=-MAX_SIZE, le=MAX_SIZE)]
 Tokens = list[Annotated[int, Field(ge=0, le=MAX_SIZE)]]
 Floats = list[float]
 PerToken = list[Floats] | None
@@ -56,7 +57,7 @@ class RegisterEnv(AtroposMessage):
 
 
 class EnvIdentifier(AtroposMessage):
-    env_id: int
+    env_id: EnvId
 
 
 class RegisteredEnv(RegisterEnv):
@@ -88,7 +89,7 @@ class ScoredData(AtroposMessage):
     """One group: the sequences of one task."""
 
     tokens: Annotated[list[Annotated[Tokens, Field(min_length=1)]], Field(min_length=1, max_length=65536)]
-    masks: list[list[int]]
+    masks: list[list[Annotated[int, Field(ge=UNTRAINED, le=MAX_SIZE)]]]
     scores: Floats
     advantages: PerToken = None
     ref_logprobs: PerToken = None
@@ -98,8 +99,8 @@ class ScoredData(AtroposMessage):
     overrides: list[dict[str, Any]] | None = None
     group_overrides: dict[str, Any] | None = None
     images: Any | None = None
-    env_id: int | None = None
-    distill_token_ids: list[list[list[int]]] | None = None
+    env_id: EnvId | None = None
+    distill_token_ids: list[list[Tokens]] | None = None
     distill_logprobs: list[list[Floats]] | None = None
 
     @field_validator("messages")

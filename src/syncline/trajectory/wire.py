@@ -96,6 +96,11 @@ class ErrorAnswer(WireMessage):
 M = TypeVar("M", bound=WireMessage)
 
 
+def group_schema(ref_template: str) -> dict[str, Any]:
+    """JSON schema of a group."""
+    return _GROUP.json_schema(ref_template=ref_template)
+
+
 def encode_group(group: RolloutGroup) -> bytes:
     return _GROUP.dump_json(_WireGroup(group))
 
