@@ -1,6 +1,6 @@
 """A server of the Atropos wire inside the test's process: ours, or the one in `atroposlib`; and what one sends it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,12 @@ def scored(mark: int, size: int = 2, **changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def our_server(folder: Path, *, limits: QueueLimits = LIMITS, **options: Any) -> Iterator[AtroposServer]:
-    clock = Clock()
+def our_server(
+    folder: Path, *, limits: QueueLimits = LIMITS, weights: Mapping[str, float] | None = None, **options: Any
+) -> Iterator[AtroposServer]:
+    clock, weights = Clock(), weights or {}
     options = {"host": "127.0.0.1", "max_request_bytes": 1 << 20, "hold_seconds": 0.0} | options
-    with TrajectoryStore(folder / "t.sqlite", run_id="run-1", limits=limits, weights={}, clock=clock) as store:
+    with TrajectoryStore(folder / "t.sqlite", run_id="run-1", limits=limits, weights=weights, clock=clock) as store:
         app = build_app(store, **options)
         with TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False) as http:
             yield AtroposServer(http, clock)

@@ -61,6 +61,8 @@ class EnvIdentifier(AtroposMessage):
 
 
 class RegisteredEnv(RegisterEnv):
+    model_config = ConfigDict(frozen=False)
+
     name: str
     """Of its line in the queue, and its run in wandb."""
     connected: bool = True

@@ -86,9 +86,9 @@ class TrajectoryQueue:
             self.ledger.dirty = True
 
     def join(self, environment: str, weight: float) -> None:
-        """An environment the configuration does not name takes part from now on."""
+        """An environment the configuration does not name takes part from now on, with nothing owed to it."""
         self.ledger.weights[environment] = weight
-        self.state.lines.setdefault(environment, Line())
+        self.state.lines.setdefault(environment, Line(share=self.state.virtual_time))
         self.ledger.dirty = True
 
     def grant(self, ask: Ask) -> list[Ticket]:
