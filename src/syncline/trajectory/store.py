@@ -25,6 +25,7 @@ from syncline.trajectory.queue import PutOutcome, Refused, TrajectoryQueue
 from syncline.trajectory.tickets import HOLDS_GROUP, LIVE, QueueState, Ticket, TicketState, Wire
 from syncline.types import RolloutGroup
 
+STORE_NAME = "trajectories.sqlite"
 SCHEMA_VERSION = 2
 _STATE = TypeAdapter(QueueState)
 _COLUMNS = [field.name for field in fields(Ticket)]
