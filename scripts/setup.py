@@ -114,7 +114,7 @@ def install_packages(build: str) -> None:
     prepare_uv()
     if STAMP.is_file():
         STAMP.unlink()
-    run(UV, "pip", "sync", "--python", PYTHON, *torch_source(build), lock_file(build))
+    run(UV, "pip", "sync", "--compile-bytecode", "--python", PYTHON, *torch_source(build), lock_file(build))
 
 
 def prepare_uv() -> None:

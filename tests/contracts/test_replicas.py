@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from outcomes import Noticed
 from real_engine import make_tiny_model, run_values, running_engine
 from test_weight_bridge import DEVICE, DTYPE, TOLERANCE, Side
 from transformers import AutoModelForCausalLM
@@ -18,15 +19,14 @@ from syncline.errors import EngineError
 from syncline.learner.model import checkpoint_shards
 from syncline.types import SamplingParams
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.contract("shared, two engines", 1)]
 
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory) -> Iterator[list[Side]]:
     folder = tmp_path_factory.mktemp("replicas")
     model = make_tiny_model(folder / "model")
-    engine = {"kv_cache_bytes": 64 << 20, "gpu_memory_utilization": 0.2}
-    values = run_values(model, folder / "run", bridge={"name": "shared"}, engine=engine)
+    values = run_values(model, folder / "run", bridge={"name": "shared"})
     with running_engine(values, folder / "a") as first:
         attach = ("--attach-to", first.url)  # type: ignore[attr-defined]
         with running_engine(values, folder / "b", *attach) as second:
@@ -62,14 +62,15 @@ def _sampled_by_both(sides: list[Side]) -> bool:
     return all(completion.token_ids for [completion] in asyncio.run(sample()))
 
 
-def test_an_engine_that_died_is_named_and_the_other_stays_paused(sides: list[Side]) -> None:
+def test_an_engine_that_died_is_named_and_the_other_stays_paused(sides: list[Side], noticed: Noticed) -> None:
     first, second = sides
     bridge = SharedBridge([s.engine for s in sides], Bridge(name="shared"), shards=checkpoint_shards)
     bridge.attach(first.model)
     bridge.publish(first.model, policy_version=first.next_version())
     os.killpg(second.engine.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
     second.engine.process.wait(30)  # type: ignore[attr-defined]
-    with pytest.raises(EngineError, match=second.engine.url), bridge.updating():
+    with pytest.raises(EngineError, match=second.engine.url) as told, bridge.updating():
         pass
+    noticed("engine killed at an update", "shared", by="learner", told=told.value)
     assert first.engine._call("GET", "/health", None, 10)["paused"] is True
     bridge.close()

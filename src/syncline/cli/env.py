@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _work(config: RunConfig, index: int, *, engine_urls: list[str], trajectories_url: str) -> None:
     from syncline.engines.pool import EnginePool
+    from syncline.envs.overlong import SoftLengthLimit
     from syncline.envs.registry import build_environment
     from syncline.envs.rendering import ChatPolicy, load_tokenizer
     from syncline.envs.worker import EnvironmentWorker
@@ -35,6 +36,8 @@ async def _work(config: RunConfig, index: int, *, engine_urls: list[str], trajec
 
     own = config.environments[index]
     environment = build_environment(own, position=index, seed=config.run.seed)
+    if own.overlong:
+        environment = SoftLengthLimit(environment, own.overlong, max_tokens=config.sampling.max_tokens)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     sampling = SamplingParams(config.sampling.max_tokens, temperature=config.sampling.temperature)
     timeout_seconds = config.engine.request_timeout_seconds

@@ -17,7 +17,8 @@ from syncline.learner.checkpoint import Checkpoints, TrainState
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.parity import ParityGate
 from syncline.learner.step import Step
-from syncline.learner.telemetry import log_step, timings
+from syncline.learner.telemetry import log_step, staleness, timings
+from syncline.learner.versions import refuse_unproved
 from syncline.observe.metrics import Metrics
 from syncline.protocols import MetricSink, RolloutSource, WeightBridge
 
@@ -51,7 +52,9 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
     while state.step < config.run.num_steps:
         report, started = Metrics(), time.perf_counter()
         groups = parts.source.next_batch(config.run.groups_per_step)
+        refuse_unproved(groups, proved=state.policy_version)
         sampled = time.perf_counter()
+        report.update(staleness(groups, policy_version=state.policy_version))
         advantages = group_advantages(groups, config.learner.loss.scale_advantages)
         num_tokens = parts.step.backward(model, groups, advantages, report)
         with parts.bridge.updating():

@@ -125,7 +125,7 @@ class _Upload:
         assert self._ask is not None
         if not self._store.has_room(len(self._body)):
             return False
-        ticket = queue.admit(self._ask, num_rollouts=len(self._group.tokens), digest=self._digest, versions=None)
+        ticket = queue.admit(self._ask, num_rollouts=len(self._group.tokens), digest=self._digest)
         if ticket is None:
             return False
         self._store.keep(ticket.permit_id, self._body)

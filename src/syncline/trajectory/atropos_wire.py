@@ -6,12 +6,11 @@ is -100 or the token itself. The wire has no policy versions, and logprobs only 
 sample says what it lacks (`syncline.types.Lack`).
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from syncline.types import Lack, Message, Rollout, RolloutGroup, RolloutStatus, TrainingSample, VersionSpan
+from syncline.types import Lack, Message, Rollout, RolloutGroup, RolloutStatus, TrainingSample
 
 UNTRAINED = -100
 """In a mask: this token is not trained on."""
@@ -135,8 +134,6 @@ class ScoredData(AtroposMessage):
 
 
 _DISTILLED = ("distill_token_ids", "distill_logprobs")
-
-FindVersions = Callable[[list[int], int, int], tuple[VersionSpan, ...]]
 
 
 def to_group(data: ScoredData, *, group_id: str, environment: str, task_index: int) -> RolloutGroup:

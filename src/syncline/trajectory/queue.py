@@ -27,11 +27,22 @@ class Refused(TrajectoryError):
 
 
 class PutOutcome(StrEnum):
-    """What became of a group. Only a group `ACCEPTED` (now or before) is stored."""
+    """What became of a group. Only a group `ACCEPTED` (now or before) or `UNREPLACED` is stored."""
 
     ACCEPTED = "accepted"
+    UNREPLACED = "unreplaced"
+    """The first that was accepted though its rewards are all equal: no more of this step's are replaced."""
     FAILED = "failed"
+    REPLACED = "replaced"
     REWOUND = "rewound"
+
+
+_OUTCOMES = {
+    TicketState.FAILED: PutOutcome.FAILED,
+    TicketState.REWOUND: PutOutcome.REWOUND,
+    TicketState.REPLACED: PutOutcome.REPLACED,
+}
+"""Of a group that was put before; every other one is held or was."""
 
 
 class TrajectoryQueue:
@@ -107,8 +118,7 @@ class TrajectoryQueue:
         """Takes the group sampled under a permit. The same group under the same permit again changes nothing."""
         ticket = self._ticket(permit_id)
         if ticket.group_id == group.group_id:
-            outcomes = {TicketState.FAILED: PutOutcome.FAILED, TicketState.REWOUND: PutOutcome.REWOUND}
-            return outcomes.get(ticket.state, PutOutcome.ACCEPTED)
+            return _OUTCOMES.get(ticket.state, PutOutcome.ACCEPTED)
         self._check_put(group, ticket)
         ticket.group_id, ticket.num_rollouts = group.group_id, len(group.rollouts)
         ticket.oldest, ticket.newest = group.oldest_policy_version, group.newest_policy_version
@@ -118,23 +128,18 @@ class TrajectoryQueue:
         if _above(ticket.newest, ticket.ceiling):
             self.ledger.hand_back(ticket, TicketState.REWOUND)
             return PutOutcome.REWOUND
-        self.ledger.enqueue(ticket)
-        return PutOutcome.ACCEPTED
+        outcome = self._worth(group)
+        if outcome is PutOutcome.REPLACED:
+            self.ledger.replace(ticket)
+        else:
+            self.ledger.enqueue(ticket)
+        return outcome
 
-    def admit(self, ask: Ask, *, num_rollouts: int, digest: str, versions: tuple[int, int] | None) -> Ticket | None:
-        """Queues a group that came without a permit, over the Atropos wire, once it is its environment's turn.
-
-        `versions` are the oldest and newest its tokens were sampled under; `None`: nobody recorded them.
-        """
+    def admit(self, ask: Ask, *, num_rollouts: int, digest: str) -> Ticket | None:
+        """Queues a group that came without a permit, over the Atropos wire, once it is its environment's turn."""
         for ticket in self.grant(ask):
-            ticket.group_id, ticket.num_rollouts, ticket.wire, ticket.digest = (
-                ticket.permit_id,
-                num_rollouts,
-                Wire.ATROPOS,
-                digest,
-            )
-            if versions:
-                ticket.oldest, ticket.newest = versions
+            ticket.group_id, ticket.num_rollouts = ticket.permit_id, num_rollouts
+            ticket.wire, ticket.digest = Wire.ATROPOS, digest
             self.last_group[ask.environment] = self.clock()
             self.ledger.enqueue(ticket)
             return ticket
@@ -178,6 +183,7 @@ class TrajectoryQueue:
         state = self.state
         state.learner, state.policy_version, state.step, state.training = learner, policy_version, step, False
         state.capacity = capacity
+        state.num_refills = 0
         self.learner_heard = True
         self.ledger.dirty = True
 
@@ -229,6 +235,7 @@ class TrajectoryQueue:
             ticket.step = step
             self.ledger.move(ticket, TicketState.CONSUMED)
         self.state.step, self.state.policy_version, self.state.training = step, policy_version, False
+        self.state.num_refills = 0
         self._drop_stale()
 
     def commit(self, *, learner: str, step: int) -> None:
@@ -277,6 +284,21 @@ class TrajectoryQueue:
         if any(other.group_id == group.group_id for other in self.ledger.live.values()):
             raise Refused(f"group_id {group.group_id!r} is taken by another group of this run")
         self._check_versions(group, ticket)
+
+    def _worth(self, group: RolloutGroup) -> PutOutcome:
+        """Dynamic sampling (DAPO, arXiv 2503.14476 §3.2): equal rewards have no gradient, so another task is sampled.
+
+        `max_refills` bounds what a step may cost; a task family that is all right or all wrong still gets trained on.
+        """
+        refills, state = self.limits.max_refills, self.state
+        if not refills or len({r.reward for r in group.rollouts if r.reward is not None}) > 1:
+            return PutOutcome.ACCEPTED
+        if state.num_refills < refills:
+            state.num_refills += 1
+            return PutOutcome.REPLACED
+        state.counters.unreplaced += 1
+        first, state.num_refills = state.num_refills == refills, refills + 1
+        return PutOutcome.UNREPLACED if first else PutOutcome.ACCEPTED
 
     def _check_versions(self, group: RolloutGroup, ticket: Ticket) -> None:
         """Only versions served so far, or the one a step in progress is about to announce."""
