@@ -161,6 +161,7 @@ def lock() -> None:
     }
     for build, options in wishes.items():
         extras = [option for extra in (*EXTRAS, build) for option in ("--extra", extra)]
+        options = ("--override", requirements / "overrides.txt", *options)
         how = ("--upgrade", "--universal", "--python-version", "3.11", "--custom-compile-command", "make lock")
         out = ("--quiet", "--no-annotate", "--output-file", lock_file(build))
         run(UV, "pip", "compile", *how, *extras, *options, *out, ROOT / "pyproject.toml")

@@ -12,10 +12,15 @@ import httpx
 _SCRIPT = """
 import sys
 from syncline.config.schema import Run, Trajectory
+from syncline.trajectory.atropos_wire import Registration
 from syncline.trajectory.serve import run_server
 run_dir, port, groups_per_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 run = Run(dir=run_dir, num_steps=10, groups_per_step=groups_per_step, rollouts_per_group=2, max_staleness=3)
-run_server(run, Trajectory(), environments={"math": 1.0, "code": 1.0}, run_id="test", port=port)
+own = Registration(
+    wandb_group="run", wandb_project="syncline", batch_size=2 * groups_per_step, max_token_len=128,
+    checkpoint_dir=run_dir, save_checkpoint_interval=5, starting_step=0, num_steps=10,
+)
+run_server(run, Trajectory(), environments={"math": 1.0, "code": 1.0}, run_id="test", port=port, own=own)
 """
 
 

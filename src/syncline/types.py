@@ -100,19 +100,28 @@ class Completion:
             _check_cover(self.versions, (True,) * len(self.token_ids))
 
 
+class Lack(StrEnum):
+    """What the one who sampled did not record: only samples that came over another framework's wire lack anything."""
+
+    LOGPROBS = "logprobs"
+    VERSIONS = "versions"
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingSample:
     """One token sequence the learner can train on.
 
     `loss_mask[i]` is true where `token_ids[i]` was sampled by the policy. `logprobs[i]` is the sampler's
     log-probability there and 0.0 elsewhere. `versions` cover exactly the sampled tokens, in order;
-    a span may not cross a token that was not sampled.
+    a span may not cross a token that was not sampled. Where `lacks` says so, `logprobs` are 0.0 throughout
+    and `versions` empty; `learner.unrecorded` decides what becomes of such a sample.
     """
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     logprobs: tuple[float, ...]
     versions: tuple[VersionSpan, ...]
+    lacks: tuple[Lack, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -126,7 +135,13 @@ class TrainingSample:
         if self.loss_mask[0]:
             raise ValueError("loss_mask[0] must be false: the first token of a sequence has no prediction")
         _check_finite("logprobs", self.logprobs)
-        _check_cover(self.versions, self.loss_mask)
+        if Lack.LOGPROBS in self.lacks and any(self.logprobs):
+            raise ValueError("logprobs must be 0.0 throughout a sample that lacks them")
+        if Lack.VERSIONS in self.lacks:
+            if self.versions:
+                raise ValueError("versions must be empty in a sample that lacks them")
+        else:
+            _check_cover(self.versions, self.loss_mask)
 
     @property
     def num_sampled(self) -> int:

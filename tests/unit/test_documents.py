@@ -76,3 +76,10 @@ def test_documents_name_files_that_exist() -> None:
     told = {name for document in DOCUMENTS for name in re.findall(r"`((?:\w+/)+[\w.]+\.\w+)`", document.read_text())}
     roots = (ROOT, ROOT / "src" / "syncline")
     assert {name for name in told if not any((root / name).exists() for root in roots)} == set()
+
+
+def test_every_test_that_a_document_names_is_there() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = {name for document in DOCUMENTS for name in re.findall(r"`(test_\w+)`", document.read_text())}
+    assert len(named) > 15
+    assert {name for name in named if f"def {name}(" not in sources} == set()

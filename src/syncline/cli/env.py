@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 
 from syncline.config import RunConfig, load
 
@@ -30,6 +31,7 @@ async def _work(config: RunConfig, index: int, *, engine_urls: list[str], trajec
     from syncline.envs.rendering import ChatPolicy, load_tokenizer
     from syncline.envs.worker import EnvironmentWorker
     from syncline.trajectory.client import TrajectorySink
+    from syncline.trajectory.guard import TOKEN_VARIABLE
     from syncline.types import SamplingParams
 
     own = config.environments[index]
@@ -41,7 +43,7 @@ async def _work(config: RunConfig, index: int, *, engine_urls: list[str], trajec
     timeout_seconds = config.engine.request_timeout_seconds
     async with (
         EnginePool(engine_urls, timeout_seconds=timeout_seconds) as engine,
-        TrajectorySink(trajectories_url) as sink,
+        TrajectorySink(trajectories_url, token=os.environ.get(TOKEN_VARIABLE)) as sink,
     ):
         worker = EnvironmentWorker(
             environment,

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -127,10 +128,15 @@ def _outside(
 ) -> tuple["MetricSink", "RolloutSource"]:
     from syncline.observe.sinks import JsonlSink
     from syncline.trajectory.client import TrajectorySource
+    from syncline.trajectory.guard import TOKEN_VARIABLE
 
     sink = JsonlSink(Path(config.run.dir), resumed_step=resumed_step)
     stack.callback(sink.close)
-    source = TrajectorySource(trajectories_url, wait_timeout_seconds=config.trajectory.wait_timeout_seconds)
+    source = TrajectorySource(
+        trajectories_url,
+        token=os.environ.get(TOKEN_VARIABLE),
+        wait_timeout_seconds=config.trajectory.wait_timeout_seconds,
+    )
     return sink, stack.enter_context(source)
 
 

@@ -126,6 +126,9 @@ class Trajectory(Section):
     wait_timeout_seconds: PositiveFloat = 600.0
     """How long the learner waits for a full batch before it names who did not deliver."""
     max_request_bytes: PositiveInt = 256 << 20
+    """Of a request's body, unpacked."""
+    max_store_bytes: PositiveInt = 64 << 30
+    """Of the store on disk; groups beyond it are refused until the learner has consumed some."""
 
 
 class SequenceMask(Section):
@@ -217,6 +220,9 @@ class Learner(Section):
     gradients: Literal["float32", "bfloat16"] = "float32"
     """What the gradients of bfloat16 parameters add up in: 4 bytes a parameter, or 2 and a rounding a micro-batch."""
     optimizer: Optimizer = Optimizer()
+    unrecorded: Literal["refuse", "accept"] = "refuse"
+    """Samples whose sampler recorded no logprobs or policy versions, as environments of other frameworks send them:
+    stop the run, or take them: the logprobs become the learner's own, and staleness is not bounded."""
     checkpoint_interval: PositiveInt = 10
     """Steps between checkpoints."""
     num_checkpoints: PositiveInt = 2

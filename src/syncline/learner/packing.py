@@ -18,6 +18,7 @@ from syncline.config.schema import Loss
 from syncline.errors import ConfigError
 from syncline.learner.advantages import num_sampled
 from syncline.learner.losses import ALGORITHMS, BatchCounts
+from syncline.learner.unrecorded import sampler_logprobs
 from syncline.types import Rollout, RolloutGroup, RolloutStatus, TrainingSample
 
 
@@ -42,7 +43,7 @@ class PackedBatch:
     sample_index: Tensor
     """`[N]` int64, the sequence in `[0, S)` of each label; ascending."""
     sampler_logprobs: Tensor
-    """`[N]` float32, the engine's, under the policy version it sampled with."""
+    """`[N]` float32, the engine's, under the policy version it sampled with; NaN where nobody recorded it."""
     advantages: Tensor
     """`[N]` float32."""
     loss_weights: Tensor
@@ -193,7 +194,7 @@ def _collate(sequences: list[_Sequence]) -> PackedBatch:
         labels=torch.cat([t[i] for t, i in zip(ids, sampled, strict=True)]),
         sample_index=torch.arange(len(sequences)).repeat_interleave(counts),
         sampler_logprobs=torch.cat(
-            [_tensor(s.sample.logprobs, np.float32)[i] for s, i in zip(sequences, sampled, strict=True)]
+            [_tensor(sampler_logprobs(s.sample), np.float32)[i] for s, i in zip(sequences, sampled, strict=True)]
         ),
         advantages=of_each([s.advantage for s in sequences]),
         loss_weights=of_each([s.loss_weight for s in sequences]),

@@ -19,6 +19,7 @@ from syncline.learner.model import Reference, Scorer
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.packing import PackedBatch, pack
 from syncline.learner.schedule import learning_rate
+from syncline.learner.unrecorded import refuse_unrecorded, replace_unknown
 from syncline.observe.metrics import Metrics, Reduction
 from syncline.types import RolloutGroup
 
@@ -70,6 +71,7 @@ class Step:
 
         Returns the tokens trained on, 0 when there were none.
         """
+        refuse_unrecorded(groups, self.config)
         batches = pack(
             groups,
             advantages,
@@ -123,7 +125,8 @@ class Step:
         loss_config = self.config.loss
         algorithm = ALGORITHMS[loss_config.name]
         logprobs, entropy = self.scorer.score(model, batch)
-        old = logprobs.detach() if loss_config.old_logprobs == "learner" else batch.sampler_logprobs
+        sampler_logprobs = replace_unknown(batch.sampler_logprobs, logprobs)
+        old = logprobs.detach() if loss_config.old_logprobs == "learner" else sampler_logprobs
         token_loss = algorithm.token_loss(
             logprobs,
             old,
@@ -133,7 +136,7 @@ class Step:
             clip_high=loss_config.clip_high,
         )
         weights, importance = importance_weights(
-            logprobs, batch.sampler_logprobs, sample_index=batch.sample_index, importance=loss_config.importance
+            logprobs, sampler_logprobs, sample_index=batch.sample_index, importance=loss_config.importance
         )
         kl = self._kl(logprobs, batch)
         loss = weighted_loss(

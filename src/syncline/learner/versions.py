@@ -2,7 +2,8 @@
 
 A `publish` returns only with a proof, versions grow by one, and a checkpoint holds none but proved ones. So what is
 proved is every version up to the one published last; a token of a later one was sampled by an engine that nobody
-synced, or by a life of the run that was lost. (That every sampled token has a version, the data type sees to.)
+synced, or by a life of the run that was lost. (That every sampled token has a version, the data type sees to; where
+`learner.unrecorded` accepts samples without, nobody knows.)
 """
 
 from collections.abc import Iterable

@@ -21,11 +21,15 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from syncline.protocols import Permit
-from syncline.trajectory import wire
+from syncline.trajectory import atropos_run, wire
+from syncline.trajectory.atropos import BODIES, HOLD_SECONDS, AtroposWire, add_atropos_routes, as_rollout_group
+from syncline.trajectory.atropos_wire import Registration
+from syncline.trajectory.guard import Guard, read_json
+from syncline.trajectory.openapi import describe, takes
 from syncline.trajectory.queue import PutOutcome, Refused, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import queue_status, why_no_permit, why_waiting
-from syncline.trajectory.store import TrajectoryStore
+from syncline.trajectory.store import StoreFull, TrajectoryStore
 
 RETRY_AFTER_SECONDS = 1
 
@@ -33,12 +37,18 @@ log = logging.getLogger(__name__)
 
 _FAULTS: dict[type[Exception], int | None] = {
     Refused: 409,
+    StoreFull: 503,
     wire.Malformed: 422,
     RequestValidationError: 422,
     sqlite3.Error: 503,
     AnyHTTPException: None,
 }
 """`None`: the fault knows its own status."""
+
+_BODIES = (
+    *(wire.PermitsRequest, wire.GiveBackRequest, wire.StartRequest),
+    *(wire.LeaseRequest, wire.AcknowledgeRequest, wire.CommitRequest),
+)
 
 T = TypeVar("T")
 M = TypeVar("M", bound=wire.WireMessage)
@@ -93,10 +103,21 @@ class Turns:
         return result, idle_seconds
 
 
-def build_app(store: TrajectoryStore, *, host: str, max_request_bytes: int) -> FastAPI:
-    """`app.state.turns.close()` ends the long polls. `host` is the one clients name, beside the loopback names."""
+def build_app(
+    store: TrajectoryStore,
+    *,
+    host: str,
+    max_request_bytes: int,
+    token: str | None = None,
+    own: Registration | None = None,
+    hold_seconds: float = HOLD_SECONDS,
+) -> FastAPI:
+    """`app.state.turns.close()` ends the long polls. Without a token `host` is the one clients name, beside the
+    loopback names. `own` is what the run's learner would tell a server of Atropos'; an upload waits `hold_seconds`."""
     app = FastAPI(title="syncline trajectories", docs_url=None, redoc_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "127.0.0.1", "localhost", "[::1]"])
+    if token is None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "127.0.0.1", "localhost", "[::1]"])
+    app.add_middleware(Guard, token=token)
     app.state.turns = Turns(store)
     app.state.max_request_bytes = max_request_bytes
     for fault, status in _FAULTS.items():
@@ -104,6 +125,8 @@ def build_app(store: TrajectoryStore, *, host: str, max_request_bytes: int) -> F
     _add_reports(app, store)
     _add_environment_routes(app, store)
     _add_learner_routes(app, store)
+    add_atropos_routes(app, AtroposWire(store, app.state.turns, own, hold_seconds))
+    describe(app, [*BODIES, *_BODIES])
     return app
 
 
@@ -117,13 +140,13 @@ def _add_reports(app: FastAPI, store: TrajectoryStore) -> None:
 
     @app.get("/status")
     async def status() -> dict[str, Any]:
-        return asdict(await turns.take(queue_status))
+        return await turns.take(lambda queue: asdict(queue_status(queue)) | atropos_run.status(queue))
 
 
 def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
     turns: Turns = app.state.turns
 
-    @app.post("/permits")
+    @app.post("/permits", **takes(wire.PermitsRequest))
     async def permits(request: Request, body: Annotated[wire.PermitsRequest, _body(wire.PermitsRequest)]) -> Response:
         ask = Ask(body.environment, body.worker, body.num_permits)
         await turns.take(lambda queue: queue.ask(ask, held=body.held))
@@ -139,8 +162,8 @@ def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
         answer = wire.PermitsAnswer(permits=tuple(Permit(t.permit_id, t.task_index) for t in granted))
         return _json(answer.model_dump_json())
 
-    @app.post("/groups")
-    async def groups(permit_id: str, body: Annotated[bytes, Depends(_read)]) -> Response:
+    @app.post("/groups", **takes(None))
+    async def groups(permit_id: str, body: Annotated[bytes, Depends(read_json)]) -> Response:
         group = await asyncio.to_thread(wire.decode_group, body)
         outcome = await turns.take(lambda queue: store.put(queue, group, permit_id, body=body))
         if outcome is PutOutcome.UNREPLACED:
@@ -150,7 +173,7 @@ def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
             )
         return _json(wire.PutAnswer(outcome=outcome).model_dump_json())
 
-    @app.post("/permits/{permit_id}/give_back")
+    @app.post("/permits/{permit_id}/give_back", **takes(wire.GiveBackRequest))
     async def give_back(
         permit_id: str, body: Annotated[wire.GiveBackRequest, _body(wire.GiveBackRequest)]
     ) -> dict[str, Any]:
@@ -161,47 +184,35 @@ def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
 def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
     turns: Turns = app.state.turns
 
-    @app.post("/start")
+    @app.post("/start", **takes(wire.StartRequest))
     async def start(body: Annotated[wire.StartRequest, _body(wire.StartRequest)]) -> dict[str, Any]:
         await turns.take(lambda queue: queue.start(**body.model_dump()))
         return {}
 
-    @app.post("/lease")
+    @app.post("/lease", **takes(wire.LeaseRequest))
     async def lease(request: Request, body: Annotated[wire.LeaseRequest, _body(wire.LeaseRequest)]) -> Response:
         def action(queue: TrajectoryQueue) -> list[bytes]:
-            return store.payloads(queue.lease(body.num_groups, learner=body.learner, lease_id=body.lease_id))
+            tickets = queue.lease(body.num_groups, learner=body.learner, lease_id=body.lease_id)
+            return [as_rollout_group(t, body) for t, body in zip(tickets, store.payloads(tickets), strict=True)]
 
         found = await turns.poll(action, timeout_seconds=body.timeout_seconds, request=request)
         why = "" if found else await turns.take(lambda queue: why_waiting(queue, body.num_groups))
         return _json(wire.lease_body(found, why))
 
-    @app.post("/acknowledge")
+    @app.post("/acknowledge", **takes(wire.AcknowledgeRequest))
     async def acknowledge(body: Annotated[wire.AcknowledgeRequest, _body(wire.AcknowledgeRequest)]) -> dict[str, Any]:
         await turns.take(lambda queue: queue.acknowledge(**body.model_dump()))
         return {}
 
-    @app.post("/commit")
+    @app.post("/commit", **takes(wire.CommitRequest))
     async def commit(body: Annotated[wire.CommitRequest, _body(wire.CommitRequest)]) -> dict[str, Any]:
         await turns.take(lambda queue: queue.commit(**body.model_dump()))
         return {}
 
 
-async def _read(request: Request) -> bytes:
-    """The body, refused while it arrives when it is too long. JSON by name only, so that no web page can send one."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise HTTPException(415, "send the body as Content-Type: application/json")
-    limit = request.app.state.max_request_bytes
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise HTTPException(413, f"the body is over trajectory.max_request_bytes = {limit}; raise it or send less")
-    return bytes(body)
-
-
 def _body(model: type[M]) -> Any:
     async def read(request: Request) -> M:
-        return wire.decode(model, await _read(request))
+        return wire.decode(model, await read_json(request))
 
     return Depends(read)
 

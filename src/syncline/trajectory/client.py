@@ -19,7 +19,6 @@ from syncline.types import RolloutGroup
 POLL_SECONDS = 20.0
 _ANSWER_SECONDS = 30.0
 _COUNTERS = ("stale", "rewound", "failed", "abandoned", "expired_permits", "replaced", "unreplaced")
-_JSON = {"Content-Type": "application/json"}
 
 
 class Patience:
@@ -60,6 +59,7 @@ class TrajectorySink:
         url: str,
         *,
         worker: str = "0",
+        token: str | None = None,
         retry_seconds: float = 60.0,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -69,7 +69,9 @@ class TrajectorySink:
         self._worker = worker
         self._retry_seconds = retry_seconds
         self._clock, self._sleep = clock, sleep
-        self._http = httpx.AsyncClient(base_url=url, headers=_JSON, timeout=_ANSWER_SECONDS, transport=transport)
+        self._http = httpx.AsyncClient(
+            base_url=url, headers=_headers(token), timeout=_ANSWER_SECONDS, transport=transport
+        )
         self._held: dict[str, set[str]] = {}
         self._asking = asyncio.Lock()
 
@@ -140,6 +142,7 @@ class TrajectorySource:
         self,
         url: str,
         *,
+        token: str | None = None,
         wait_timeout_seconds: float = 600.0,
         retry_seconds: float = 60.0,
         transport: httpx.BaseTransport | None = None,
@@ -151,7 +154,7 @@ class TrajectorySource:
         self._wait_timeout_seconds = wait_timeout_seconds
         self._retry_seconds = retry_seconds
         self._clock, self._sleep = clock, sleep
-        self._http = httpx.Client(base_url=url, headers=_JSON, timeout=_ANSWER_SECONDS, transport=transport)
+        self._http = httpx.Client(base_url=url, headers=_headers(token), timeout=_ANSWER_SECONDS, transport=transport)
 
     def __enter__(self) -> "TrajectorySource":
         return self
@@ -213,6 +216,10 @@ class TrajectorySource:
             if pause is None and isinstance(outcome, httpx.Response):
                 return outcome
             self._sleep(pause or 0.0)
+
+
+def _headers(token: str | None) -> dict[str, str]:
+    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
 
 def _message(response: httpx.Response) -> str:

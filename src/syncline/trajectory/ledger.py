@@ -41,9 +41,9 @@ class Ledger:
         tickets: Iterable[Ticket] = (),
     ) -> None:
         self.limits = limits
-        self.weights = dict(weights)
         self.clock = clock
         self.state = state or QueueState()
+        self.weights = dict(weights)
         self.live: dict[str, Ticket] = {}
         self.dirty = False
         self._settled: dict[str, Ticket] = {}
@@ -51,11 +51,17 @@ class Ledger:
         self._changed: dict[str, Ticket] = {}
         for name in weights:
             self.state.lines.setdefault(name, Line())
+        for name in self.state.lines:
+            self.weights.setdefault(name, self.state.atropos.weight_of(name))
         for ticket in tickets:
             self._file(ticket)
 
     def find(self, permit_id: str) -> Ticket | None:
         return self.live.get(permit_id) or self._settled.get(permit_id)
+
+    def known(self) -> list[Ticket]:
+        """Every ticket remembered, settled ones first."""
+        return [*self._settled.values(), *self.live.values()]
 
     def within(self, *states: TicketState) -> list[Ticket]:
         """Live tickets in these states, in the order of acceptance; permits first."""
@@ -66,9 +72,13 @@ class Ledger:
         return sum(t.state in states and environment in (None, t.environment) for t in self.live.values())
 
     @property
+    def capacity(self) -> int:
+        return self.state.capacity or self.limits.capacity
+
+    @property
     def num_free(self) -> int:
         """Permits that may still be granted; negative after a restart has queued consumed groups again."""
-        return self.limits.capacity - self.count(*OUTSTANDING)
+        return self.capacity - self.count(*OUTSTANDING)
 
     def seconds_to_deadline(self) -> float:
         """Until the next permit or lease expires; infinite when none is out."""

@@ -13,8 +13,11 @@ from enum import StrEnum
 from syncline.errors import TrajectoryError
 from syncline.trajectory.ledger import Ledger, QueueLimits
 from syncline.trajectory.shares import Ask, allot, start_tag
-from syncline.trajectory.tickets import HOLDS_GROUP, QueueState, Ticket, TicketState
+from syncline.trajectory.tickets import HOLDS_GROUP, Line, QueueState, Ticket, TicketState, Wire
 from syncline.types import RolloutGroup, RolloutStatus
+
+REPEAT_SECONDS = 300.0
+"""How long a client of another framework goes on sending a group it got no answer for."""
 
 _SCORED = (RolloutStatus.COMPLETED, RolloutStatus.TRUNCATED)
 
@@ -59,7 +62,13 @@ class TrajectoryQueue:
         self.state = self.ledger.state
         self.clock = clock
         self.asks: dict[tuple[str, str], Ask] = {}
+        self.began = clock()
         self.last_heard: dict[str, float] = {}
+        self.last_group: dict[str, float] = {}
+        self.unanswered: dict[str, float] = {}
+        """Digest → until when: groups whose sender may not know that they were taken, and may send them again."""
+        if state is not None:
+            self.unanswered = {t.digest: self.began + REPEAT_SECONDS for t in self.ledger.known() if t.digest}
         self.learner_heard = False
         """By this queue, not by a predecessor whose state it took over: until then the engine may serve anything."""
         self._new_id = new_id
@@ -74,7 +83,7 @@ class TrajectoryQueue:
         if ask.environment not in self.ledger.weights:
             known = sorted(self.ledger.weights)
             raise Refused(f"environment {ask.environment!r} is not part of this run; known: {known}")
-        self._expire()
+        self.expire()
         self.last_heard[ask.environment] = self.clock()
         for ticket in self.ledger.within(TicketState.PERMITTED):
             if (ticket.environment, ticket.worker) == ask.key and ticket.permit_id not in held:
@@ -87,9 +96,15 @@ class TrajectoryQueue:
             del self.asks[ask.key]
             self.ledger.dirty = True
 
+    def join(self, environment: str, weight: float) -> None:
+        """An environment the configuration does not name takes part from now on, with nothing owed to it."""
+        self.ledger.weights[environment] = weight
+        self.state.lines.setdefault(environment, Line(share=self.state.virtual_time))
+        self.ledger.dirty = True
+
     def grant(self, ask: Ask) -> list[Ticket]:
         """The asker's fair part of the free capacity; when it gets any, its ask is answered and gone."""
-        self._expire()
+        self.expire()
         if self.asks.get(ask.key) is not ask or not self.learner_heard:
             return []
         tags = {name: self._start_tag(name) for name, _ in self.asks}
@@ -105,7 +120,7 @@ class TrajectoryQueue:
         if ticket.group_id == group.group_id:
             return _OUTCOMES.get(ticket.state, PutOutcome.ACCEPTED)
         self._check_put(group, ticket)
-        ticket.group_id = group.group_id
+        ticket.group_id, ticket.num_rollouts = group.group_id, len(group.rollouts)
         ticket.oldest, ticket.newest = group.oldest_policy_version, group.newest_policy_version
         if not any(rollout.status in _SCORED for rollout in group.rollouts):
             self.ledger.hand_back(ticket, TicketState.FAILED, faulty=True)
@@ -120,6 +135,25 @@ class TrajectoryQueue:
             self.ledger.enqueue(ticket)
         return outcome
 
+    def admit(self, ask: Ask, *, num_rollouts: int, digest: str) -> Ticket | None:
+        """Queues a group that came without a permit, over the Atropos wire, once it is its environment's turn."""
+        for ticket in self.grant(ask):
+            ticket.group_id, ticket.num_rollouts = ticket.permit_id, num_rollouts
+            ticket.wire, ticket.digest = Wire.ATROPOS, digest
+            self.last_group[ask.environment] = self.clock()
+            self.ledger.enqueue(ticket)
+            return ticket
+        return None
+
+    def is_repetition(self, digest: str) -> bool:
+        """Whether a group without a permit is one that was taken before, unknown to its sender. True once a group."""
+        until = self.unanswered.pop(digest, None)
+        return until is not None and self.clock() < until
+
+    def note_unanswered(self, digest: str) -> None:
+        """A group without a permit was taken, and its sender had gone before it could be told."""
+        self.unanswered[digest] = self.clock() + REPEAT_SECONDS
+
     def give_back(self, permit_id: str, reason: str) -> None:
         """Ends a permit without a group. An empty `reason` says it was not used; any other counts against the task."""
         ticket = self._ticket(permit_id)
@@ -130,11 +164,12 @@ class TrajectoryQueue:
 
     # The learner
 
-    def start(self, *, learner: str, policy_version: int, step: int) -> None:
+    def start(self, *, learner: str, policy_version: int, step: int, capacity: int | None = None) -> None:
         """A learner begins after `step`, serving `policy_version`: what later steps consumed is queued again,
         in its old order, and what was sampled under later versions is dropped. Only this learner is heard from now on.
+        `capacity`, in groups, is set where the learner knows better than the configuration.
         """
-        self._expire()
+        self.expire()
         for ticket in self.ledger.within(*HOLDS_GROUP):
             if ticket.step is not None and ticket.step <= step:
                 self.ledger.train(ticket)
@@ -147,17 +182,18 @@ class TrajectoryQueue:
             self.ledger.touch(ticket)
         state = self.state
         state.learner, state.policy_version, state.step, state.training = learner, policy_version, step, False
+        state.capacity = capacity
         state.num_refills = 0
         self.learner_heard = True
         self.ledger.dirty = True
 
     def lease(self, num_groups: int, *, learner: str, lease_id: str) -> list[Ticket]:
         """Exactly `num_groups`, oldest first, or none yet. A lease that is out is answered again, not doubled."""
-        self._expire()
+        self.expire()
         self._check_learner(learner)
-        if num_groups > self.limits.capacity:
+        if num_groups > self.ledger.capacity:
             raise Refused(
-                f"num_groups {num_groups} can never be queued at once: capacity is {self.limits.capacity} "
+                f"num_groups {num_groups} can never be queued at once: capacity is {self.ledger.capacity} "
                 "(groups_per_step x (1 + max_staleness)); ask for fewer"
             )
         held = [ticket for ticket in self.ledger.within(TicketState.LEASED) if ticket.lease_id == lease_id]
@@ -165,13 +201,15 @@ class TrajectoryQueue:
             return held
         self._drop_stale()
         ready = self.ready()[:num_groups]
-        if len(ready) < num_groups:
-            return []
-        for ticket in ready:
+        return self.hand_out(ready, lease_id) if len(ready) == num_groups else []
+
+    def hand_out(self, tickets: list[Ticket], lease_id: str) -> list[Ticket]:
+        """Leases these queued groups."""
+        for ticket in tickets:
             ticket.lease_id = lease_id
             self.ledger.move(ticket, TicketState.LEASED)
         self.state.training = True
-        return ready
+        return tickets
 
     def ready(self) -> list[Ticket]:
         """What may be leased, oldest first: not groups of a version the learner has not announced yet."""
@@ -181,7 +219,7 @@ class TrajectoryQueue:
         """`step` trained on these groups and `policy_version` is served now. Taken also after the lease expired, as
         long as nobody else leased them: they *were* trained on. Repeating the last acknowledgement changes nothing.
         """
-        self._expire()
+        self.expire()
         self._check_learner(learner)
         by_group = {ticket.group_id: ticket for ticket in self.ledger.within(*HOLDS_GROUP)}
         unknown = [group_id for group_id in group_ids if group_id not in by_group]
@@ -202,7 +240,7 @@ class TrajectoryQueue:
 
     def commit(self, *, learner: str, step: int) -> None:
         """A checkpoint holds `step`: what it and earlier steps consumed is final."""
-        self._expire()
+        self.expire()
         self._check_learner(learner)
         if step > self.state.step:
             raise Refused(f"step {step} cannot be committed: the last step acknowledged is {self.state.step}")
@@ -213,7 +251,7 @@ class TrajectoryQueue:
     # Rules
 
     def _ticket(self, permit_id: str) -> Ticket:
-        self._expire()
+        self.expire()
         ticket = self.ledger.find(permit_id)
         if ticket is None:
             raise Refused(f"permit {permit_id!r} is unknown; it was never granted, or too long ago to be remembered")
@@ -288,9 +326,10 @@ class TrajectoryQueue:
 
     def _start_tag(self, environment: str) -> float:
         share, weight = self.state.lines[environment].share, self.ledger.weights[environment]
-        return start_tag(share, self.state.virtual_time, weight=weight, credit=self.limits.capacity)
+        return start_tag(share, self.state.virtual_time, weight=weight, credit=self.ledger.capacity)
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Takes back what is overdue. Every other method does so first."""
         overdue = self.ledger.overdue()
         leases = {ticket.lease_id for ticket in overdue if ticket.state is TicketState.LEASED}
         self.state.counters.expired_leases += len(leases)

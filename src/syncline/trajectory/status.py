@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from syncline.trajectory.atropos_run import TRAINER, why_no_batch
 from syncline.trajectory.queue import TrajectoryQueue
 from syncline.trajectory.tickets import TicketState
 
@@ -37,14 +38,16 @@ def queue_status(queue: TrajectoryQueue) -> QueueStatus:
     return QueueStatus(
         policy_version=queue.state.policy_version,
         step=queue.state.step,
-        capacity=queue.limits.capacity,
+        capacity=queue.ledger.capacity,
         num_permits=ledger.count(TicketState.PERMITTED),
         num_queued=ledger.count(TicketState.QUEUED),
         num_leased=ledger.count(TicketState.LEASED),
         num_consumed=ledger.count(TicketState.CONSUMED),
         counters=asdict(queue.state.counters),
         environments={name: _environment(queue, name) for name in ledger.weights},
-        why_waiting=why_waiting(queue, queue.limits.groups_per_step),
+        why_waiting=why_no_batch(queue)
+        if queue.state.learner == TRAINER
+        else why_waiting(queue, queue.limits.groups_per_step),
     )
 
 
@@ -65,7 +68,7 @@ def why_no_permit(queue: TrajectoryQueue) -> str:
         return "no learner has been heard since the server began"
     out = [f"{queue.ledger.count(state)} {state}" for state in (TicketState.QUEUED, TicketState.LEASED)]
     permits = queue.ledger.count(TicketState.PERMITTED)
-    return f"capacity of {queue.limits.capacity} groups is taken or promised: {permits} permits out, {', '.join(out)}"
+    return f"capacity of {queue.ledger.capacity} groups is taken or promised: {permits} permits out, {', '.join(out)}"
 
 
 def _environment(queue: TrajectoryQueue, name: str) -> EnvironmentStatus:

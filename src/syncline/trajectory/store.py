@@ -22,10 +22,11 @@ from pydantic import TypeAdapter
 from syncline.errors import TrajectoryError
 from syncline.trajectory.ledger import SETTLED_REMEMBERED, QueueLimits
 from syncline.trajectory.queue import PutOutcome, Refused, TrajectoryQueue
-from syncline.trajectory.tickets import HOLDS_GROUP, LIVE, QueueState, Ticket, TicketState
+from syncline.trajectory.tickets import HOLDS_GROUP, LIVE, QueueState, Ticket, TicketState, Wire
 from syncline.types import RolloutGroup
 
-SCHEMA_VERSION = 1
+STORE_NAME = "trajectories.sqlite"
+SCHEMA_VERSION = 2
 _STATE = TypeAdapter(QueueState)
 _COLUMNS = [field.name for field in fields(Ticket)]
 _SCHEMA = f"""
@@ -37,16 +38,28 @@ _SCHEMA = f"""
 """
 
 
+class StoreFull(Refused):
+    """The store may not grow further."""
+
+
 class TrajectoryStore:
     """A `TrajectoryQueue` whose every change is on disk. Use as a context manager; safe to use from several threads."""
 
     def __init__(
-        self, path: Path, *, run_id: str, limits: QueueLimits, weights: Mapping[str, float], clock: Callable[[], float]
+        self,
+        path: Path,
+        *,
+        run_id: str,
+        limits: QueueLimits,
+        weights: Mapping[str, float],
+        clock: Callable[[], float],
+        max_bytes: int = 64 << 30,
     ) -> None:
         """Raises `TrajectoryError` when another process holds the store, or it was written for another run."""
         self.path = path
         self.run_id = run_id
         self._limits, self._weights, self._clock = limits, weights, clock
+        self._max_bytes = max_bytes
         self._guard = threading.Lock()
         self._queue: TrajectoryQueue | None = None
         self._lock_file = _lock(path.with_name(path.name + ".lock"))
@@ -95,17 +108,33 @@ class TrajectoryStore:
 
     def put(self, queue: TrajectoryQueue, group: RolloutGroup, permit_id: str, *, body: bytes) -> PutOutcome:
         """`TrajectoryQueue.put`, and the group's JSON with it. Call inside `transaction`."""
+        if not self.has_room(len(body)):
+            raise StoreFull(
+                f"{self.path} holds trajectory.max_store_bytes = {self._max_bytes}; the learner must consume"
+            )
         outcome = queue.put(group, permit_id)
         ticket = queue.ledger.find(permit_id)
         if ticket and ticket.state in HOLDS_GROUP:
-            compressed = zlib.compress(body, level=1)
-            self._db.execute("INSERT OR IGNORE INTO payloads VALUES (?, ?)", (permit_id, compressed))
+            self.keep(permit_id, body)
         return outcome
 
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether so many more may be stored. Call inside `transaction`."""
+        page, count, free = (self._pragma(name) for name in ("page_size", "page_count", "freelist_count"))
+        return page * (count - free) + num_bytes <= self._max_bytes
+
+    def keep(self, permit_id: str, body: bytes) -> None:
+        """The group's JSON, as it came. Call inside `transaction`."""
+        compressed = zlib.compress(body, level=1)
+        self._db.execute("INSERT OR IGNORE INTO payloads VALUES (?, ?)", (permit_id, compressed))
+
     def payloads(self, tickets: Iterable[Ticket]) -> list[bytes]:
-        """The groups of these tickets as JSON. Call inside `transaction`."""
+        """The groups of these tickets as JSON, each as its wire wrote it. Call inside `transaction`."""
         query = "SELECT body FROM payloads WHERE permit_id = ?"
         return [zlib.decompress(self._db.execute(query, (t.permit_id,)).fetchone()[0]) for t in tickets]
+
+    def _pragma(self, name: str) -> int:
+        return self._db.execute(f"PRAGMA {name}").fetchone()[0]
 
     def check_writable(self) -> None:
         """Writes and commits one row. Raises `sqlite3.Error`."""
@@ -157,7 +186,7 @@ class TrajectoryStore:
 
 def _ticket(row: tuple[Any, ...]) -> Ticket:
     ticket = Ticket(*row)
-    ticket.state = TicketState(ticket.state)
+    ticket.state, ticket.wire = TicketState(ticket.state), Wire(ticket.wire)
     return ticket
 
 

@@ -7,13 +7,15 @@ A ticket's life; "back" says that the task index is handed out again:
         │                │ └───────────────┴── lease expired, start─┘
         ▼                ▼
     returned, expired,   stale, rewound (back)
-    failed (back)
+    failed (back)        discarded (not back: `/reset_data`)
     replaced (not back: a group whose rewards are all equal)
 """
 
 import bisect
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from syncline.trajectory.atropos_wire import AtroposState
 
 
 class TicketState(StrEnum):
@@ -28,6 +30,14 @@ class TicketState(StrEnum):
     REWOUND = "rewound"
     RETURNED = "returned"
     EXPIRED = "expired"
+    DISCARDED = "discarded"
+
+
+class Wire(StrEnum):
+    """How a group came, which is how its payload is written."""
+
+    SYNCLINE = "syncline"
+    ATROPOS = "atropos"
 
 
 HOLDS_GROUP = (TicketState.QUEUED, TicketState.LEASED, TicketState.CONSUMED)
@@ -54,6 +64,10 @@ class Ticket:
     lease_id: str | None = None
     step: int | None = None
     """The step that trained on it."""
+    num_rollouts: int = 0
+    wire: Wire = Wire.SYNCLINE
+    digest: str | None = None
+    """Of a group that came without a permit: what tells its repetition from another group."""
 
 
 @dataclass(slots=True)
@@ -106,6 +120,8 @@ class QueueState:
     """-1: no learner has started yet."""
     step: int = 0
     learner: str = ""
+    capacity: int | None = None
+    """Groups, where the learner itself says how many it wants at once; `None`: what the run's configuration gives."""
     training: bool = False
     """A batch is out: the engine may serve `policy_version + 1` before the learner has said so."""
     num_refills: int = 0
@@ -114,3 +130,4 @@ class QueueState:
     virtual_time: float = 0.0
     counters: Counters = field(default_factory=Counters)
     lines: dict[str, Line] = field(default_factory=dict)
+    atropos: AtroposState = field(default_factory=AtroposState)

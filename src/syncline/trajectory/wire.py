@@ -96,6 +96,11 @@ class ErrorAnswer(WireMessage):
 M = TypeVar("M", bound=WireMessage)
 
 
+def group_schema(ref_template: str) -> dict[str, Any]:
+    """JSON schema of a group."""
+    return _GROUP.json_schema(ref_template=ref_template)
+
+
 def encode_group(group: RolloutGroup) -> bytes:
     return _GROUP.dump_json(_WireGroup(group))
 
@@ -105,7 +110,7 @@ def decode_group(body: bytes) -> RolloutGroup:
     try:
         return _GROUP.validate_json(body)
     except ValidationError as error:
-        raise Malformed(_explain("RolloutGroup", error)) from error
+        raise Malformed(explain("RolloutGroup", error)) from error
 
 
 def decode(model: type[M], body: bytes) -> M:
@@ -113,7 +118,7 @@ def decode(model: type[M], body: bytes) -> M:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise Malformed(_explain(model.__name__, error)) from error
+        raise Malformed(explain(model.__name__, error)) from error
 
 
 def lease_body(groups: list[bytes], why_waiting: str) -> bytes:
@@ -122,7 +127,7 @@ def lease_body(groups: list[bytes], why_waiting: str) -> bytes:
     return b'{"groups":[' + b",".join(groups) + b"]," + empty[1:]
 
 
-def _explain(what: str, error: ValidationError) -> str:
+def explain(what: str, error: ValidationError) -> str:
     faults = [_fault(fault) for fault in error.errors(include_url=False)]
     more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
     return f"{what}: " + "; ".join(faults[:5]) + more

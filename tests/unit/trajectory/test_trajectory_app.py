@@ -228,7 +228,7 @@ def test_web_pages_cannot_write(serve):
 
 def test_an_unknown_route_is_a_json_error(serve):
     async def scenario(server):
-        answer = await server.http.get("/batch")
+        answer = await server.http.get("/nothing")
         assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
 
     serve(scenario)

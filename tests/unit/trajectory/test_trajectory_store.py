@@ -225,7 +225,7 @@ def test_a_store_of_another_run_is_refused(open_store, changed, message):
 def test_a_store_of_another_schema_is_refused(open_store, tmp_path):
     open_store().__exit__()
     rows(tmp_path, "UPDATE meta SET value = '0' WHERE key = 'schema_version'")
-    with pytest.raises(TrajectoryError, match="written with schema_version '0', but this run has '1'"):
+    with pytest.raises(TrajectoryError, match="written with schema_version '0', but this run has '2'"):
         open_store()
 
 

@@ -24,6 +24,8 @@ from syncline.engines.vllm.arguments import Start, engine_device, parse, set_env
 from syncline.engines.vllm.broadcast_routes import broadcast_routes
 from syncline.engines.vllm.door import engine_behind
 from syncline.engines.vllm.gate import Gate
+from syncline.engines.vllm.gated import GatedEngine
+from syncline.engines.vllm.generate_routes import generate_routes
 from syncline.engines.vllm.plugin import refuse_unregistered
 from syncline.engines.vllm.routes import add_routes
 from syncline.engines.vllm.sampling_routes import sampling_routes
@@ -67,10 +69,10 @@ async def _serve(
     died: list[str] = []
     gate = Gate(start.policy_version)
     async with engine_behind(gate, args) as engine:
-        app = parts.build_app(args, await engine.get_supported_tasks(), engine.model_config)
-        await parts.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         adapters = Adapters(args.max_loras if args.enable_lora else 0)
         served = Served(engine, gate, about, shares=shares, adapters=adapters)
+        app = parts.build_app(args, await engine.get_supported_tasks(), engine.model_config)
+        await parts.init_app_state(GatedEngine(served), app.state, args, await engine.get_supported_tasks())
         if shares and not start.attach_to:
             await served.each_rank("syncline_share")
         if start.bridge_config:
@@ -81,7 +83,8 @@ async def _serve(
             await served.gate.close()
             await compat.pause(engine, "abort")
             served.gate.freeze()
-        routes = (sampling_routes, pause_routes, weight_routes, broadcast_routes, adapter_routes, by_hand_routes)
+        weights = (weight_routes, broadcast_routes, adapter_routes, by_hand_routes)
+        routes = (sampling_routes, generate_routes, pause_routes, *weights)
         add_routes(app, *(router(served) for router in routes))
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))

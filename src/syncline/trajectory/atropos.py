@@ -1,0 +1,288 @@
+"""The Atropos wire's routes: environments written for `atroposlib` push to us, trainers written for its API pull.
+
+All of that wire's quirks stop here and in its two neighbours, `atropos_wire` (messages) and `atropos_run` (rules). Who
+waits for whom: an upload that finds the queue full waits for room up to `HOLD_SECONDS`, in the order of the
+environments' weights, and is told 429 after that; a trainer's GET /batch never waits. A batch is the trainer's once
+its answer was sent whole; one that was cut off is sent again, under the same `batch_id`.
+"""
+
+import asyncio
+import hashlib
+import json
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import PlainTextResponse
+from pydantic import TypeAdapter, ValidationError
+from starlette.types import Receive, Scope, Send
+
+from syncline.trajectory import atropos_run as rules
+from syncline.trajectory import wire
+from syncline.trajectory.atropos_wire import EnvIdentifier, RegisterEnv, Registration, ScoredData, from_group, to_group
+from syncline.trajectory.guard import read_json
+from syncline.trajectory.openapi import takes
+from syncline.trajectory.queue import TrajectoryQueue
+from syncline.trajectory.shares import Ask
+from syncline.trajectory.status import why_no_permit
+from syncline.trajectory.store import TrajectoryStore
+from syncline.trajectory.tickets import Ticket, Wire
+
+if TYPE_CHECKING:
+    from syncline.trajectory.app import Turns
+
+HOLD_SECONDS = 240.0
+"""Below the 300 s that atroposlib's client waits for an answer."""
+RETRY_AFTER_SECONDS = 5
+_CHUNK_BYTES = 1 << 16
+_GRACE_SECONDS = 0.005
+_DECODERS = 4
+"""Bodies taken apart at once: what bounds the memory they take."""
+_EMPTY_EXAMPLE = {
+    **{"tokens": [], "masks": [], "scores": [], "advantages": [], "ref_logprobs": [], "generation_params": []},
+    **{"inference_logprobs": [], "messages": [], "images": []},
+}
+_GROUPS = TypeAdapter(list[ScoredData])
+BODIES = (Registration, RegisterEnv, EnvIdentifier, ScoredData)
+
+
+class AtroposWire:
+    """The wire's state outside the queue: what is being sent, and the last example."""
+
+    def __init__(self, store: TrajectoryStore, turns: "Turns", own: Registration | None, hold_seconds: float) -> None:
+        self.store, self.turns, self.own = store, turns, own
+        self._hold_seconds = hold_seconds
+        self._decoders = asyncio.Semaphore(_DECODERS)
+        self.sending: set[str] = set()
+        self.latest: bytes | None = None
+
+    async def decode(self, adapter: TypeAdapter[Any], body: bytes) -> Any:
+        async with self._decoders:
+            try:
+                return await asyncio.to_thread(adapter.validate_json, body)
+            except ValidationError as error:
+                raise wire.Malformed(wire.explain("body", error)) from error
+
+    async def take(self, group: ScoredData, request: Request) -> dict[str, Any]:
+        """Stores a group and says so as theirs does; waits for room first. Raises 429."""
+        body = group.model_dump_json().encode()
+        digest = hashlib.sha256(body).hexdigest()
+        upload = _Upload(self.store, group, body, digest)
+        try:
+            if not await self.turns.take(lambda queue: upload.begin(queue, self.own)):
+                await self._wait_for_room(upload, request)
+        except rules.Busy as error:
+            raise HTTPException(429, str(error), headers={"Retry-After": str(RETRY_AFTER_SECONDS)}) from error
+        self.latest = body
+        if await request.is_disconnected():
+            await self.turns.take(upload.note_unanswered)
+        return upload.answer
+
+    async def _wait_for_room(self, upload: "_Upload", request: Request) -> None:
+        try:
+            if not await self.turns.poll(upload.admit, timeout_seconds=self._hold_seconds, request=request):
+                raise rules.Busy(await self.turns.take(upload.why_no_room))
+        finally:
+            await self.turns.take(upload.withdraw)
+
+    def next_batch(self, queue: TrajectoryQueue) -> tuple[str, list[bytes]] | str:
+        batch = rules.next_batch(queue, sending=self.sending)
+        if isinstance(batch, str):
+            return batch
+        self.sending.add(batch.batch_id)
+        bodies = self.store.payloads(batch.tickets)
+        return batch.batch_id, [as_scored_data(t, body) for t, body in zip(batch.tickets, bodies, strict=True)]
+
+    async def sent(self, batch_id: str, *, whole: bool) -> None:
+        try:
+            if whole:
+                await self.turns.take(lambda queue: rules.sent(queue, batch_id))
+        finally:
+            self.sending.discard(batch_id)
+
+
+class _Upload:
+    """One group on its way into the queue. Its methods are called inside the store's transactions."""
+
+    def __init__(self, store: TrajectoryStore, group: ScoredData, body: bytes, digest: str) -> None:
+        self._store, self._group, self._body, self._digest = store, group, body, digest
+        self._ask: Ask | None = None
+        self.answer: dict[str, Any] = {"status": "received"}
+
+    def begin(self, queue: TrajectoryQueue, own: Registration | None) -> bool:
+        """Whether it is in, or was before. Raises `Refused`."""
+        rules.check_size(queue, len(self._group.tokens), max(map(len, self._group.tokens)), own)
+        if queue.state.policy_version < 0:
+            raise rules.Busy(why_no_permit(queue))
+        self._ask = Ask(rules.line_of(queue, self._group.env_id), uuid.uuid4().hex, 1)
+        if queue.is_repetition(self._digest):
+            return True
+        queue.ask(self._ask, held=())
+        return self.admit(queue)
+
+    def admit(self, queue: TrajectoryQueue) -> bool:
+        assert self._ask is not None
+        if not self._store.has_room(len(self._body)):
+            return False
+        ticket = queue.admit(self._ask, num_rollouts=len(self._group.tokens), digest=self._digest)
+        if ticket is None:
+            return False
+        self._store.keep(ticket.permit_id, self._body)
+        if self._group.env_id is not None:
+            env = rules.find_env(queue, self._group.env_id)
+            if len(self._group.tokens) != env.group_size:
+                self.answer = {"status": "buffered", "buffer_size": rules.awaiting_pack(queue, env)}
+        return True
+
+    def why_no_room(self, queue: TrajectoryQueue) -> str:
+        return (
+            why_no_permit(queue) if self._store.has_room(len(self._body)) else "trajectory.max_store_bytes is used up"
+        )
+
+    def withdraw(self, queue: TrajectoryQueue) -> None:
+        if self._ask is not None:
+            queue.withdraw(self._ask)
+
+    def note_unanswered(self, queue: TrajectoryQueue) -> None:
+        queue.note_unanswered(self._digest)
+
+
+class _BatchAnswer(Response):
+    """Reports whether the client was there for the last byte: it cannot have hung up content before that."""
+
+    def __init__(self, body: bytes, report: Callable[[bool], Awaitable[None]]) -> None:
+        super().__init__(body, media_type="application/json")
+        self._report = report
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        whole = False
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            for start in range(0, len(self.body) - 1, _CHUNK_BYTES):
+                piece = bytes(self.body[start : min(start + _CHUNK_BYTES, len(self.body) - 1)])
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            whole = not await _is_gone(receive)
+            await send({"type": "http.response.body", "body": bytes(self.body[-1:])})
+        finally:
+            await self._report(whole)
+
+
+async def _is_gone(receive: Receive) -> bool:
+    """Whether the client has hung up; a connection that broke just now takes a moment to be known as broken."""
+    try:
+        async with asyncio.timeout(_GRACE_SECONDS):
+            while (await receive())["type"] != "http.disconnect":
+                pass
+    except TimeoutError:
+        return False
+    return True
+
+
+def as_scored_data(ticket: Ticket, body: bytes) -> bytes:
+    """A stored group as this wire writes it."""
+    return body if ticket.wire is Wire.ATROPOS else from_group(wire.decode_group(body)).model_dump_json().encode()
+
+
+def as_rollout_group(ticket: Ticket, body: bytes) -> bytes:
+    """A stored group as our own wire writes it."""
+    if ticket.wire is Wire.SYNCLINE:
+        return body
+    data = ScoredData.model_validate_json(body)
+    group = to_group(
+        data, group_id=ticket.group_id or ticket.permit_id, environment=ticket.environment, task_index=ticket.task_index
+    )
+    return wire.encode_group(group)
+
+
+def add_atropos_routes(app: FastAPI, wire_state: AtroposWire) -> None:
+    _add_trainer_routes(app, wire_state)
+    _add_environment_routes(app, wire_state)
+    _add_upload_routes(app, wire_state)
+
+
+def _add_trainer_routes(app: FastAPI, at: AtroposWire) -> None:
+    @app.get("/")
+    async def root() -> dict[str, str]:
+        return {"message": "AtroposLib API"}
+
+    @app.post("/register", **takes(Registration))
+    async def register(request: Request) -> dict[str, int]:
+        asked = await at.decode(TypeAdapter(Registration), await read_json(request))
+        await at.turns.take(lambda queue: rules.register(queue, asked))
+        return {"uuid": uuid.uuid4().int}
+
+    @app.get("/batch")
+    async def batch() -> Response:
+        if await at.turns.take(lambda queue: rules.registration(queue, at.own)) is None:
+            message = "Trainer not registered. Call /register first."
+            return _json({"status": "error", "message": message, "batch": []})
+        found = await at.turns.take(at.next_batch)
+        if isinstance(found, str):
+            return _json({"batch": None, "why_waiting": found})
+        batch_id, groups = found
+        body = b'{"batch":[' + b",".join(groups) + b'],"batch_id":"' + batch_id.encode() + b'"}'
+        return _BatchAnswer(body, lambda whole: at.sent(batch_id, whole=whole))
+
+    @app.get("/latest_example")
+    async def latest_example() -> Response:
+        return Response(at.latest, media_type="application/json") if at.latest else _json(_EMPTY_EXAMPLE)
+
+    @app.get("/reset_data")
+    async def reset_data() -> PlainTextResponse:
+        await at.turns.take(rules.reset)
+        at.latest = None
+        return PlainTextResponse("Reset successful")
+
+
+def _add_environment_routes(app: FastAPI, at: AtroposWire) -> None:
+    @app.get("/wandb_info")
+    async def wandb_info() -> dict[str, str | None]:
+        run = await at.turns.take(lambda queue: rules.registration(queue, at.own))
+        return {"group": run and run.wandb_group, "project": run and run.wandb_project}
+
+    @app.get("/info")
+    async def info() -> dict[str, int]:
+        run = await at.turns.take(lambda queue: rules.registration(queue, at.own))
+        return {"batch_size": run.batch_size if run else -1, "max_token_len": run.max_token_len if run else -1}
+
+    @app.post("/register-env", **takes(RegisterEnv))
+    async def register_env(request: Request) -> dict[str, Any]:
+        asked = await at.decode(TypeAdapter(RegisterEnv), await read_json(request))
+        return await at.turns.take(lambda queue: rules.register_env(queue, asked, at.own))
+
+    @app.post("/disconnect-env", **takes(EnvIdentifier))
+    async def disconnect_env(request: Request) -> dict[str, Any]:
+        env = await at.decode(TypeAdapter(EnvIdentifier), await read_json(request))
+        try:
+            await at.turns.take(lambda queue: rules.disconnect_env(queue, env.env_id))
+        except rules.Unknown as error:
+            return {"status": "failure", "error": str(error)}
+        return {"status": "success"}
+
+    @app.get("/status-env", **takes(EnvIdentifier))
+    async def status_env(request: Request) -> dict[str, Any]:
+        """`env_id` in a JSON body, as atroposlib sends it, or in the query."""
+        query = request.query_params.get("env_id")
+        body = await read_json(request) if query is None else b'{"env_id":' + query.encode() + b"}"
+        env = await at.decode(TypeAdapter(EnvIdentifier), body)
+        return await at.turns.take(lambda queue: rules.status_env(queue, env.env_id, at.own))
+
+
+def _add_upload_routes(app: FastAPI, at: AtroposWire) -> None:
+    @app.post("/scored_data", **takes(ScoredData))
+    async def scored_data(request: Request) -> dict[str, Any]:
+        group = await at.decode(TypeAdapter(ScoredData), await read_json(request))
+        return await at.take(group, request)
+
+    @app.post("/scored_data_list", **takes(ScoredData, many=True))
+    async def scored_data_list(request: Request) -> dict[str, Any]:
+        groups = await at.decode(_GROUPS, await read_json(request))
+        answers = [await at.take(group, request) for group in groups]
+        buffered = [answer["buffer_size"] for answer in answers if answer["status"] == "buffered"]
+        answer: dict[str, Any] = {"status": "received", "groups_processed": len(groups)}
+        return answer | ({"buffered": len(buffered), "last_buffer_size": buffered[-1]} if buffered else {})
+
+
+def _json(content: Any) -> Response:
+    return Response(json.dumps(content), media_type="application/json")
