@@ -19,7 +19,7 @@ PLACES = {
 class SpoiltWorker(WorkerExtension):
     """Between the loading of a slot and its digest, one number of it changes."""
 
-    def _digests(self, adapter_id: int) -> dict[str, Any]:
+    def _digests(self, adapter_id: int) -> list[Any]:
         asked = Path(os.environ[SPOIL])
         if self.rank == 1 and asked.exists():
             manager = compat.adapter_manager(self.model_runner)
