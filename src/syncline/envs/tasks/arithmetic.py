@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from syncline.envs.single_turn import Score, SingleTurn, check_split, check_weights, weighted_score
+from syncline.envs.scoring import Score, check_weights, weighted_score
+from syncline.envs.single_turn import SingleTurn, check_split
 from syncline.errors import ConfigError
 from syncline.types import Message
 
