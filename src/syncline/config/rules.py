@@ -74,6 +74,15 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.num_samples > 1 and evaluation.temperature == 0:
+        yield (
+            f"evaluation.num_samples: {evaluation.num_samples} attempts at temperature 0 are one and the same; set "
+            "evaluation.temperature above 0, or num_samples to 1"
+        )
+
+
 def _environments(config: RunConfig) -> Iterator[str]:
     names = [e.name or e.task for e in config.environments]
     for i, name in enumerate(names):
@@ -246,6 +255,7 @@ _RULES = (
     _distribution,
     _loss,
     _schedule,
+    _evaluation,
     _environments,
     _devices,
     _ranks,

@@ -6,20 +6,16 @@ math-verify's own time limits need signals, which only a main thread may set: th
 refused by its text instead (`_too_costly`).
 """
 
-import json
-import math
-import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from syncline.envs.rows import Rows, open_rows
 from syncline.envs.scoring import Score, check_weights, weighted_score
-from syncline.envs.single_turn import SingleTurn, check_split
+from syncline.envs.single_turn import SingleTurn
 from syncline.envs.toolbox import build_toolbox
 from syncline.errors import ConfigError
 from syncline.types import Message
@@ -85,41 +81,16 @@ class Gsm8k(SingleTurn):
             raise ConfigError([f"answer_format: {answer_format!r} is not one of {', '.join(ANSWER_FORMATS)}"])
         if max_chars < 1:
             raise ConfigError([f"max_chars: {max_chars} must be >= 1"])
-        if heldout_path is not None and path is None:
-            raise ConfigError(
-                [f"heldout_path: {heldout_path!r} is given without path; give both, or neither for the hub"]
-            )
         self.answer_format = ANSWER_FORMATS[answer_format]
         self.weights = check_weights(weights or {"correct": 1.0}, parts=("correct", "format", "length"))
         self.max_chars = max_chars
-        self.seed = seed
-        self._heldout_path = heldout_path
-        self._path = path
         self._math_verify = _math_verify() if checker == "math-verify" else None
         self.toolbox = build_toolbox(tools, max_turns=max_turns, sandbox=sandbox)
-        self.train = list(_file_rows(path) if path is not None else _hub_rows("train"))
-
-    @cached_property
-    def heldout(self) -> list[WordProblem]:
-        """The test rows, read when first asked for."""
-        if self._path is not None and self._heldout_path is None:
-            raise ConfigError(["heldout_path: is needed for held-out tasks; give the JSONL file of the test rows"])
-        rows = list(_file_rows(self._heldout_path) if self._heldout_path is not None else _hub_rows("test"))
-        trained_on = {row.question for row in self.train}
-        shared = [row.question for row in rows if row.question in trained_on]
-        if shared:
-            raise ConfigError([f"heldout_path: {len(shared)} questions are training rows too, such as {shared[0]!r}"])
-        return rows
+        train, heldout = open_rows(path, heldout_path, hub=(HUB_NAME, "main"))
+        self.rows = Rows(train, heldout, build=_problem, key=lambda row: row.question, seed=seed)
 
     def task(self, index: int, *, split: str = "train") -> WordProblem:
-        """Training rows come in a new order every epoch, held-out rows once, in the file's order."""
-        check_split(split)
-        if split == "train":
-            epoch, position = divmod(index, len(self.train))
-            return self.train[_shuffled(position, len(self.train), random.Random(f"{self.seed}/{epoch}"))]
-        if index >= len(self.heldout):
-            raise ConfigError([f"evaluation.num_tasks: gsm8k has {len(self.heldout)} held-out rows; ask for no more"])
-        return self.heldout[index]
+        return self.rows.task(index, split=split)
 
     def prompt(self, task: WordProblem) -> list[Message]:
         instruction = f"Think step by step, then {self.answer_format.instruction}."
@@ -164,14 +135,6 @@ def _number(answer: str) -> Fraction | None:
     return Fraction(plain)
 
 
-def _shuffled(position: int, size: int, rng: random.Random) -> int:
-    """A permutation of `range(size)` that needs no list: steps of a stride that shares no factor with the size."""
-    offset, stride = rng.randrange(size), rng.randrange(1, size + 1)
-    while math.gcd(stride, size) != 1:
-        stride = rng.randrange(1, size + 1)
-    return (offset + stride * position) % size
-
-
 def _math_verify() -> ModuleType:
     try:
         import math_verify
@@ -187,47 +150,7 @@ def _too_costly(answer: str) -> bool:
     return len(answer) > MAX_ANSWER_CHARS or _COSTLY.search(answer) is not None
 
 
-def _file_rows(path: str) -> Iterator[WordProblem]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"path: {path!r} cannot be read ({error}); give a JSONL file"]) from error
-    return _rows(path, (_json(line, where=f"{path}:{n}") for n, line in enumerate(lines, start=1)))
-
-
-def _hub_rows(split: str) -> Iterator[WordProblem]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ConfigError(
-            ["path: is not given, and the hub needs `pip install 'syncline[gsm8k]'`; or give a JSONL file"]
-        ) from error
-    try:
-        rows = load_dataset(HUB_NAME, "main", split=split)
-    except (OSError, ValueError) as error:
-        remedy = "give the rows as JSONL files with path and heldout_path"
-        raise ConfigError(
-            [f"path: is not given, and {HUB_NAME} cannot be loaded from the hub ({error}); {remedy}"]
-        ) from error
-    return _rows(f"{HUB_NAME} {split}", rows)
-
-
-def _rows(source: str, rows: Iterable[Any]) -> Iterator[WordProblem]:
-    number = 0
-    for number, row in enumerate(rows, start=1):
-        yield _problem(row, where=f"{source}:{number}")
-    if not number:
-        raise ConfigError([f"path: {source} has no rows"])
-
-
-def _json(line: str, *, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError([f"{where}: is not JSON ({error}); a row is one JSON object a line"]) from error
-
-
-def _problem(row: Any, *, where: str) -> WordProblem:
+def _problem(row: Any, where: str) -> WordProblem:
     for key in ("question", "answer"):
         value = row.get(key) if isinstance(row, Mapping) else None
         if not isinstance(value, str) or not value.strip():

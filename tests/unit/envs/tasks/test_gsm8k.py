@@ -31,8 +31,8 @@ def write(path: Path, *lines: str) -> str:
 
 
 def test_rows_are_read_with_their_integers(gsm8k: Gsm8k):
-    assert [row.answer for row in gsm8k.train] == ["72", "10", "5", "42", "1080"]
-    assert gsm8k.train[0].question.startswith("Natalia sold clips to 48 of her friends")
+    assert [row.answer for row in gsm8k.rows.train] == ["72", "10", "5", "42", "1080"]
+    assert gsm8k.rows.train[0].question.startswith("Natalia sold clips to 48 of her friends")
 
 
 def test_every_epoch_has_every_row_in_an_order_of_its_own(gsm8k: Gsm8k):
@@ -158,7 +158,7 @@ def test_heldout_is_the_test_file_once_through_and_disjoint(tmp_path: Path):
     other = json.dumps({"question": "And now?", "answer": "#### -3"})
     gsm8k = Gsm8k(path=train, heldout_path=write(tmp_path / "test.jsonl", other))
     assert gsm8k.task(0, split="heldout") == WordProblem("And now?", "-3")
-    with pytest.raises(ConfigError, match=r"evaluation\.num_tasks: gsm8k has 1 held-out"):
+    with pytest.raises(ConfigError, match=r"evaluation\.num_tasks: there are 1 held-out"):
         gsm8k.task(1, split="heldout")
     leaking = Gsm8k(path=train, heldout_path=write(tmp_path / "leak.jsonl", other, GOOD))
     with pytest.raises(ConfigError, match=r"1 questions are training rows too, such as 'How many\?'"):
