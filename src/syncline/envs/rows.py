@@ -7,17 +7,45 @@ once, in their own order; a row that is in both is refused.
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from syncline.envs.single_turn import check_split
 from syncline.errors import ConfigError
+from syncline.types import Message
 
 T = TypeVar("T")
+_NOT_COLUMNS = ("prompt", "completion", "completion_ids")
+"""Names that reward functions get otherwise."""
 Source = Iterable[tuple[str, Any]]
 """Pairs of where a row stands (`train.jsonl:3`) and the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """A row with a `prompt`, a text or messages, and whatever else it holds."""
+
+    prompt: str | tuple[Message, ...]
+    columns: Mapping[str, Any]
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return (Message("user", self.prompt),) if isinstance(self.prompt, str) else self.prompt
+
+
+def prompt_row(row: Any, where: str) -> PromptRow:
+    """Raises `ConfigError` naming the row."""
+    prompt = row.get("prompt") if isinstance(row, Mapping) else None
+    try:
+        if not prompt:
+            raise TypeError("no prompt")
+        said = prompt if isinstance(prompt, str) else tuple(Message(m["role"], m["content"]) for m in prompt)
+    except (TypeError, KeyError) as error:
+        raise ConfigError([f"{where}: field 'prompt' must be a text or a list of {{role, content}}"]) from error
+    return PromptRow(said, {name: value for name, value in row.items() if name not in _NOT_COLUMNS})
 
 
 class Rows(Generic[T]):

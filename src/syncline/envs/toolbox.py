@@ -25,7 +25,7 @@ Tool = Callable[..., str | Awaitable[str]]
 MAX_CALLS = 8
 """Calls of one answer that are carried out."""
 MAX_RESULT_CHARS = 8000
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _INSTRUCTIONS = """You may call these tools, each described by a JSON schema:
 <tools>
 {tools}
@@ -45,21 +45,17 @@ class Toolbox:
         schemas = [_schema(tool) for tool in tools]
         self._tools: Mapping[str, Tool] = {s["name"]: tool for s, tool in zip(schemas, tools, strict=True)}
         self._max_turns = max_turns
-        self.instructions = _INSTRUCTIONS.format(tools="\n".join(json.dumps(schema) for schema in schemas))
+        self._instructions = instructions(schemas)
 
     async def converse(self, policy: Policy, messages: Sequence[Message], num_attempts: int) -> list[Conversation]:
         """The attempts at a prompt whose first message also says which tools there are."""
         first, *rest = messages
-        told = (Message(first.role, self.instructions + first.content), *rest)
+        told = (Message(first.role, self._instructions + first.content), *rest)
         return await converse(policy, told, num_attempts, reply=self._reply, max_turns=self._max_turns)
 
     async def _reply(self, messages: Messages) -> Sequence[Message]:
-        calls = _CALL.findall(messages[-1].content)
-        if not calls:
-            return ()
-        results = [await self._call(call) for call in calls[:MAX_CALLS]]
-        said = "\n".join(f"<tool_response>\n{result[:MAX_RESULT_CHARS]}\n</tool_response>" for result in results)
-        return (Message("user", said),)
+        results = [await self._call(call) for call in CALL.findall(messages[-1].content)[:MAX_CALLS]]
+        return (Message("user", responses(results)),) if results else ()
 
     async def _call(self, call: str) -> str:
         try:
@@ -84,6 +80,16 @@ class Toolbox:
         except TypeError as error:
             raise ToolError(f"{name}: {error}") from error
         return self._tools[name], arguments
+
+
+def instructions(schemas: Sequence[Mapping[str, Any]]) -> str:
+    """What a model is told about its tools, before anything else."""
+    return _INSTRUCTIONS.format(tools="\n".join(json.dumps(schema) for schema in schemas))
+
+
+def responses(results: Sequence[str]) -> str:
+    """The results of an answer's calls, in order, as one message."""
+    return "\n".join(f"<tool_response>\n{result[:MAX_RESULT_CHARS]}\n</tool_response>" for result in results)
 
 
 def build_toolbox(names: Sequence[str], *, max_turns: int, sandbox: Mapping[str, Any] | None = None) -> Toolbox | None:
