@@ -34,9 +34,7 @@ class Bench:
         self.endpoint = Endpoint(URL, "wise", **endpoint)
 
     def open(self) -> Judge:
-        return Judge(
-            self.endpoint, rubric="Be strict.", transport=httpx.MockTransport(self._handle), sleep=self._sleep
-        )
+        return Judge(self.endpoint, rubric="Be strict.", transport=httpx.MockTransport(self._handle), sleep=self._sleep)
 
     async def _sleep(self, seconds: float) -> None:
         self.waits.append(seconds)
@@ -91,7 +89,7 @@ def test_connection_refused_and_deadline_are_no_verdict():
     def refuse(prompt: str) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
-    with pytest.raises(NoVerdict, match="judge 'wise' at http://judge.test/v1 gave no verdict: ConnectError"):
+    with pytest.raises(NoVerdict, match=r"judge 'wise' at http://judge\.test/v1 gave no verdict: ConnectError"):
         Bench(refuse).grade()
 
     async def never() -> None:

@@ -94,6 +94,10 @@ class Arithmetic(SingleTurn):
     def prompt(self, task: ArithmeticTask) -> list[Message]:
         return [Message("user", f"{task.expression}=")]
 
+    def answer(self, task: ArithmeticTask, text: str) -> str | None:
+        del task
+        return text.strip() or None
+
     def score(self, task: ArithmeticTask, text: str) -> Score:
         answer, right = text.strip(), str(task.answer)
         parts = {
