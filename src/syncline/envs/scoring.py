@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from syncline.errors import ConfigError, EngineError
 
@@ -30,7 +30,7 @@ async def boundary(what: str, call: Callable[[], T | Awaitable[T]]) -> tuple[T, 
     An engine's fault is not the environment's: it goes on up, so that the group is sampled again.
     """
     try:
-        value = call()
+        value: Any = call()
         return (await value if inspect.isawaitable(value) else value), None
     except EngineError:
         raise
@@ -38,7 +38,7 @@ async def boundary(what: str, call: Callable[[], T | Awaitable[T]]) -> tuple[T, 
         return None, f"{what} raised {type(error).__name__}: {error}"
 
 
-def checked(score: Score) -> Score:
+def checked(score: object) -> Score:
     if not isinstance(score, Score):
         raise TypeError(f"score() must return a Score, got {score!r}")
     return score

@@ -6,7 +6,6 @@ takes them, and a model without one too. A `ToolError` is told to the model; any
 environment's fault, and the attempt's status is `ERROR`.
 """
 
-import importlib
 import inspect
 import json
 import re
@@ -14,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from syncline.envs.conversation import Conversation, Messages, converse
+from syncline.envs.imports import imported
 from syncline.envs.tools import ToolError
 from syncline.envs.tools.calculator import calculator
 from syncline.envs.tools.python_sandbox import PythonSandbox
@@ -109,14 +109,7 @@ def _tool(name: str, sandbox: Mapping[str, Any]) -> Tool:
         return calculator
     if name == "python":
         return PythonSandbox.from_config(sandbox).python
-    module, _, attribute = name.partition(":")
-    try:
-        tool = getattr(importlib.import_module(module), attribute) if attribute else None
-    except (ImportError, AttributeError) as error:
-        raise ConfigError([f"tools: {name!r} does not import ({error}); put its folder on PYTHONPATH"]) from error
-    if not callable(tool):
-        raise ConfigError([f"tools: {name!r} is not a tool; give calculator, python, or my_package.my_module:function"])
-    return tool
+    return imported(name, field="tools")
 
 
 def _schema(tool: Tool) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def test_calculator_and_python_by_name():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"names": ["abacus"]}, "tools: 'abacus' is not a tool; give calculator, python"),
+        ({"names": ["abacus"]}, "tools: 'abacus' is not a function"),
         ({"names": ["no_such_module:tool"]}, "tools: 'no_such_module:tool' does not import"),
         ({"names": ["test_toolbox:answered"]}, "tools: .*answered"),
         ({"names": ["calculator"], "max_turns": 1}, "max_turns: 1 leaves no turn"),

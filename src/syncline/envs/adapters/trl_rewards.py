@@ -7,13 +7,13 @@ TRL, an attempt to which no function applies, and a group whose function raises,
 0.
 """
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from syncline.envs.conversation import Conversation, converse, together
+from syncline.envs.imports import imported
 from syncline.envs.rows import PromptRow, Rows, open_rows, prompt_row
 from syncline.envs.scoring import Score, boundary
 from syncline.errors import ConfigError
@@ -42,7 +42,7 @@ class TrlRewards:
         heldout_split: str = "test",
         seed: int = 0,
     ) -> None:
-        self._rewards = dict(map(_imported, rewards))
+        self._rewards = {path.partition(":")[2]: imported(path, field="rewards") for path in rewards}
         if not rewards or len(self._rewards) != len(rewards):
             raise ConfigError([f"rewards: {list(rewards)} must name one or more functions of different names"])
         self._weights = _checked_weights(weights, len(rewards))
@@ -104,17 +104,6 @@ async def _call(name: str, function: Callable[..., Any], given: Mapping[str, Any
     if len(values) != len(given["completions"]):
         raise ValueError(f"{name} returned {len(values)} rewards for {len(given['completions'])} completions")
     return [None if value is None or math.isnan(value) else value for value in values]
-
-
-def _imported(path: str) -> tuple[str, Callable[..., Any]]:
-    module, _, attribute = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute) if attribute else None
-    except (ImportError, AttributeError) as error:
-        raise ConfigError([f"rewards: {path!r} does not import ({error}); put its folder on PYTHONPATH"]) from error
-    if not callable(function):
-        raise ConfigError([f"rewards: {path!r} is not a function; give my_package.my_module:my_reward"])
-    return attribute, function
 
 
 def _checked_weights(weights: Sequence[float] | None, num: int) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Environments written for Prime Intellect's `verifiers` (0.1.9 and 0.1.10), unchanged: their turns, tools and rubrics.
+"""Environments written for Prime Intellect's `verifiers` 0.1.10, unchanged: their turns, tools and rubrics.
 
 A rollout of theirs talks to an `AsyncOpenAI` client. Ours looks like one (`_Client`), and samples through the `Policy`:
 it renders each request after the tokens of the turns before, so that what was sampled is trained on as it was sampled.
@@ -25,6 +25,9 @@ from syncline.envs.toolbox import CALL, instructions, responses
 from syncline.errors import ConfigError, EngineError
 from syncline.protocols import Policy
 from syncline.types import FinishReason, Message, Rollout
+
+SUPPORTED = "0.1.10"
+"""The newest whose requirements are met beside vLLM's; each release before and after has another interface."""
 
 
 class Verifiers:
@@ -253,7 +256,8 @@ def _overlong() -> Exception:
 
     request = httpx.Request("POST", "http://policy")
     words = "the model's maximum context length is reached"
-    return BadRequestError(words, response=httpx.Response(400, text=words, request=request), body=None)
+    response: Any = httpx.Response(400, text=words, request=request)  # openai may bring an httpx of its own
+    return BadRequestError(words, response=response, body=None)
 
 
 def _load(env_id: str, env_args: Mapping[str, Any]) -> Any:
@@ -261,8 +265,10 @@ def _load(env_id: str, env_args: Mapping[str, Any]) -> Any:
         import verifiers
     except ImportError as error:
         raise ConfigError(["task: verifiers needs `pip install 'syncline[verifiers]'`"]) from error
-    if not hasattr(verifiers, "load_environment"):
-        raise ConfigError([f"task: verifiers {verifiers.__version__} has another interface; install verifiers<0.1.11"])
+    if verifiers.__version__ != SUPPORTED:
+        raise ConfigError(
+            [f"task: verifiers {verifiers.__version__} has another interface than {SUPPORTED}; install that one"]
+        )
     with _signals_kept():
         try:
             return verifiers.load_environment(env_id, **env_args)

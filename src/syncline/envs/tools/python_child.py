@@ -6,6 +6,7 @@ even native code reached through `ctypes` cannot open, connect, fork, signal or 
 
 import ctypes
 import importlib
+import io
 import os
 import platform
 import resource
@@ -77,7 +78,7 @@ def main() -> int:
     for name in MODULES.split():
         importlib.import_module(name)
     code = sys.stdin.buffer.read().decode(errors="replace")
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", errors="backslashreplace")
     try:
         confine(int(sys.argv[1]), int(sys.argv[2]))
     except (OSError, KeyError, ValueError) as error:

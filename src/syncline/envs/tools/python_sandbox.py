@@ -69,8 +69,10 @@ class PythonSandbox:
             return await self._run(body)
 
     async def _run(self, body: bytes) -> str:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        child = await asyncio.create_subprocess_exec(*self._argv(), **pipes, env={}, cwd="/", start_new_session=True)
+        pipe, both = subprocess.PIPE, subprocess.STDOUT
+        child = await asyncio.create_subprocess_exec(
+            *self._argv(), stdin=pipe, stdout=pipe, stderr=both, env={}, cwd="/", start_new_session=True
+        )
         timed_out = False
         output = bytearray()
         try:

@@ -199,6 +199,14 @@ def test_environment_that_does_not_load_is_named(args: dict, words: str):
         Verifiers(**args)
 
 
+def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    import verifiers
+
+    monkeypatch.setattr(verifiers, "__version__", "0.4.0")
+    with pytest.raises(ConfigError, match=r"verifiers 0\.4\.0 has another interface than 0\.1\.10; install that one"):
+        build()
+
+
 def test_few_shot_calls_are_shown_as_text():
     from syncline.envs.adapters.verifiers import _translated
 
