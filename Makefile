@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ENGINE ?= auto
 SEEDS ?= 0
+GPU_TEST ?=
 PY := .venv/bin/python
 RUN_TESTS := $(PY) -m pytest
 
@@ -13,7 +14,7 @@ help:
 	@echo "test      every test that needs no GPU, real vLLM included"
 	@echo "families  every model family's parity, learner against a real engine"
 	@echo "check     ruff, pyright, import-linter, unit and contract tests"
-	@echo "gpu-test  the tests that need an NVIDIA GPU"
+	@echo "gpu-test  the tests for NVIDIA GPUs, spread over those here (GPU_TEST=\"--jobs shared\")"
 	@echo "bench     the benchmarks there are"
 	@echo "lock      resolve requirements/*.txt again"
 	@echo "clean     delete .venv and caches; runs/ stays"
@@ -48,7 +49,7 @@ check: environments
 	$(RUN_TESTS) -q -m "not gpu and not e2e" tests/unit tests/contracts
 
 gpu-test: setup
-	$(RUN_TESTS) tests/gpu tests/contracts/test_weight_bridge.py tests/e2e
+	$(PY) tests/on_gpus.py $(GPU_TEST)
 
 bench:
 	@for file in $$(grep -l __main__ benchmarks/*.py 2>/dev/null); do \

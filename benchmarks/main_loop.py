@@ -1,6 +1,7 @@
 """The main loop's step time, broken into sample / learn / sync, on a model of a real shape with random weights.
 
     python benchmarks/main_loop.py --shape qwen2.5-0.5b --steps 8
+    python benchmarks/main_loop.py run.max_staleness=1 bridge.in_flight=keep     # sampling while learning
 
 Runs `syncline run` as a user would and prints a table of its own metrics; the first two steps (compilation, caches)
 are left out of the means. Absolute times mean something on a GPU only.
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "syncline-main-loop")
     parser.add_argument("--json", type=Path, help="write the means there too")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="fields set over the benchmark's own")
     args = parser.parse_args()
     model = args.folder / args.shape
     if not (model / "config.json").exists():
@@ -47,7 +49,9 @@ def main() -> int:
     file = args.folder / "run.yaml"
     file.write_text(yaml.safe_dump(values(args, model, run_dir)))
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    code = subprocess.call([sys.executable, "-m", "syncline", "run", str(file), "--overwrite"], env=environment)
+    code = subprocess.call(
+        [sys.executable, "-m", "syncline", "run", str(file), *args.overrides, "--overwrite"], env=environment
+    )
     if code:
         return code
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][WARM_UP_STEPS:]

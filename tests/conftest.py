@@ -1,15 +1,19 @@
-"""What every test gets: marks from the folder it lies in, and no way to a model hub."""
+"""What every test gets: marks from the folder it lies in, no way to a model hub, no clock."""
 
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+pytest_plugins = ["outcomes"]
 MARKS = {"gpu": pytest.mark.gpu, "e2e": pytest.mark.e2e}
 
 
 def pytest_configure() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,6 +28,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+PHI = {"num_key_value_heads": 4, "intermediate_size": 512}  # as the real one; vLLM 0.26 knows no other ratios
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "decoder_sparse_step": 1}
 LATENT = {
     "kv_lora_rank": 512,  # with the rope's 64: the only width that vLLM's kernels for latent attention have
@@ -38,6 +39,8 @@ LATENT = {
     "num_key_value_heads": 4,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 128,
     "first_k_dense_replace": 1,
@@ -56,7 +59,7 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", GEMMA),
     "gemma2": ("gemma2", {**GEMMA, **LAYER_TYPES, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0}),
     "gemma3": ("gemma3_text", {**GEMMA, **LAYER_TYPES, "query_pre_attn_scalar": 24}),
-    "phi2": ("phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5, "resid_pdrop": 0.1}),
+    "phi2": ("phi", {**PHI, "partial_rotary_factor": 0.5, "resid_pdrop": 0.1}),
     "phi3": ("phi3", {"sliding_window": None}),
     "starcoder2": ("starcoder2", {"sliding_window": None, "tie_word_embeddings": True, "residual_dropout": 0.1}),
 }

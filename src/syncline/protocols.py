@@ -130,6 +130,8 @@ class SyncReport:
     seconds: float
     pause_seconds: float
     parts_seconds: Mapping[str, float] = field(default_factory=dict)
+    changed_fraction: float | None = None
+    """Of the weights' 16-bit words, those the engines were sent anew; `None`: nobody compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +187,8 @@ class EngineControl(Protocol):
         ...
 
     def adapters(self) -> Mapping[str, Any]:
-        """What adapters it can hold: `dtype`, `max_rank`, `modules` (name → inputs, outputs), `num_ranks`, and its
-        `whereabouts` (`bridges.carriers`). Raises `EngineError` when it was started without."""
+        """What adapters it can hold: `dtype`, `max_rank`, `modules` (name → inputs, outputs), and the `whereabouts`
+        (`bridges.carriers`) of each rank. Raises `EngineError` when it was started without."""
         ...
 
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:

@@ -173,8 +173,13 @@ class Rollout:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()
     error: str | None = None
+    weight: float = 1.0
+    """In the loss: one of weight 2 counts as two of it, one of weight 0 not at all. Its siblings' advantages are the
+    same whatever it is."""
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"weight must be finite and >= 0, got {self.weight}")
         scored = self.status in (RolloutStatus.COMPLETED, RolloutStatus.TRUNCATED)
         if scored and not self.samples:
             raise ValueError(f"a rollout with status {self.status} needs at least one sample")

@@ -1,4 +1,5 @@
-"""`broadcast` with real engines: two at once, a learner killed in the middle of it, an engine killed in the middle."""
+"""`broadcast` with real engines of two ranks: two at once, whole or what changed; a learner killed in the middle, an
+engine killed in the middle, and one that comes later."""
 
 import os
 import signal
@@ -7,47 +8,60 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
-from real_engine import make_tiny_model, run_values, running_engine
-from test_weight_bridge import DTYPE, TOLERANCE, Side, learner_device
+from real_engine import make_tiny_model, run_values, running_engine, visible_gpu
+from test_weight_bridge import DEVICE, DTYPE, TOLERANCE, Side, learner_device
 from transformers import AutoModelForCausalLM
 
+from syncline.bridges import sparse
 from syncline.bridges.broadcast import BroadcastBridge
 from syncline.config.schema import Bridge
 from syncline.errors import EngineError, SyncError, SynclineError
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.contract("broadcast, two engines", 1)]
 CONFIG = Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=20)
 DETECT_SECONDS = 10.0
+RANKS = 1 if 0 < torch.cuda.device_count() < 5 else 2
+"""Of each engine: NCCL's need a GPU each, and the learner another."""
 
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory) -> Iterator[list[Side]]:
     folder = tmp_path_factory.mktemp("broadcast")
     model = make_tiny_model(folder / "model")
-    engine = {"kv_cache_bytes": 64 << 20, "gpu_memory_utilization": 0.2}
-    values = run_values(model, folder / "run", bridge={"name": "broadcast"}, engine=engine)
+    values = engine_values(model, folder / "run", ranks=RANKS)
     with (
         running_engine(values, folder / "a") as first,
-        running_engine(values, folder / "b", environment=_last_gpu()) as second,
+        running_engine(values, folder / "b", environment=_other_gpus()) as second,
     ):
-        yield [Side("broadcast", engine, model, folder) for engine in (first, second)]
+        yield [Side("broadcast", engine, model, folder, ranks=RANKS) for engine in (first, second)]
 
 
-def _last_gpu() -> dict[str, str]:
-    """Two ranks on one GPU are none of NCCL's, so the second engine needs one of its own."""
+def engine_values(model: Path, folder: Path, *, ranks: int) -> dict:
+    values = run_values(model, folder, bridge={"name": "broadcast"})
+    gpus = list(range(ranks))
+    engine = {"device": DEVICE, "devices": gpus, "tensor_parallel_size": ranks}
+    values["engine"] |= engine
+    values["learner"] = {"device": DEVICE, "devices": [ranks]}
+    return values
+
+
+def _other_gpus() -> dict[str, str]:
+    """Beyond the first engine's and the learner's: two ranks on one GPU are none of NCCL's."""
     if not torch.cuda.is_available():
         return {}
-    if torch.cuda.device_count() < 3:
+    if torch.cuda.device_count() < 1 + 2 * RANKS:
         pytest.skip("two engines and a learner need three GPUs")
-    return {"CUDA_VISIBLE_DEVICES": "2"}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(visible_gpu, range(1 + RANKS, 1 + 2 * RANKS)))}
 
 
-def bridge_to(sides: list[Side]) -> BroadcastBridge:
-    return BroadcastBridge([side.engine for side in sides], CONFIG, export=lambda m: m.named_parameters())
+def bridge_to(sides: list[Side], **options: Any) -> BroadcastBridge:
+    config = CONFIG.model_copy(update=options)
+    return BroadcastBridge([side.engine for side in sides], config, export=lambda m: m.named_parameters())
 
 
 def step(model: torch.nn.Module) -> None:
@@ -68,7 +82,9 @@ def assert_torn(side: Side, *, named: str) -> None:
 
 
 def test_two_engines_take_every_version_at_once(sides: list[Side]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(sides[0].model_path, dtype=DTYPE).to(learner_device("broadcast"))
+    model = AutoModelForCausalLM.from_pretrained(sides[0].model_path, dtype=DTYPE).to(
+        learner_device("broadcast", ranks=RANKS)
+    )
     bridge = bridge_to(sides)
     bridge.attach(model)
     for version in range(3):
@@ -81,11 +97,56 @@ def test_two_engines_take_every_version_at_once(sides: list[Side]) -> None:
     bridge.close()
 
 
+def test_changes_alone_reach_both_and_one_left_out_is_named_and_made_good(sides: list[Side], monkeypatch) -> None:
+    model = sides[0].model
+    bridge = bridge_to(sides, sparse=True)
+    bridge.attach(model)
+    version = sides[0].next_version()
+    step(model)
+    whole = bridge.publish(model, policy_version=version)
+    nudge(model)
+    few = bridge.publish(model, policy_version=version + 1)
+    assert few.changed_fraction is not None
+    assert 0.005 < few.changed_fraction < 0.02
+    assert few.num_bytes < whole.num_bytes / 20
+    assert all(side.mismatch() < TOLERANCE for side in sides)
+
+    def truncated(new: torch.Tensor, changes: sparse.Difference) -> torch.Tensor:
+        """As many as announced, but the last of them repeats the one before."""
+        places, values = encode(new, changes).view(torch.int16).clone().chunk(2)
+        places[-1], values[-1] = places[-2], values[-2]
+        return torch.cat((places, values)).view(torch.uint8)
+
+    encode = sparse.encode
+    nudge(model)
+    with monkeypatch.context() as spoilt:
+        spoilt.setattr(sparse, "encode", truncated)
+        with pytest.raises(SyncError, match=rf"{sides[0].engine.name} holds version {version + 2} .*\n.*: the learner"):
+            bridge.publish(model, policy_version=version + 2)
+    assert all(side.engine.health()["paused"] for side in sides)
+    assert bridge.publish(model, policy_version=version + 2).num_bytes == whole.num_bytes
+    assert all(side.mismatch() < TOLERANCE for side in sides)
+    bridge.close()
+
+
+def nudge(model: torch.nn.Module) -> None:
+    """One value in a hundred, by much."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (torch.rand_like(parameter) < 0.01))
+
+
 def test_a_learner_killed_in_the_middle_is_missed_by_the_engine_which_joins_the_next(sides: list[Side]) -> None:
     side = sides[0]
     side.engine.pause(mode="abort", timeout_seconds=30)
     script = Path(__file__).parents[1] / "broadcast_learner.py"
-    argv = [sys.executable, str(script), side.engine.url, str(side.model_path), learner_device("broadcast")]
+    argv = [
+        sys.executable,
+        str(script),
+        side.engine.url,
+        str(side.model_path),
+        learner_device("broadcast", ranks=RANKS),
+    ]
     version = side.engine.receipt().policy_version
     with subprocess.Popen([*argv, str(version + 1)], stdout=subprocess.PIPE, text=True) as learner:
         assert learner.stdout is not None
@@ -142,3 +203,27 @@ def test_an_engine_killed_in_the_middle_is_named_and_the_other_joins_again(sides
     bridge.publish(survivor.model, policy_version=version + 1)
     assert survivor.mismatch() < TOLERANCE
     bridge.close()
+
+
+def test_an_engine_that_comes_later_claims_nothing_until_it_has_the_version_of_the_others(
+    sides: list[Side], tmp_path: Path
+) -> None:
+    """One rank beside two; it starts from the same checkpoint that the others have long left."""
+    survivor = sides[0]
+    version, model_path = survivor.engine.receipt().policy_version, survivor.model_path
+    values = engine_values(model_path, tmp_path / "run", ranks=1)
+    with running_engine(values, tmp_path / "c", environment=_other_gpus()) as engine:
+        late = Side("broadcast", engine, model_path, tmp_path, ranks=RANKS)
+        late.model = survivor.model
+        assert {completion.versions for completion in late.sample(max_tokens=3)} == {()}
+        bridge = bridge_to([survivor, late], sparse=True)
+        bridge.attach(survivor.model)
+        report = bridge.publish(survivor.model, policy_version=version)
+        for side in (survivor, late):
+            assert side.engine.receipt() == report.receipt
+            assert {span.policy_version for c in side.sample() for span in c.versions} == {version}
+            assert side.mismatch() < TOLERANCE
+        nudge(survivor.model)
+        assert bridge.publish(survivor.model, policy_version=version + 1).changed_fraction is not None
+        assert late.engine.receipt() == survivor.engine.receipt()
+        bridge.close()

@@ -20,7 +20,7 @@ from syncline.errors import EngineError, SyncError
 from syncline.protocols import Receipt
 from syncline.types import Completion, SamplingParams
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.contract("lora", 1)]
 LONG_PROMPT = tuple(5 + i % 60 for i in range(200))
 """More than a block of vLLM's prefix cache, on a GPU and on a CPU."""
 

@@ -18,15 +18,14 @@ from syncline.errors import EngineError
 from syncline.learner.model import checkpoint_shards
 from syncline.types import SamplingParams
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.contract("shared, two engines", 1)]
 
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory) -> Iterator[list[Side]]:
     folder = tmp_path_factory.mktemp("replicas")
     model = make_tiny_model(folder / "model")
-    engine = {"kv_cache_bytes": 64 << 20, "gpu_memory_utilization": 0.2}
-    values = run_values(model, folder / "run", bridge={"name": "shared"}, engine=engine)
+    values = run_values(model, folder / "run", bridge={"name": "shared"})
     with running_engine(values, folder / "a") as first:
         attach = ("--attach-to", first.url)  # type: ignore[attr-defined]
         with running_engine(values, folder / "b", *attach) as second:

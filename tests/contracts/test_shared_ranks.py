@@ -1,4 +1,4 @@
-"""`shared` between two ranks of a learner and two of a real vLLM: one copy of every piece, proved and never torn."""
+"""`shared` between a learner's ranks and as many of a real vLLM: one copy of every piece, proved and never torn."""
 
 import asyncio
 import threading
@@ -25,10 +25,7 @@ from syncline.learner.places import wholes
 from syncline.protocols import Receipt
 from syncline.types import Completion, SamplingParams
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none"),
-]
+pytestmark = pytest.mark.e2e
 PROMPTS = tuple(tuple(range(5 + i, 12 + i)) for i in range(6))
 NUM_STEPS = 3
 
@@ -38,12 +35,32 @@ def model_path(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            ranks,
+            id=f"tp{ranks}",
+            marks=[
+                pytest.mark.contract("shared", ranks),
+                pytest.mark.skipif(0 < torch.cuda.device_count() < ranks, reason=f"needs {ranks} GPUs"),
+                *([pytest.mark.slow] if ranks > 2 else []),
+            ],
+        )
+        for ranks in (2, 4)
+    ],
+)
+def num_ranks(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine(model_path: Path, tmp_path_factory) -> Iterator[EngineController]:
+def engine(num_ranks: int, model_path: Path, tmp_path_factory) -> Iterator[EngineController]:
     folder = tmp_path_factory.mktemp("engine")
     values = run_values(model_path, folder / "run", bridge={"name": "shared"})
+    split = {"device": DEVICE, "devices": list(range(num_ranks)), "tensor_parallel_size": num_ranks}
     for section in ("engine", "learner"):
-        values[section] = values.get(section, {}) | {"device": DEVICE, "devices": [0, 1], "tensor_parallel_size": 2}
+        values[section] = values.get(section, {}) | split
     with running_engine(values, folder) as controller:
         yield controller
 
@@ -96,7 +113,7 @@ def stepped(ranks: Ranks, url: str, path: str) -> dict[str, Any]:
     for version in range(1, NUM_STEPS + 1):
         sampling.wait_for(version - 1)
         with bridge.updating():
-            move_every_weight(model, ranks, version)
+            move_every_weight(model, version)
             receipts.append(bridge.publish(model, policy_version=version).receipt)
         weights.append(whole_weights(model, ranks))
     sampling.wait_for(NUM_STEPS)
@@ -109,29 +126,32 @@ def whole_weights(model: Any, ranks: Ranks) -> dict[str, torch.Tensor]:
     return {name: whole.cpu().clone() for name, whole in wholes(checkpoint_shards(model), ranks)}
 
 
-def move_every_weight(model: Any, ranks: Ranks, version: int) -> None:
-    """Copies move alike on all ranks, pieces each in its own way."""
+def move_every_weight(model: Any, version: int) -> None:
+    """Copies move alike on the ranks that hold them (key heads too, where there are fewer than ranks), other pieces
+    each in its own way."""
     for index, (_, shard) in enumerate(checkpoint_shards(model)):
-        is_copy = tuple(shard.tensor.shape) == shard.shape
-        generator = torch.Generator().manual_seed(1000 * version + index + (0 if is_copy else 500 * ranks.rank))
+        generator = torch.Generator().manual_seed(1000 * version + index + 100_000 * sum(shard.start))
         noise = 0.1 * torch.randn(shard.tensor.shape, generator=generator)
         shard.tensor.data.add_(noise.to(shard.tensor))
 
 
-def test_a_learner_of_another_number_of_ranks_is_refused(engine: EngineController, model_path: Path) -> None:
+def test_a_learner_of_another_number_of_ranks_is_refused(
+    engine: EngineController, num_ranks: int, model_path: Path
+) -> None:
     model = load_model(Model(path=str(model_path)), device=torch.device(DEVICE))
     bridge = SharedBridge([engine], Bridge(name="shared"), shards=checkpoint_shards)
-    with pytest.raises(SyncError, match="has 2 tensor-parallel ranks and the learner 1"):
+    with pytest.raises(SyncError, match=f"has {num_ranks} tensor-parallel ranks and the learner 1"):
         bridge.attach(model)
 
 
 def test_every_version_is_proved_and_sampled_from_its_own_weights_alone(
-    engine: EngineController, model_path: Path
+    engine: EngineController, num_ranks: int, model_path: Path
 ) -> None:
-    first, second = on_ranks(stepped, engine.url, str(model_path), device=DEVICE)  # type: ignore[attr-defined]
+    url = engine.url  # type: ignore[attr-defined]
+    first, *others = on_ranks(stepped, url, str(model_path), device=DEVICE, world_size=num_ranks)
     digests = [model_digest(parameter_digests(weights.items())) for weights in first["weights"]]
     expected = [Receipt(version, digest) for version, digest in enumerate(digests)]
-    assert first["receipts"] == second["receipts"] == expected
+    assert all(rank["receipts"] == expected for rank in (first, *others))
     assert engine.receipt() == expected[-1]
     assert len(set(digests)) == NUM_STEPS + 1
     models = [plain_model(model_path, weights) for weights in first["weights"]]

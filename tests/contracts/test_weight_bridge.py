@@ -24,7 +24,7 @@ from syncline.config.schema import Bridge, Lora
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
 from syncline.learner.adapter import adapter_layers, base_parameters
-from syncline.learner.model import add_lora, checkpoint_shards
+from syncline.learner.model import add_lora, checkpoint_parameters, checkpoint_shards
 from syncline.protocols import SyncReport, WeightBridge
 from syncline.types import Completion, SamplingParams
 
@@ -37,7 +37,7 @@ PROMPTS = tuple(tuple(range(5 + i, 12 + i)) for i in range(6))
 
 def restart(side: "Side", config: Bridge) -> WeightBridge:
     return RestartBridge(
-        [side.engine], config, export=lambda m: m.named_parameters(), folder=side.folder, assets=side.model_path
+        [side.engine], config, export=checkpoint_parameters, folder=side.folder, assets=side.model_path
     )
 
 
@@ -46,8 +46,9 @@ def shared(side: "Side", config: Bridge) -> WeightBridge:
 
 
 def broadcast(side: "Side", config: Bridge) -> WeightBridge:
-    config = config.model_copy(update={"bucket_bytes": 200_000, "timeout_seconds": 60.0})  # a few buckets, not one
-    return BroadcastBridge([side.engine], config, export=lambda m: m.named_parameters())
+    few_buckets = {"bucket_bytes": 200_000, "timeout_seconds": 60.0, "sparse": side.name == "broadcast-sparse"}
+    config = config.model_copy(update=few_buckets)
+    return BroadcastBridge([side.engine], config, export=checkpoint_parameters)
 
 
 def lora(side: "Side", config: Bridge) -> WeightBridge:
@@ -66,11 +67,12 @@ BRIDGES: dict[str, MakeBridge] = {
     "restart": restart,
     "shared": shared,
     "broadcast": broadcast,
+    "broadcast-sparse": broadcast,
     "lora": lora,
     "shared-lora": lora,
 }
-TENSOR_PARALLEL = {"restart": (1, 2), "shared": (1,), "broadcast": (1, 2), "lora": (1,), "shared-lora": (1,)}
-"""Ranks of the engine under each bridge; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
+TENSOR_PARALLEL = {"restart": (1, 2, 4), "broadcast": (1, 2, 4), "broadcast-sparse": (2,), "lora": (1, 2, 4)}
+"""Ranks of the engine, if not one; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
 ADAPTED = ("lora", "shared-lora")
 LORA = {"rank": 4, "alpha": 22.0}
 """A rank below vLLM's smallest slot, and a scaling of 5.5, which rounds and makes a stale adapter show."""
@@ -78,7 +80,7 @@ LORA = {"rank": 4, "alpha": 22.0}
 
 def learner_device(name: str, *, ranks: int = 1) -> str:
     """NCCL has no two ranks on one GPU, and the engine's are on the first."""
-    return f"cuda:{ranks}" if DEVICE == "cuda" and name == "broadcast" else DEVICE
+    return f"cuda:{ranks}" if DEVICE == "cuda" and name.startswith("broadcast") else DEVICE
 
 
 class Side:
@@ -118,7 +120,7 @@ class Side:
                 parameter.copy_(initial)
 
     def bridge(self, *, in_flight: str = "drain") -> WeightBridge:
-        name = self.name.removesuffix("-lora")
+        name = self.name.partition("-")[0]
         return BRIDGES[self.name](self, Bridge.model_validate({"name": name, "in_flight": in_flight}))
 
     def attached(self, *, in_flight: str = "drain") -> WeightBridge:
@@ -131,10 +133,12 @@ class Side:
 
     def step(self, bridge: WeightBridge, *, scale: float = 0.05) -> SyncReport:
         """What a training step does to the weights, as the loop does it."""
+        few = self.name == "broadcast-sparse"  # a tenth of the values, as much further
         with bridge.updating():
             with torch.no_grad():
                 for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
-                    parameter.add_(torch.randn_like(parameter) * scale)
+                    noise = torch.randn_like(parameter) * scale
+                    parameter.add_(3 * noise * (torch.rand_like(parameter) < 0.1) if few else noise)
             return bridge.publish(self.model, policy_version=self.next_version())
 
     def sample(self, *, max_tokens: int = 12, prompts=PROMPTS) -> list[Completion]:
@@ -176,11 +180,15 @@ def _engines() -> list[Any]:
         pytest.param(
             (name, ranks),
             id=f"{name}-tp{ranks}",
-            marks=pytest.mark.skipif(0 < torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs"),
+            marks=[
+                pytest.mark.contract(name, ranks),
+                pytest.mark.skipif(0 < torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs"),
+                *([pytest.mark.slow] if ranks > 2 else []),
+            ],
         )
         for name in sorted(BRIDGES)
-        for ranks in TENSOR_PARALLEL[name]
-        for gpus in [ranks + (name == "broadcast")]
+        for ranks in TENSOR_PARALLEL.get(name, (1,))
+        for gpus in [ranks + name.startswith("broadcast")]
     ]
 
 
@@ -189,9 +197,9 @@ def side(request, tmp_path_factory) -> Iterator[Side]:
     name, ranks = request.param
     folder = tmp_path_factory.mktemp(f"{name}-tp{ranks}")
     model_path = make_tiny_model(folder / "model")
-    values = run_values(model_path, folder / "run", bridge={"name": name.removesuffix("-lora")})
+    values = run_values(model_path, folder / "run", bridge={"name": name.partition("-")[0]})
     values["engine"] |= {"device": DEVICE, "devices": list(range(ranks)), "tensor_parallel_size": ranks}
-    values["learner"] = {"device": DEVICE, "devices": [ranks if name == "broadcast" else 0]}
+    values["learner"] = {"device": DEVICE, "devices": [ranks if name.startswith("broadcast") else 0]}
     if name in ADAPTED:
         values["model"]["lora"] = LORA
     with running_engine(values, folder) as engine:
@@ -336,6 +344,19 @@ def test_a_failure_while_the_weights_move_leaves_the_engine_paused(side: Side) -
     _assert_paused_then_resume(side)
 
 
+def test_the_engine_samples_while_the_learner_steps_unless_it_reads_what_the_step_writes(side: Side) -> None:
+    """What asynchronous mode rests on; the forward and backward passes are outside of `updating` altogether."""
+    bridge = side.attached()
+    version = side.next_version()
+    bridge.publish(side.model, policy_version=version)
+    with bridge.updating():
+        assert side.engine.health()["paused"] is (side.name == "shared")
+        if side.name != "shared":
+            assert {span.policy_version for c in side.sample() for span in c.versions} == {version}
+        bridge.publish(side.model, policy_version=version + 1)
+    assert {span.policy_version for c in side.sample() for span in c.versions} == {version + 1}
+
+
 def test_requests_in_flight_end_under_one_version_and_are_never_torn(side: Side) -> None:
     """Steps move every weight while requests run: each completion must be of one version, and of its weights alone."""
     completions, weights = _sample_over_steps(side, side.attached(), max_tokens=40)
@@ -368,6 +389,20 @@ def test_verify_tells_whether_the_engine_holds_a_checkpoint(side: Side, tmp_path
     kind = "[4, 256]" if side.name in ADAPTED else "[70, 128]"
     dtype = str(DTYPE).removeprefix("torch.")
     assert f"model.{changed}.weight: the checkpoint {dtype}{kind}" in capsys.readouterr().err
+
+
+def test_an_adapter_with_magnitudes_reaches_the_engine_merged(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA, which vLLM does not serve as an adapter: what is sampled from is what PEFT computes unmerged."""
+    if side.name not in ("restart", "broadcast"):
+        pytest.skip("refused by a rule of the configuration")
+    dora = add_lora(side.load(side.model_path), Lora.model_validate(LORA | {"dora": True}))
+    monkeypatch.setattr(side, "model", dora)
+    bridge = side.attached()
+    base = {name: parameter.clone() for name, parameter in base_parameters(dora)}
+    for _ in range(2):
+        side.step(bridge)
+        assert side.mismatch() < TOLERANCE
+    assert all(torch.equal(base[name], parameter) for name, parameter in base_parameters(dora)), "the base moved"
 
 
 Sampled = list[tuple[tuple[int, ...], Completion]]

@@ -32,7 +32,8 @@ SAMPLING = SamplingParams(24, temperature=TEMPERATURE, seed=3)
 
 def engine_values(model_path: Path, folder: Path) -> dict[str, Any]:
     values = run_values(model_path, folder / "run", bridge={"name": "shared"})
-    values["engine"] |= {"extra": {"moe_backend": "triton"}} if DEVICE.type == "cuda" else {}
+    if DEVICE.type == "cuda":
+        values["engine"]["extra"] |= {"moe_backend": "triton"}
     return values
 
 

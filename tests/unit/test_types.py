@@ -67,6 +67,8 @@ def test_a_faulty_sample_is_refused_by_field(fields: dict, message: str) -> None
         ({"samples": ()}, "needs at least one sample"),
         ({"status": RolloutStatus.ERROR}, "must have reward None"),
         ({"reward_parts": {"format": math.nan}}, "reward_parts"),
+        ({"weight": -0.5}, "weight must be finite and >= 0, got -0.5"),
+        ({"weight": math.inf}, "weight must be finite"),
     ],
 )
 def test_an_error_is_a_status_without_a_reward_and_never_a_zero(fields: dict, message: str) -> None:

@@ -43,9 +43,15 @@ class Case:
     publishes: int = 20
     num_requests: int = 64
     lora_rank: int = 0
+    changed: float = 1.0
+    """Share of the values that each publish changes; below 1 `broadcast` sends these alone."""
     learner_gpu: int | None = None
     engine_gpu: int | None = None
     gpu_memory_utilization: float = 0.4
+
+    @property
+    def sparse(self) -> bool:
+        return self.bridge == "broadcast" and self.changed < 1
 
     def config(self) -> RunConfig:
         model: dict[str, Any] = {"path": str(self.model), "max_length": MAX_LENGTH}
@@ -63,7 +69,7 @@ class Case:
                 "environments": [{"task": "arithmetic"}],
                 "engine": engine,
                 "learner": learner,
-                "bridge": {"name": self.bridge, "in_flight": "keep"},
+                "bridge": {"name": self.bridge, "in_flight": "keep", "sparse": self.sparse},
             }
         )
 
@@ -103,7 +109,8 @@ def measure(case: Case, build_bridge: BuildBridge) -> Result:
     gpus = [] if case.engine_gpu is None else [case.engine_gpu]
     with serving(config.model_dump(mode="json"), case.folder, name=f"{case.shape}-{case.bridge}", gpus=gpus) as engine:
         health = engine.health()
-        result = Result(case.shape, case.bridge, f"{health['name']} {health['version']} on {health['device']}")
+        name = f"{case.bridge} {case.changed:.2%} changed" if case.sparse else case.bridge
+        result = Result(case.shape, name, f"{health['name']} {health['version']} on {health['device']}")
         engine_bytes = free_before - _free(case.engine_gpu)
         result.engine_bytes = engine_bytes if gpus else None
         with running(engine.url, case.num_requests) as load:
@@ -126,7 +133,7 @@ def _publishes(
         started = time.perf_counter()
         bridge.attach(model)
         result.attach = time.perf_counter() - started
-        publish = _Publisher(bridge, model, device)
+        publish = _Publisher(bridge, model, device, every=round(1 / case.changed))
         for _ in range(WARM_UP):
             publish()
         result.idle = [publish() for _ in range(case.publishes)]
@@ -159,12 +166,13 @@ def _add_load(
 
 
 class _Publisher:
-    """Changes what is trained, as a step does, and publishes the next version."""
+    """Changes what is trained, as a step does, one value in `every`, and publishes the next version."""
 
-    def __init__(self, bridge: WeightBridge, model: Any, device: torch.device) -> None:
+    def __init__(self, bridge: WeightBridge, model: Any, device: torch.device, *, every: int) -> None:
         self._bridge = bridge
         self._model = model
         self._device = device
+        self._every = every
         self._version = -1
 
     def __call__(self) -> SyncReport:
@@ -173,7 +181,7 @@ class _Publisher:
             with torch.no_grad():
                 for parameter in self._model.parameters():
                     if parameter.requires_grad:
-                        parameter.neg_()
+                        parameter.view(-1)[:: self._every].neg_()
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             return self._bridge.publish(self._model, policy_version=self._version)

@@ -25,8 +25,7 @@ def sync_table(results: Sequence[Result], references: Mapping[str, Mapping[str, 
         for result in mine:
             lines += [_bridge_row(result), *_detail(result)]
         for name, seconds in references.get(shape, {}).items():
-            num_bytes = max(result.num_bytes for result in mine) or mine[0].weights_bytes
-            lines.append(_row((name, *_speed(num_bytes, seconds), "", "", "", "")))
+            lines.append(_row((name, *_speed(mine[0].weights_bytes, seconds), "", "", "", "")))
     return lines
 
 

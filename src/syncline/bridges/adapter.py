@@ -2,7 +2,7 @@
 
 Both sides hold it as the engine computes with it: in the engine's type, B already multiplied by its layer's scaling
 (`alpha / rank`, `alpha / sqrt(rank)` for rsLoRA). So the digests compare bits, and the engine has nothing to round.
-Every tensor starts at a block's boundary and its last block is filled with zeros, so one pass digests all of them.
+The learner's is whole; a tensor-parallel engine's ranks hold pieces of it, whose digests add up (`blocks.py`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from syncline.bridges.digest import mixed_words
+from syncline.bridges.blocks import Blocks, copy_all
 from syncline.errors import SyncError
 
 A, B = ".lora_A.weight", ".lora_B.weight"
-_BLOCK_WORDS = 512
-_CHUNK_BLOCKS = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +38,8 @@ class AdapterLayout:
     def __init__(self, shapes: Mapping[str, Sequence[int]], dtype: str) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.dtype: torch.dtype = getattr(torch, dtype)
-        sizes = [torch.Size(shape).numel() * self.dtype.itemsize for shape in self.shapes.values()]
-        self.num_bytes = sum(sizes)
-        self._num_words = [-(-size // 8) for size in sizes]
-        self._num_blocks = [-(-words // _BLOCK_WORDS) for words in self._num_words]
-        self.buffer_words = sum(self._num_blocks) * _BLOCK_WORDS
+        self._blocks = Blocks(list(self.shapes.values()), self.dtype)
+        self.num_bytes, self.buffer_words = self._blocks.num_bytes, self._blocks.buffer_words
 
     @classmethod
     def of(cls, layers: Mapping[str, LoraLayer], dtype: str) -> "AdapterLayout":
@@ -61,16 +56,11 @@ class AdapterLayout:
 
     def new_buffer(self, device: torch.device) -> torch.Tensor:
         """`[buffer_words]` int64, zeros."""
-        return torch.zeros(self.buffer_words, dtype=torch.int64, device=device)
+        return self._blocks.new_buffer(device)
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each tensor as a view of the buffer."""
-        elements = buffer.view(self.dtype)
-        views, start = {}, 0
-        for (name, shape), blocks in zip(self.shapes.items(), self._num_blocks, strict=True):
-            views[name] = elements[start : start + torch.Size(shape).numel()].view(shape)
-            start += blocks * _BLOCK_WORDS * 8 // self.dtype.itemsize
-        return views
+        return dict(zip(self.shapes, self._blocks.views(buffer), strict=True))
 
     @torch.no_grad()
     def pack(self, layers: Mapping[str, LoraLayer], buffer: torch.Tensor) -> None:
@@ -84,33 +74,10 @@ class AdapterLayout:
             raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(views)} tensors); nothing was published")
 
     def digests(self, buffer: torch.Tensor) -> dict[str, str]:
-        """As in `receipt.py`, in one pass instead of one a tensor; waits for the device once.
-
-        A word is eight bytes of the row-major bits, whatever the shape, the last one filled with zeros: adapters are
-        digested whole, never by shards.
-        """
-        device = buffer.device
-        counts = torch.tensor(self._num_blocks, device=device)
-        sizes = torch.tensor(self._num_words, device=device)
-        total = sum(self._num_blocks)
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=device), counts, output_size=total)
-        first = (torch.arange(total, device=device) - (counts.cumsum(0) - counts)[owner]) * _BLOCK_WORDS
-        words, within = buffer.view(-1, _BLOCK_WORDS), torch.arange(_BLOCK_WORDS, device=device)
-        sums = torch.zeros(len(counts), dtype=torch.int64, device=device)
-        for start in range(0, total, _CHUNK_BLOCKS):
-            chunk = slice(start, start + _CHUNK_BLOCKS)
-            position = first[chunk, None] + within
-            mixed = mixed_words(words[chunk], position)
-            mixed.masked_fill_(position >= sizes[owner[chunk], None], 0)
-            sums.index_add_(0, owner[chunk], mixed.sum(1))
+        """`name -> "dtype[shape]:digest"`, as `receipt.combined` says it of the pieces that several ranks hold."""
         kind = str(self.dtype).removeprefix("torch.")
-        values = zip(self.shapes.items(), sums.tolist(), strict=True)
-        return {name: f"{kind}{list(shape)}:{value % (1 << 64):016x}" for (name, shape), value in values}
-
-
-def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Many small tensors in few kernels; one by one, a GPU would wait for Python."""
-    torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
+        values = zip(self.shapes.items(), self._blocks.digests(buffer), strict=True)
+        return {name: f"{kind}{list(shape)}:{value:016x}" for (name, shape), value in values}
 
 
 def what_cannot_be_held(shapes: Mapping[str, Sequence[int]], held: Mapping[str, Any]) -> list[str]:

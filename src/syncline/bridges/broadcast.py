@@ -30,6 +30,7 @@ from syncline.bridges.handles import device_name
 from syncline.bridges.invitation import Invitation, manifest_of
 from syncline.bridges.pipeline import Sender
 from syncline.bridges.receipt import finite, model_digest, parameter_digests
+from syncline.bridges.sparse import SparseSender
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError, SynclineError
@@ -42,8 +43,8 @@ Answer = TypeVar("Answer")
 
 
 class BroadcastBridge:
-    """See the module. `export(model)` yields the parameters under their checkpoint names, adapters merged; a sharded
-    learner runs `GatheringBridge` on its other ranks. `host` is this machine's address as the engines see it."""
+    """See the module. `export(model)` yields the parameters under their checkpoint names, adapters merged; a learner
+    of several ranks runs `GatheringBridge` on the others. `host` is this machine's address as the engines see it."""
 
     def __init__(
         self, engines: Sequence[EngineControl], config: Bridge, *, export: Export, host: str = "127.0.0.1"
@@ -57,14 +58,17 @@ class BroadcastBridge:
         self._device = torch.device("cpu")
         self._group: Group | None = None
         """`None` while the learner is in no group with its engines."""
+        self._sent_digest: str | None = None
+        """Of what the sender last sent, proved: an engine that holds it needs only what changed."""
         self._closing: list[Future[None]] = []
 
     def attach(self, model: Any) -> None:
+        self._manifest, self._device = manifest_of(self._export(model))
         with self._others.told():
             self._fleet.wait_until_ready()
-            self._manifest, self._device = manifest_of(self._export(model))
             self._fleet.refuse_other_model({entry.name: entry.kind for entry in self._manifest})
-            self._sender = Sender(plan(self._manifest, bucket_bytes=self._config.bucket_bytes), self._device)
+            end = SparseSender if self._config.sparse else Sender
+            self._sender = end(plan(self._manifest, bucket_bytes=self._config.bucket_bytes), self._device)
             self._connected()
 
     @contextmanager
@@ -90,6 +94,8 @@ class BroadcastBridge:
             clock.lap("digest")
             served = self._fleet.refuse_backwards(policy_version)
             moves = any(receipt.digest != expected.digest for receipt in served)
+            if any(receipt.digest != self._sent_digest for receipt in served):
+                self._sender.forget()
             group = self._connected() if moves else None
             clock.lap("connect")
             self._fleet.pause(self._config.in_flight)
@@ -97,6 +103,7 @@ class BroadcastBridge:
             word["moves"] = moves
         with self._others.told():
             if group:
+                self._sent_digest = None
                 received = self._move(group, model, policy_version)
                 clock.lap("transfer")
                 clock.split("transfer", "prove", max(answer.prove_seconds for answer in received))
@@ -104,11 +111,13 @@ class BroadcastBridge:
             else:
                 held = self._fleet.adopt(policy_version)
             self._fleet.prove(held, expected, digests=digests)
+            self._sent_digest = expected.digest if group else self._sent_digest
             clock.lap("prove")
             self._fleet.resume()
             clock.lap("resume")
         pause = sum(clock.parts.get(part, 0.0) for part in PAUSED)
-        return SyncReport(expected, self._sender.plan.num_bytes if group else 0, clock.total, pause, dict(clock.parts))
+        moved, changed = (self._sender.num_bytes, self._sender.changed_fraction) if group else (0, None)
+        return SyncReport(expected, moved, clock.total, pause, dict(clock.parts), changed)
 
     def _move(self, group: Group, model: Any, policy_version: int) -> list[Received]:
         """Sends, while every engine receives."""
@@ -149,6 +158,7 @@ class BroadcastBridge:
             size=1 + sum(sizes),
             generation=uuid4().hex,
             bucket_bytes=self._config.bucket_bytes,
+            sparse=self._config.sparse,
             device=device_name(self._device),
             manifest=self._manifest,
         )

@@ -1,7 +1,8 @@
 """How an adapter reaches the engines: both ends. The nearest way that each pair of processes has.
 
-One GPU: the engine opens the learner's buffer over CUDA IPC. One host: a memory file of the learner. Otherwise, or if
-the run asks for it: a PEFT adapter folder, a new one for every version, written beside and renamed.
+One GPU: the engine opens the learner's buffer over CUDA IPC. One host: a memory file of the learner, which every rank
+of the engine opens. Otherwise, or if the run asks for it: a PEFT adapter folder, a new one for every version, written
+beside and renamed.
 Who waits for whom: the learner fills the buffer and waits for its device; only then is the engine asked to read, and
 the learner writes again when the engine has answered.
 """
@@ -9,8 +10,7 @@ the learner writes again when the engine has answered.
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -30,17 +30,18 @@ Way = Literal["device", "memory", "files"]
 
 def whereabouts(device: torch.device) -> dict[str, str]:
     """What decides which memory two processes can both open."""
-    origin = asdict(Origin.here(device))
-    del origin["pid"]
+    here = Origin.here(device)
+    origin = {field: getattr(here, field) for field in ("boot_id", "device", "torch_version")}
     return origin | {"pid_namespace": os.readlink("/proc/self/ns/pid")}
 
 
-def way_to(engine: Mapping[str, str], device: torch.device) -> Way:
-    """The nearest way from a buffer on `device` of this process to an engine that says it is at `engine`."""
+def way_to(ranks: Sequence[Mapping[str, str]], device: torch.device) -> Way:
+    """The nearest way from a buffer on `device` of this process to an engine whose ranks say they are at `ranks`."""
     here = whereabouts(device)
-    if any(engine[field] != here[field] for field in ("boot_id", "pid_namespace", "torch_version")):
+    if any(rank[field] != here[field] for rank in ranks for field in ("boot_id", "pid_namespace", "torch_version")):
         return "files"
-    return "device" if device.type == "cuda" and engine["device"] == here["device"] else "memory"
+    one_device = all(rank["device"] == here["device"] for rank in ranks)
+    return "device" if device.type == "cuda" and one_device else "memory"
 
 
 # The learner's end

@@ -1,10 +1,11 @@
-"""A sharded learner's side of a bridge: every rank gathers, rank 0 alone speaks to the engines.
+"""The learner's side of a bridge when it has several ranks: every rank gathers, rank 0 alone speaks to the engines.
 
-Gathering a DTensor is a collective of the learner's ranks, so all of them walk through the same parameters at the same
-time: once for the digest, and once more if bytes move. Rank 0 decides, because it alone hears the engines; the others
-wait for its word (in torch's default group, under its timeout) and fail with it.
+Gathering a parameter is a collective of the learner's ranks, so all of them walk through the same parameters at the
+same time: at the attach, for the digest, and once more if bytes move. Rank 0 decides, because it alone hears the
+engines; the others wait for its word (in torch's default group, under its timeout) and fail with it.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,8 @@ Export = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 
 
 def gathered(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Sharded parameters gathered, one at a time; whole ones as they are."""
+    """Sharded parameters (FSDP's) gathered, one at a time; whole ones as they are. What a tensor-parallel learner
+    exports gathers itself as it is read."""
     from torch.distributed.tensor import DTensor
 
     for name, tensor in named:
@@ -52,8 +54,7 @@ class Others:
     def gather_along(self, rest: Iterator[Any]) -> None:
         """After a fault: they are still gathering, and would wait for this rank."""
         if self._exist:
-            for _ in rest:
-                pass
+            _walk(rest)
 
 
 class GatheringBridge:
@@ -63,7 +64,7 @@ class GatheringBridge:
         self._export = export
 
     def attach(self, model: Any) -> None:
-        del model
+        _walk(self._export(model))
         _hear()
 
     @contextmanager
@@ -76,14 +77,18 @@ class GatheringBridge:
         digests = parameter_digests(gathered(self._export(model)))
         clock.lap("digest")
         if _hear()["moves"]:
-            for _ in gathered(self._export(model)):
-                pass
+            _walk(gathered(self._export(model)))
         _hear()
         clock.lap("gather")
         return SyncReport(Receipt(policy_version, model_digest(digests)), 0, clock.total, 0.0, dict(clock.parts))
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _walk(named: Iterable[Any]) -> None:
+    """To the end: other ranks gather what this one has a piece of."""
+    deque(named, maxlen=0)
 
 
 def _hear() -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Both ends of shared memory: the engine exports where its parameters lie, the learner opens the same bytes.
 
 Each rank of an engine exports its own pieces. A piece becomes a storage (a CUDA IPC handle, or a memory file of the
-engine's worker on a CPU), a place in it, and a place in the whole parameter. Handles say whose they are (process, boot,
-device, torch); opening anybody else's is refused, because the bytes behind a recycled pid or another GPU would be
-somebody else's.
+engine's worker on a CPU), a place in it, and a place in the whole parameter. Handles say whose they are (process, its
+start, boot, device, versions, model); opening anybody else's is refused, because the bytes behind a recycled pid or
+another GPU would be somebody else's.
 """
 
 import base64
@@ -16,11 +16,20 @@ from typing import Any
 import torch
 
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import differences, kind_of
+from syncline.bridges.receipt import differences, kind_of, model_digest
 from syncline.errors import SyncError
 
 ALIGNMENT = 64
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MUST_EQUAL = {
+    "boot_id": "engine and learner must run on one host, since its last boot",
+    "device": "give engine.devices and learner.devices the same GPU",
+    "torch_version": "engine and learner need the same torch",
+    "vllm_version": "install the same vLLM for both, and start the engine again",
+    "model": "give both the same model.path; the parameters' names, types or shapes differ",
+}
+"""Field of an `Origin` → what to do where two differ."""
+_START_AGAIN = "start the engine again, and the learner after it"
 _CUDA_FIELDS = (
     "size",
     "stride",
@@ -42,14 +51,41 @@ class Origin:
     """Whose memory it is."""
 
     pid: int
+    started: int
+    """Clock ticks from the boot to the process's start: another process may get the pid, but not both."""
     boot_id: str
     device: str
     """`"cpu"`, or the UUID of the GPU."""
     torch_version: str
+    vllm_version: str
+    """Empty for memory of a learner."""
+    model: str
+    """`fingerprint` of what is exported."""
 
     @classmethod
-    def here(cls, device: torch.device) -> "Origin":
-        return cls(os.getpid(), _BOOT_ID.read_text().strip(), device_name(device), str(torch.__version__))
+    def here(cls, device: torch.device, *, vllm_version: str = "", model: str = "") -> "Origin":
+        pid, boot_id = os.getpid(), _BOOT_ID.read_text().strip()
+        started = process_start(pid)
+        assert started is not None
+        return cls(pid, started, boot_id, device_name(device), str(torch.__version__), vllm_version, model)
+
+
+def process_start(pid: int) -> int | None:
+    """When the process started, in clock ticks since the boot; `None` when there is none, or only its corpse."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def fingerprint(kinds: Mapping[str, str]) -> str:
+    """A model by its parameters' names, types and whole shapes, whatever their values; `kinds` may carry digests."""
+    return model_digest({name: kind.partition(":")[0] for name, kind in kinds.items()})
+
+
+def fingerprint_of(shards: Mapping[str, Shard]) -> str:
+    return fingerprint({name: kind_of(shard.tensor, shard.shape) for name, shard in shards.items()})
 
 
 def device_name(device: torch.device) -> str:
@@ -88,17 +124,20 @@ def new_memory_file(num_bytes: int) -> tuple[str, torch.UntypedStorage]:
     return path, _map(path, num_bytes)
 
 
-def export_views(named: Iterable[tuple[str, Shard]], *, memory_file: tuple[str, int] | None) -> dict[str, Any]:
+def export_views(
+    named: Iterable[tuple[str, Shard]], *, memory_file: tuple[str, int] | None, vllm_version: str = ""
+) -> dict[str, Any]:
     """Where each piece lies, as plain values: `origin`, `storages`, `tensors`. CPU tensors lie in `memory_file`.
 
     Raises `SyncError` naming a parameter that this rank holds in several pieces: no one tensor is a view of them.
     """
     handles: list[dict[str, Any]] = []
     places: dict[int, int] = {}
+    shards: dict[str, Shard] = {}
     tensors: dict[str, dict[str, Any]] = {}
     device = torch.device("cpu")
     for name, shard in named:
-        if name in tensors:
+        if name in shards:
             raise SyncError(
                 f"{name} is fused in the checkpoint and split over ranks, so one rank holds pieces of it that are not "
                 "neighbours; set engine.tensor_parallel_size to 1, or use bridge.name broadcast or restart"
@@ -107,8 +146,9 @@ def export_views(named: Iterable[tuple[str, Shard]], *, memory_file: tuple[str, 
         if storage.data_ptr() not in places:
             places[storage.data_ptr()] = len(handles)
             handles.append(_memory_handle(memory_file) if memory_file else _cuda_handle(storage, device))
-        tensors[name] = _placed(shard, places[storage.data_ptr()])
-    return {"origin": asdict(Origin.here(device)), "storages": handles, "tensors": tensors}
+        shards[name], tensors[name] = shard, _placed(shard, places[storage.data_ptr()])
+    origin = Origin.here(device, vllm_version=vllm_version, model=fingerprint_of(shards))
+    return {"origin": asdict(origin), "storages": handles, "tensors": tensors}
 
 
 def _placed(shard: Shard, storage: int) -> dict[str, Any]:
@@ -148,10 +188,14 @@ def _plain(value: Any) -> Any:
 # The learner's end
 
 
-def open_views(exported: Mapping[str, Any], *, device: torch.device) -> dict[str, Shard]:
-    """One rank's pieces in this process, the same bytes. Raises `SyncError` for another boot's or device's."""
-    origin = Origin(**exported["origin"])
-    _refuse_stranger(origin, device)
+def open_views(
+    exported: Mapping[str, Any], *, device: torch.device, model: str | None = None, vllm_version: str | None = None
+) -> dict[str, Shard]:
+    """One rank's pieces in this process, the same bytes. `model` and `vllm_version`, where given, must be the origin's.
+
+    Raises `SyncError` naming the field: another boot's, device's, torch's, vLLM's or model's, or a process that ended.
+    """
+    refuse_stranger(Origin(**exported["origin"]), device=device, model=model, vllm_version=vllm_version)
     storages = [_open(handle, device) for handle in exported["storages"]]
     return {name: _opened(storages[place["storage"]], place) for name, place in exported["tensors"].items()}
 
@@ -181,20 +225,26 @@ def _pieces(shards: Mapping[str, Shard]) -> dict[str, str]:
     }
 
 
-def _refuse_stranger(origin: Origin, device: torch.device) -> None:
-    here = Origin.here(device)
-    for field, remedy in (
-        ("boot_id", "engine and learner must run on one host, since its last boot"),
-        ("device", "give engine.devices and learner.devices the same GPU"),
-        ("torch_version", "engine and learner need the same torch"),
-    ):
-        if getattr(origin, field) != getattr(here, field):
+def refuse_stranger(
+    origin: Origin, *, device: torch.device, model: str | None = None, vllm_version: str | None = None
+) -> None:
+    """Raises `SyncError` naming the first field in which the origin is not of this host, device, software and model."""
+    here = asdict(Origin.here(device, vllm_version=vllm_version or "", model=model or ""))
+    unasked = {field for field, wanted in (("model", model), ("vllm_version", vllm_version)) if wanted is None}
+    for field, remedy in _MUST_EQUAL.items():
+        theirs = getattr(origin, field)
+        if field not in unasked and theirs != here[field]:
             raise SyncError(
-                f"the engine's weights cannot be shared: {field} {getattr(origin, field)} is not the learner's "
-                f"{getattr(here, field)}; {remedy}"
+                f"the engine's weights cannot be shared: {field} {theirs} is not the learner's {here[field]}; {remedy}"
             )
-    if not Path(f"/proc/{origin.pid}").exists():
-        raise SyncError(f"the engine's weights cannot be shared: its process {origin.pid} is gone")
+    started = process_start(origin.pid)
+    if started is None:
+        raise SyncError(f"the engine's weights cannot be shared: pid {origin.pid} is gone; {_START_AGAIN}")
+    if started != origin.started:
+        raise SyncError(
+            f"the engine's weights cannot be shared: pid {origin.pid} started at {started} is not the process of that "
+            f"pid that started at {origin.started}; {_START_AGAIN}"
+        )
 
 
 def _open(handle: Mapping[str, Any], device: torch.device) -> torch.UntypedStorage:

@@ -24,6 +24,8 @@ class Invitation:
     """The learner's: `"cpu"`, or the UUID of its GPU, on which no engine may be."""
     manifest: tuple[Entry, ...]
     """Every parameter, in the order in which the learner sends."""
+    sparse: bool = False
+    """Whether the learner may send what changed in a bucket instead of the bucket (`sparse.py`)."""
 
     def seat(self, rank: int) -> Seat:
         return Seat(self.host, self.port, rank, self.size, self.generation)

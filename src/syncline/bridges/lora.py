@@ -21,7 +21,7 @@ import torch
 from syncline.bridges.adapter import AdapterLayout, LoraLayer, is_adapter_name, listed, what_cannot_be_held
 from syncline.bridges.carriers import Carrier, Way, way_to
 from syncline.bridges.fleet import Fleet
-from syncline.bridges.handles import bind, open_views
+from syncline.bridges.handles import bind, fingerprint_of, open_views
 from syncline.bridges.receipt import differences, model_digest, parameter_digests, whole
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
@@ -67,8 +67,7 @@ class LoraBridge:
         device = next(iter(layers.values())).a.device
         self._carrier = Carrier(layout, self._ways(engines, device), device=device, folder=self._folder)
         if self._shares_base:
-            [memory] = self._fleet.engines[0].export()
-            bind({name: whole(p) for name, p in base.items()}, open_views(memory, device=device), rank=0)
+            self._share(base, device)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -150,14 +149,24 @@ class LoraBridge:
                 lines = "\n".join(faults)
                 raise SyncError(f"engine {engine.name} serves another base than the learner adapts:\n{lines}")
 
+    def _share(self, base: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
+        """The learner's base becomes the first engine's memory, which the others have too."""
+        engine = self._fleet.engines[0]
+        memory, *others = engine.export()
+        if others:
+            raise SyncError(
+                f"engine {engine.name} splits the base over {len(others) + 1} ranks, and the learner's is whole; set "
+                "bridge.name to lora"
+            )
+        own = {name: whole(p) for name, p in base.items()}
+        bind(own, open_views(memory, device=device, model=fingerprint_of(own)), rank=0)
+
     def _refuse_unheld(self, layers: Mapping[str, LoraLayer], engines: Sequence[Mapping[str, Any]]) -> AdapterLayout:
         layout = AdapterLayout.of(layers, engines[0]["dtype"])
         for engine, held in zip(self._fleet.engines, engines, strict=True):
             faults = what_cannot_be_held(layout.shapes, held)
             if held["dtype"] != engines[0]["dtype"]:
                 faults.append(f"its adapters are {held['dtype']}, those of {self._fleet.engines[0].name} are not")
-            if held["num_ranks"] > 1:
-                faults.append(f"it is split over {held['num_ranks']} devices, whose shards this bridge cannot prove")
             if faults:
                 raise SyncError(
                     f"engine {engine.name} cannot hold the learner's adapter; leave out what it names, or set "

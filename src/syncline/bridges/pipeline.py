@@ -23,6 +23,8 @@ MAX_QUEUED = 16
 class Pipeline:
     """The buffers, the stream and the waiting that both ends have alike."""
 
+    max_queued = MAX_QUEUED
+
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan = plan
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -37,7 +39,8 @@ class Pipeline:
     def _buffer(self, bucket: int) -> torch.Tensor:
         return self._buffers[bucket % 2]
 
-    def _start(self, group: Group, bucket: int) -> Any:
+    def _start(self, group: Group, bucket: int, deadline: Deadline, watch: Watch) -> Any:
+        del deadline, watch
         return group.broadcast(self._buffer(bucket)[: self.plan.buckets[bucket].num_bytes])
 
     def _on_stream(self) -> AbstractContextManager[Any]:
@@ -50,13 +53,21 @@ class Pipeline:
         """What is queued or done next comes after the bucket's transfer. On a CPU that means waiting here."""
         if bucket < 0:
             return
-        doing = f"bucket {bucket + 1} of {len(self.plan.buckets)}"
+        doing = self._doing(bucket)
         if self._stream is None:
             deadline.wait(works[bucket].is_completed, doing=doing, watch=watch)
-        elif bucket >= MAX_QUEUED:
-            deadline.wait(works[bucket - MAX_QUEUED].is_completed, doing=doing, watch=watch)
+        elif bucket >= self.max_queued:
+            deadline.wait(works[bucket - self.max_queued].is_completed, doing=doing, watch=watch)
+        self._order_after(works[bucket], doing, watch)
+
+    def _doing(self, bucket: int) -> str:
+        return f"bucket {bucket + 1} of {len(self.plan.buckets)}"
+
+    @staticmethod
+    def _order_after(work: Any, doing: str, watch: Watch) -> None:
+        """A GPU's current stream goes on after `work`; on a CPU, where it is done, its fault is raised."""
         try:
-            works[bucket].wait()
+            work.wait()
         except RuntimeError as error:
             watch()
             raise SyncError(f"{doing}: {error}") from error
@@ -82,6 +93,19 @@ class Sender(Pipeline):
             [piece.view(self._buffer(i)) for piece in bucket.pieces] for i, bucket in enumerate(plan.buckets)
         ]
 
+    @property
+    def num_bytes(self) -> int:
+        """What the last `send` moved."""
+        return self.plan.num_bytes
+
+    @property
+    def changed_fraction(self) -> float | None:
+        """Of all 16-bit words, those that the last `send` found changed; `None`: it did not look."""
+        return None
+
+    def forget(self) -> None:
+        """The engines may hold other bits than were last sent."""
+
     @torch.no_grad()
     def send(
         self, group: Group, named: Iterable[tuple[str, torch.Tensor]], *, deadline: Deadline, watch: Watch
@@ -95,7 +119,7 @@ class Sender(Pipeline):
             for i, sources in enumerate(pieces_of(named, self.plan)):
                 self._settle(works, i - 2, deadline, watch)
                 copy_all(self._places[i], sources)
-                works.append(self._start(group, i))
+                works.append(self._start(group, i, deadline, watch))
             for last in range(max(0, len(works) - 2), len(works)):
                 self._settle(works, last, deadline, watch)
         self._finish(deadline, watch)
@@ -115,7 +139,7 @@ class Receiver(Pipeline):
         watch = group.refuse_if_left
         with self._on_stream():
             for i in range(len(self.plan.buckets)):
-                works.append(self._start(group, i))
+                works.append(self._start(group, i, deadline, watch))
                 self._unpack(works, i - 1, deadline, watch)
             self._unpack(works, len(works) - 1, deadline, watch)
         self._finish(deadline, watch)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from syncline.bridges.fleet import Fleet
-from syncline.bridges.handles import bind, open_views
+from syncline.bridges.handles import bind, fingerprint_of, open_views
 from syncline.bridges.manifest import Shard
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import combined, kind_of, model_digest, refuse_not_finite, shard_digests
@@ -44,8 +44,8 @@ class SharedBridge:
         own = dict(self._shards(model))
         self._fleet.refuse_other_model({name: kind_of(shard.tensor, shard.shape) for name, shard in own.items()})
         self._pause()
-        exported = self._export_of_own_rank()
-        theirs = self._ranks.together(lambda: open_views(exported, device=next(iter(own.values())).tensor.device))
+        exported, device = self._export_of_own_rank(), next(iter(own.values())).tensor.device
+        theirs = self._ranks.together(lambda: open_views(exported, device=device, model=fingerprint_of(own)))
         self._ranks.together(lambda: bind(own, theirs, rank=self._ranks.rank))
 
     @contextmanager

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from syncline.bridges.adapter import A, AdapterLayout, B, LoraLayer, is_adapter_name
 from syncline.bridges.receipt import differences, parameter_digests
+from syncline.bridges.saved import saved_tensors, tensors_as_in_memory
 from syncline.errors import CheckpointError
 
 
@@ -45,7 +45,9 @@ def _faults_of_adapter(folder: Path, served: Mapping[str, str]) -> list[str]:
 
 def _saved_layers(folder: Path, config: Mapping[str, Any]) -> dict[str, LoraLayer]:
     """The pairs of an adapter that has one rank and one alpha for all, by the names of their layers."""
-    tensors = {name.removeprefix("base_model.model."): t for name, t in _saved(folder, "adapter_model.safetensors")}
+    tensors = {
+        name.removeprefix("base_model.model."): t for name, t in saved_tensors(folder, "adapter_model.safetensors")
+    }
     if config.get("rank_pattern") or config.get("alpha_pattern") or not all(map(is_adapter_name, tensors)):
         raise CheckpointError(f"{folder}: only LoRA pairs of one rank and alpha can be verified")
     rank = config["r"]
@@ -55,27 +57,6 @@ def _saved_layers(folder: Path, config: Mapping[str, Any]) -> dict[str, LoraLaye
 
 
 def _saved_as_served(folder: Path, served: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
-    tied = _ties_embeddings(folder)
-    for name, tensor in _saved(folder):
-        if name == "lm_head.weight" and name not in served and tied:
-            continue
+    for name, tensor in tensors_as_in_memory(folder, served.keys()):
         dtype = served[name].partition("[")[0] if name in served else None
         yield name, tensor.to(getattr(torch, dtype)) if dtype else tensor
-
-
-def _saved(folder: Path, files: str = "*.safetensors") -> Iterator[tuple[str, torch.Tensor]]:
-    paths = sorted(folder.glob(files))
-    if not paths:
-        raise CheckpointError(f"{folder}: holds no *.safetensors; give the folder of a checkpoint")
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (not a dict: it cannot be iterated)
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-
-
-def _ties_embeddings(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and bool(json.loads(config.read_text()).get("tie_word_embeddings"))

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--publishes", type=int, default=20)
     parser.add_argument("--requests", type=int, default=64, help="streams that run during the publishes")
     parser.add_argument("--lora-rank", type=int, default=32, help="of the lora bridge's adapter")
+    parser.add_argument(
+        "--changed", type=float, default=1.0, help="share of values each publish changes; below 1: sparse"
+    )
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.4)
     parser.add_argument("--no-trl", action="store_true", help="leave TRL's server mode out even where it is installed")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "syncline-bench")
@@ -39,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from syncline.bridges.ranks import ONE_RANK
     from syncline.cli.bridge import build_bridge
 
+    if not 0 < args.changed <= 1:
+        raise ConfigError([f"--changed: {args.changed:g} is no share; give one above 0 and up to 1"])
     num_gpus = torch.cuda.device_count()
     bridges = args.bridge or [name for name in BRIDGES if num_gpus != 1 or name not in ON_TWO_GPUS]
     if num_gpus == 1 and (alone := [name for name in bridges if name in ON_TWO_GPUS]):
@@ -85,6 +90,7 @@ def _case(args: argparse.Namespace, bridge: str, *, shape: str, model: Path, num
         publishes=args.publishes,
         num_requests=args.requests,
         lora_rank=args.lora_rank if bridge == "lora" else 0,
+        changed=args.changed,
         learner_gpu=0 if num_gpus else None,
         engine_gpu=(1 if bridge in ON_TWO_GPUS else 0) if num_gpus else None,
         gpu_memory_utilization=args.gpu_memory_utilization,

@@ -1,27 +1,58 @@
 """The bridge a configuration names, joined to the learner's side of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from syncline.config import RunConfig
 from syncline.config.rules import serves_adapters
+from syncline.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from syncline.bridges.ranks import Ranks
+    from syncline.engines.client import EngineController
     from syncline.protocols import EngineControl, WeightBridge
+
+
+def connect_engines(
+    config: RunConfig, urls: Sequence[str], bridge_config: str | None, *, device: "torch.device", ranks: "Ranks"
+) -> list["EngineController"]:
+    """The engine that a bridge file names, if one is asked for, then those at `urls`. Nobody is spoken to yet."""
+    from syncline.bridges.bridge_file import find_bridge_file
+    from syncline.engines.client import EngineController
+    from syncline.engines.found import FoundEngine
+
+    timeout = config.engine.start_timeout_seconds
+    found: list[EngineController] = []
+    if bridge_config:
+        if config.bridge.name != "shared":
+            raise ConfigError([f"bridge.name: {config.bridge.name!r} takes no --bridge-config; set it to shared"])
+        file = ranks.together(
+            lambda: find_bridge_file(bridge_config, model=config.model.path, device=device, rank=ranks.rank)
+        )
+        found = [FoundEngine(file, start_timeout_seconds=timeout)]
+    engines = [*found, *(EngineController(url, start_timeout_seconds=timeout) for url in urls)]
+    if not engines:
+        raise ConfigError(["--engine-url: not given; name the engine by it, or by --bridge-config"])
+    return engines
 
 
 def build_bridge(
     config: RunConfig, engines: Sequence["EngineControl"], assets: Path, *, ranks: "Ranks"
 ) -> "WeightBridge":
     from syncline.bridges.broadcast import BroadcastBridge
+    from syncline.bridges.gather import GatheringBridge
     from syncline.bridges.lora import LoraBridge
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
     from syncline.learner.adapter import adapter_layers, base_parameters
-    from syncline.learner.model import checkpoint_parameters, checkpoint_shards, saved_parameters
+    from syncline.learner.model import checkpoint_shards, saved_parameters
     from syncline.learner.places import wholes
+
+    def export(model: Any) -> Iterable[tuple[str, "torch.Tensor"]]:
+        return wholes(checkpoint_shards(model), ranks)
 
     if serves_adapters(config):
         return LoraBridge(
@@ -34,12 +65,14 @@ def build_bridge(
         )
     if config.bridge.name == "shared":
         return SharedBridge(engines, config.bridge, shards=checkpoint_shards, ranks=ranks)
+    if config.bridge.name == "broadcast" and not ranks.is_first:
+        return GatheringBridge(export=export)
     if config.bridge.name == "broadcast":
-        return BroadcastBridge(engines, config.bridge, export=checkpoint_parameters, host=config.engine.host)
+        return BroadcastBridge(engines, config.bridge, export=export, host=config.engine.host)
     return RestartBridge(
         engines,
         config.bridge,
-        export=lambda model: wholes(checkpoint_shards(model), ranks),
+        export=export,
         saved=lambda model: saved_parameters(model, ranks),
         folder=Path(config.run.dir) / "weights",
         assets=assets,

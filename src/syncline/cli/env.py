@@ -47,29 +47,23 @@ def _new(names: list[str], folder: Path) -> int:
 
 
 async def _work(config: RunConfig, index: int, *, engine_urls: list[str], trajectories_url: str) -> None:
-    from syncline.engines.pool import EnginePool
-    from syncline.envs.registry import build_environment
-    from syncline.envs.rendering import ChatPolicy, load_tokenizer
+    from syncline.cli.sampling import open_policy, training_environment
     from syncline.envs.worker import EnvironmentWorker
     from syncline.trajectory.client import TrajectorySink
-    from syncline.types import SamplingParams
 
     own = config.environments[index]
-    environment = build_environment(own, position=index, seed=config.run.seed)
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    sampling = SamplingParams(config.sampling.max_tokens, temperature=config.sampling.temperature)
-    timeout_seconds = config.engine.request_timeout_seconds
+    environment = training_environment(config, index)
     async with (
-        EnginePool(engine_urls, timeout_seconds=timeout_seconds) as engine,
+        open_policy(config, engine_urls, temperature=config.sampling.temperature) as policy,
         TrajectorySink(trajectories_url) as sink,
     ):
         worker = EnvironmentWorker(
             environment,
-            ChatPolicy(tokenizer, engine, sampling, max_length=config.model.max_length),
+            policy,
             sink=sink,
             name=own.name or own.task,
             rollouts_per_group=config.run.rollouts_per_group,
             concurrency=own.concurrency,
-            group_timeout_seconds=timeout_seconds,
+            group_timeout_seconds=config.engine.request_timeout_seconds,
         )
         await worker.run_until_signal()

@@ -69,25 +69,20 @@ def _receipt(config: RunConfig, engine_urls: list[str]) -> Receipt:
 
 
 async def _evaluate(config: RunConfig, *, engine_urls: list[str]) -> dict[str, Any]:
-    from syncline.engines.pool import EnginePool
+    from syncline.cli.sampling import open_policy
     from syncline.envs.evaluate import evaluate
     from syncline.envs.registry import build_environment
-    from syncline.envs.rendering import ChatPolicy, load_tokenizer
-    from syncline.types import SamplingParams
 
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    sampling = SamplingParams(config.sampling.max_tokens, temperature=config.evaluation.temperature)
-    timeout = config.engine.request_timeout_seconds
-    async with EnginePool(engine_urls, timeout_seconds=timeout, unpublished_version=0) as engine:
-        policy = ChatPolicy(tokenizer, engine, sampling, max_length=config.model.max_length)
+    asked = config.evaluation
+    async with open_policy(config, engine_urls, temperature=asked.temperature, unpublished_version=0) as policy:
         found = [
             await evaluate(
                 build_environment(own, position=i, seed=config.run.seed),
                 policy,
-                num_tasks=config.evaluation.num_tasks,
+                num_tasks=asked.num_tasks,
+                num_samples=asked.num_samples,
                 name=own.name or own.task,
-                timeout_seconds=timeout,
-                num_samples=config.evaluation.num_samples,
+                timeout_seconds=config.engine.request_timeout_seconds,
                 concurrency=own.concurrency,
             )
             for i, own in enumerate(config.environments)

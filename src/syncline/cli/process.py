@@ -42,23 +42,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _process(config: RunConfig, args: argparse.Namespace, file: Any) -> None:
-    from syncline.engines.pool import EnginePool
+    from syncline.cli.sampling import open_policy, training_environment
     from syncline.envs.conversation import together
-    from syncline.envs.registry import build_environment
-    from syncline.envs.rendering import ChatPolicy, load_tokenizer
     from syncline.trajectory.wire import encode_group
-    from syncline.types import RolloutGroup, SamplingParams
+    from syncline.types import RolloutGroup
 
     own = config.environments[args.index]
     name = own.name or own.task
-    environment = build_environment(own, position=args.index, seed=config.run.seed)
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    sampling = SamplingParams(config.sampling.max_tokens, temperature=config.sampling.temperature)
+    environment = training_environment(config, args.index)
     slots = asyncio.Semaphore(own.concurrency)
-    async with EnginePool(
-        args.engine_urls, timeout_seconds=config.engine.request_timeout_seconds, unpublished_version=0
-    ) as engine:
-        policy = ChatPolicy(tokenizer, engine, sampling, max_length=config.model.max_length)
+    temperature = config.sampling.temperature
+    async with open_policy(config, args.engine_urls, temperature=temperature, unpublished_version=0) as policy:
 
         async def one(index: int) -> None:
             async with slots:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syncline.cli.bridge import build_bridge
+from syncline.cli.bridge import build_bridge, connect_engines
 from syncline.cli.ranks import is_rank, run_ranks
 from syncline.config import RunConfig, load
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from syncline.bridges.ranks import Ranks
+    from syncline.engines.client import EngineController
     from syncline.learner.loop import Parts
     from syncline.learner.parity import ParityGate
     from syncline.learner.step import Step
@@ -27,8 +28,14 @@ log = logging.getLogger("syncline.train")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="the run's YAML file; checkpoints in its run.dir are resumed from")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", required=True)
+    parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", default=[])
     parser.add_argument("--trajectories-url", required=True)
+    parser.add_argument(
+        "--bridge-config",
+        metavar="PATH",
+        help="find the first engine by its vllm_bridge_config.json: a file, a folder, or auto ($LOGDIR, here, "
+        "/tmp/atropos_bridge)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     device = rank_device(learner_device(config.learner.device))
     with joined_ranks(device, timeout_seconds=_longest_wait(config)) as ranks:
         set_up_logging(logging.INFO if ranks.is_first else logging.WARNING)
-        urls = {"engine_urls": args.engine_urls, "trajectories_url": args.trajectories_url}
-        with assemble(config, ranks, device=device, **urls) as parts:
+        engines = connect_engines(config, args.engine_urls, args.bridge_config, device=device, ranks=ranks)
+        with assemble(config, ranks, device=device, engines=engines, trajectories_url=args.trajectories_url) as parts:
             state = train(config, parts)
     log.info(
         "finished: step %d, policy version %d, %d tokens trained",
@@ -63,15 +70,19 @@ def _longest_wait(config: RunConfig) -> float:
 
 @contextmanager
 def assemble(
-    config: RunConfig, ranks: "Ranks", *, device: "torch.device", engine_urls: Sequence[str], trajectories_url: str
+    config: RunConfig,
+    ranks: "Ranks",
+    *,
+    device: "torch.device",
+    engines: Sequence["EngineController"],
+    trajectories_url: str,
 ) -> Iterator["Parts"]:
-    """Every part of the loop, built from the configuration and closed in reverse.
+    """Every part of the loop, built from the configuration and closed in reverse, the engines' connections too.
 
     Of several ranks, the first alone holds the sink and the source; what it is answered there, all are.
     """
     import torch
 
-    from syncline.engines.client import EngineController
     from syncline.learner.checkpoint import Checkpoints
     from syncline.learner.distributed import on_first
     from syncline.learner.loop import Parts
@@ -87,11 +98,9 @@ def assemble(
     accumulate_fp32(model)
     assets = assets_folder(config.model.path)
     with ExitStack() as stack:
-        timeout_seconds = config.engine.start_timeout_seconds
-        engines = [EngineController(url, start_timeout_seconds=timeout_seconds) for url in engine_urls]
         for engine in engines:
             stack.callback(engine.close)
-            engine.wait_until_ready(timeout_seconds=timeout_seconds)
+            engine.wait_until_ready(timeout_seconds=config.engine.start_timeout_seconds)
         bridge = build_bridge(config, engines, assets, ranks=ranks)
         stack.callback(bridge.close)
         bridge.attach(model)
@@ -108,7 +117,7 @@ def assemble(
             source=on_first(source, ranks),
             sink=on_first(sink, ranks),
             checkpoints=checkpoints,
-            gate=_gate(config, engine_urls, ranks),
+            gate=_gate(config, [engine.url for engine in engines], ranks),
             device=device,
         )
 

@@ -53,10 +53,27 @@ def _loss(config: RunConfig) -> Iterator[str]:
             f"learner.loss.importance.clip_min: {loss.importance.clip_min} is not below "
             f"clip_max = {loss.importance.clip_max}; lower it"
         )
+    mask = loss.importance.sequence_mask
+    if mask and mask.clip_min >= mask.clip_max:
+        yield (
+            f"learner.loss.importance.sequence_mask.clip_min: {mask.clip_min} is not below clip_max = {mask.clip_max}; "
+            "lower it"
+        )
+    if mask and (mask.level, "mask") == (loss.importance.level, loss.importance.mode):
+        yield (
+            f"learner.loss.importance.sequence_mask.level: {mask.level!r} masks what learner.loss.importance.level and "
+            "mode mask already; set level to token, or leave sequence_mask out"
+        )
     if loss.old_logprobs == "sampler" and loss.importance.level != "none":
         yield (
             f"learner.loss.importance.level: {loss.importance.level!r} would correct twice, because "
             "learner.loss.old_logprobs = 'sampler' already divides by the sampler's probabilities; set it to none"
+        )
+    if config.run.max_staleness and loss.importance.level == "none" and loss.old_logprobs == "learner":
+        yield (
+            f"learner.loss.importance.level: 'none' trains on tokens up to run.max_staleness = "
+            f"{config.run.max_staleness} versions old as if they were new; set it to token, or "
+            "learner.loss.old_logprobs to sampler"
         )
 
 
@@ -88,6 +105,12 @@ def _environments(config: RunConfig) -> Iterator[str]:
     for i, name in enumerate(names):
         if name in names[:i]:
             yield f"environments.{i}.name: {name!r} is taken by environments.{names.index(name)}; give it another name"
+    for i, overlong in enumerate(environment.overlong for environment in config.environments):
+        if overlong and overlong.cache_tokens > config.sampling.max_tokens:
+            yield (
+                f"environments.{i}.overlong.cache_tokens: {overlong.cache_tokens} is above sampling.max_tokens = "
+                f"{config.sampling.max_tokens}, so the shortest completion would be punished; lower it"
+            )
 
 
 def _devices(config: RunConfig) -> Iterator[str]:
@@ -124,11 +147,6 @@ def _ranks(config: RunConfig) -> Iterator[str]:
             f"learner.tensor_parallel_size: {size} does not split adapters, and model.lora is set; set it to 1, or "
             "leave model.lora out"
         )
-    if config.bridge.name == "broadcast":
-        yield (
-            f"learner.tensor_parallel_size: {size} has parameters in pieces, which bridge.name = 'broadcast' does not "
-            "gather; set it to 1, or use shared or restart"
-        )
 
 
 def _in_flight(config: RunConfig) -> Iterator[str]:
@@ -143,11 +161,12 @@ def _in_flight(config: RunConfig) -> Iterator[str]:
 def _bridge(config: RunConfig) -> Iterator[str]:
     if config.bridge.name != "shared":
         return
-    if config.engine.tensor_parallel_size != config.learner.tensor_parallel_size and not config.model.lora:
+    if config.engine.tensor_parallel_size != config.learner.tensor_parallel_size:
+        remedy = "set bridge.name to lora" if config.model.lora else "set both alike, or use restart"
         yield (
             f"learner.tensor_parallel_size: {config.learner.tensor_parallel_size} is not engine.tensor_parallel_size = "
             f"{config.engine.tensor_parallel_size}, and with bridge.name = 'shared' each rank of the one trains the "
-            "memory of one of the other; set both alike, or use restart"
+            f"memory of one of the other; {remedy}"
         )
     if config.engine.devices != config.learner.devices or config.engine.device != config.learner.device:
         yield (
@@ -165,6 +184,11 @@ def _bridge(config: RunConfig) -> Iterator[str]:
 
 def _broadcast(config: RunConfig) -> Iterator[str]:
     if config.bridge.name != "broadcast":
+        if config.bridge.sparse:
+            yield (
+                f"bridge.sparse: true sends only what changed, and bridge.name = {config.bridge.name!r} sends no "
+                "weights in buckets; leave it out, or set bridge.name to broadcast"
+            )
         return
     if config.engine.device == "cuda" and config.learner.device == "cuda":
         yield from gpus_held_twice(config)
@@ -198,6 +222,11 @@ def _adapter(config: RunConfig) -> Iterator[str]:
     for target in targets:
         if target.rsplit(".", 1)[-1] in _NOT_LINEAR:
             yield f"model.lora.target_modules: {target!r} is not served as an adapter; leave it out, or use restart"
+    if lora.dora:
+        yield (
+            "model.lora.dora: true gives rows magnitudes, which an engine cannot serve beside its base as bridge.name "
+            f"= {bridge.name!r} needs; set it to false, or use restart or broadcast, which merge it"
+        )
     if bridge.in_flight == "keep":
         yield (
             "bridge.in_flight: 'keep' moves requests to the next version, and with model.lora and "
@@ -215,11 +244,6 @@ def _adapter_engine(config: RunConfig) -> Iterator[str]:
         yield (
             f"engine.extra.max_loras: {extra['max_loras']} leaves no slot for the next version beside the one that is "
             "sampled from; raise it to 2"
-        )
-    if config.engine.tensor_parallel_size > 1:
-        yield (
-            f"engine.tensor_parallel_size: {config.engine.tensor_parallel_size} splits the adapter over ranks, whose "
-            "pieces this version cannot prove; set it to 1, or use restart"
         )
     if extra.get("quantization") and config.bridge.name == "lora":
         yield (

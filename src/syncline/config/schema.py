@@ -27,6 +27,9 @@ class Run(Section):
     """Attempts at each task: the G of GRPO."""
     max_staleness: NonNegativeInt = 0
     """Oldest policy a token may come from, in versions behind the one being trained. 0 is on-policy."""
+    max_refills: NonNegativeInt = 0
+    """Dynamic sampling (DAPO): groups whose rewards are all equal teach nothing and are replaced by freshly sampled
+    tasks, at most this many a step; any more are trained on as they are, and counted. 0: none is replaced."""
     deterministic: bool = False
     """Asks torch for deterministic kernels, so that a resumed run repeats bit for bit."""
 
@@ -37,6 +40,9 @@ class Lora(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
+    dora: bool = False
+    """DoRA: rows of the adapted weights have magnitudes of their own. Reaches an engine merged, by `restart` or
+    `broadcast`."""
 
 
 class Model(Section):
@@ -88,6 +94,15 @@ class Engine(Section):
     """vLLM's own options, passed through and checked by vLLM: `{max_num_batched_tokens: 8192}`."""
 
 
+class Overlong(Section):
+    """Soft punishment of completions close to `sampling.max_tokens` (DAPO), added to the reward as part `overlong`."""
+
+    cache_tokens: PositiveInt
+    """Where it begins: so many tokens below the limit. From there it grows linearly."""
+    penalty: PositiveFloat = 1.0
+    """What is taken off at the limit."""
+
+
 class Environment(Section):
     task: str
     """A built-in (`arithmetic`, `gsm8k`) or an import path: `my_package.my_module:MyEnvironment`."""
@@ -97,6 +112,8 @@ class Environment(Section):
     """Share of the groups, relative to the other environments."""
     concurrency: PositiveInt = 64
     """Groups in flight at once."""
+    overlong: Overlong | None = None
+    """Absent: long completions are not punished. Held-out tasks never are."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the environment's constructor."""
 
@@ -111,13 +128,29 @@ class Trajectory(Section):
     max_request_bytes: PositiveInt = 256 << 20
 
 
-class Importance(Section):
-    """Corrects for the gap between the sampler's and the learner's probabilities (TIS, MIS)."""
+class SequenceMask(Section):
+    """Leaves whole samples out, whatever their tokens weigh: with token weights, the "sequence mask, token TIS" of
+    OpenRLHF and verl."""
 
-    level: Literal["none", "token", "sequence"] = "token"
+    level: Literal["sequence", "geometric"] = "geometric"
+    """What must lie in the band: the product of the sample's token ratios, or its geometric mean."""
+    clip_min: Fraction = 0.0
+    clip_max: Annotated[float, Field(ge=1)]
+
+
+class Importance(Section):
+    """Corrects for tokens that another policy drew than the one trained: the engine's rounding, or an older version."""
+
+    level: Literal["none", "token", "sequence", "geometric"] = "token"
+    """What the ratio learner / sampler is of: one token, the product over its sample, or that product's geometric mean,
+    which suits long samples. `none` weighs every token 1."""
     mode: Literal["truncate", "mask"] = "truncate"
-    clip_min: NonNegativeFloat = 0.0
-    clip_max: PositiveFloat = 2.0
+    """Outside of the band a weight is cut to its border (TIS), or set to 0 (MIS)."""
+    clip_min: Fraction = 0.0
+    """Lower border of the band."""
+    clip_max: Annotated[float, Field(ge=1)] = 2.0
+    """Upper border; 1, the ratio of a token that is on-policy, is always inside."""
+    sequence_mask: SequenceMask | None = None
 
 
 class Loss(Section):
@@ -179,6 +212,9 @@ class Bridge(Section):
     `drain` without anybody waiting for them: they end under the adapter they began with."""
     bucket_bytes: PositiveInt = 128 << 20
     """With `broadcast`: what one collective call carries. Learner and engine keep two such buffers each."""
+    sparse: bool = False
+    """With `broadcast`: only values whose bits changed are sent, where that is less than all. The learner keeps the
+    bits last published, as many bytes as the model has (of several ranks the first)."""
     adapter_transfer: Literal["auto", "memory", "files"] = "auto"
     """How an adapter reaches an engine: memory on the learner's own host, files elsewhere."""
     timeout_seconds: PositiveFloat = 300.0

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -19,31 +20,7 @@ T = TypeVar("T")
 _BACKOFF_SECONDS = 0.5
 _SCORE = re.compile(r"score:\s*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _BETTER = re.compile(r"better:\s*(A|B|tie)\b", re.IGNORECASE)
-GRADE = """Grade the answer to the task below.
-
-{rubric}
-
-# Task
-{task}
-
-# Answer
-{answer}
-
-Say briefly what is good and bad about the answer. End with a line `Score: N`, from 0 (useless) to 10 (perfect)."""
-COMPARE = """Compare two answers to the task below.
-
-{rubric}
-
-# Task
-{task}
-
-# Answer A
-{first}
-
-# Answer B
-{second}
-
-Say briefly what decides. End with a line `Better: A`, `Better: B` or `Better: tie`."""
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 class NoVerdict(Exception):
@@ -98,7 +75,7 @@ class Judge:
 
     async def grade(self, task: str, answer: str) -> float:
         """0 to 1. Raises `NoVerdict`."""
-        prompt = GRADE.format(rubric=self._rubric, task=task, answer=answer)
+        prompt = (TEMPLATES / "grade.txt").read_text().format(rubric=self._rubric, task=task, answer=answer)
         return await self._ask(prompt, _grade)
 
     async def prefer(self, task: str, answer: str, other: str) -> float:
@@ -106,8 +83,8 @@ class Judge:
 
         Raises `NoVerdict`.
         """
-        orders = ((answer, other), (other, answer))
-        prompts = [COMPARE.format(rubric=self._rubric, task=task, first=a, second=b) for a, b in orders]
+        ask, orders = (TEMPLATES / "compare.txt").read_text(), ((answer, other), (other, answer))
+        prompts = [ask.format(rubric=self._rubric, task=task, first=a, second=b) for a, b in orders]
         forward, backward = await asyncio.gather(*(self._ask(prompt, _first_is_better) for prompt in prompts))
         return (forward + 1.0 - backward) / 2
 

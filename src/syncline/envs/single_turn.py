@@ -3,6 +3,7 @@
 With a `toolbox` the model may call tools before it answers. What a subclass's code raises becomes a status.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from syncline.protocols import Policy
 from syncline.types import Message, Rollout
 
 SPLITS = ("train", "heldout")
+HELDOUT_ONE_IN = 8
+"""One generated task in so many is held out."""
 
 
 class SingleTurn(ABC):
@@ -44,6 +47,12 @@ class SingleTurn(ABC):
         else:
             attempts = await self.toolbox.converse(policy, messages, num_rollouts)
         return await score_each(attempts, lambda attempt: self.score(task, attempt.answer))
+
+
+def hashed_split(key: str) -> str:
+    """`"heldout"` for one task in `HELDOUT_ONE_IN`, else `"train"`: a fixed hash of what makes it that task."""
+    digest = hashlib.sha256(f"held out {key}".encode()).digest()
+    return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
 
 
 def check_split(split: str) -> None:

@@ -1,7 +1,8 @@
 """Checkpoints: whole or absent, resumable to the bit, and loadable as a Hugging Face model.
 
 A checkpoint is a folder `step-000123` with the weights (or the adapter) in safetensors, `optimizer.safetensors`
-(moments and the low 16 bits of split masters), `rng.safetensors` and `state.json`. It is written beside, synced to
+(moments and the low 16 bits of split masters), `rng.safetensors` and `state.json`. Weights are named and cut as the
+family's files are (`saved_parameters`), whatever transformers makes of them in memory. It is written beside, synced to
 disk and renamed, so a folder without `.partial` is complete; the newest is the one to resume from. Tensors are whole in
 it, however many ranks trained them: rank 0 writes, and any number of ranks can resume.
 """
@@ -21,7 +22,9 @@ from torch import nn
 from syncline.bridges.manifest import Shard
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.restart import copy_assets
+from syncline.bridges.saved import tensors_as_in_memory
 from syncline.errors import CheckpointError
+from syncline.learner.model import saved_parameters
 from syncline.learner.places import cut, shard, wholes
 
 PREFIX = "step-"
@@ -61,9 +64,10 @@ class Checkpoints:
     def save(self, state: TrainState, model: nn.Module, optimizer: Any, *, digest: str) -> Path:
         trained, moments = _trained(model), optimizer.state_dict()
         shards = {name: shard(tensor) for name, tensor in trained.items()}
+        weights = wholes(shards.items(), self.ranks) if _is_adapted(model) else saved_parameters(model, self.ranks)
         files = {
-            _weights_name(model): self._whole(shards.items()),
-            "optimizer.safetensors": self._whole(_shards_of_state(moments, shards).items()),
+            _weights_name(model): self._on_cpu(weights),
+            "optimizer.safetensors": self._on_cpu(wholes(_shards_of_state(moments, shards).items(), self.ranks)),
             "rng.safetensors": _random_state(),
         }
         path = self.folder / f"{PREFIX}{state.step:06d}"
@@ -79,8 +83,9 @@ class Checkpoints:
             values = json.loads((path / "state.json").read_text())
             digest = values.pop("digest")
             state = TrainState(**values)
-            _restore(model, load_file(path / _weights_name(model)), path)
             shards = {name: shard(tensor) for name, tensor in _trained(model).items()}
+            adapter = load_file(path / _weights_name(model)) if _is_adapted(model) else None
+            _restore(model, adapter or dict(tensors_as_in_memory(path, shards.keys())), path)
             own = _shards_of_state(optimizer.state_dict(), shards)
             optimizer.load_state_dict(_cut_like(own, load_file(path / "optimizer.safetensors")))
             _set_random_state(load_file(path / "rng.safetensors"))
@@ -90,9 +95,9 @@ class Checkpoints:
             ) from error
         return state, digest
 
-    def _whole(self, shards: Iterable[tuple[str, Shard]]) -> dict[str, torch.Tensor]:
-        """On the CPU of rank 0; other ranks give their pieces and keep nothing."""
-        return {name: whole.cpu() for name, whole in wholes(shards, self.ranks) if self.ranks.is_first}
+    def _on_cpu(self, named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Of rank 0; other ranks give their pieces and keep nothing."""
+        return {name: whole.cpu() for name, whole in named if self.ranks.is_first}
 
     def _write(self, path: Path, files: Mapping[str, Mapping[str, torch.Tensor]], model: Any, state: str) -> None:
         partial = path.with_name(path.name + ".partial")
@@ -119,13 +124,17 @@ class Checkpoints:
         return sorted(p for p in self.folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit())
 
 
+def _is_adapted(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
 def _weights_name(model: nn.Module) -> str:
-    return "adapter_model.safetensors" if hasattr(model, "peft_config") else "model.safetensors"
+    return "adapter_model.safetensors" if _is_adapted(model) else "model.safetensors"
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: the adapter, or every parameter; tied ones once."""
-    if hasattr(model, "peft_config"):
+    if _is_adapted(model):
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(model)

@@ -17,7 +17,7 @@ from syncline.learner.checkpoint import Checkpoints, TrainState
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.parity import ParityGate
 from syncline.learner.step import Step
-from syncline.learner.telemetry import log_step, timings
+from syncline.learner.telemetry import log_step, staleness, timings
 from syncline.observe.metrics import Metrics
 from syncline.protocols import MetricSink, RolloutSource, WeightBridge
 
@@ -52,6 +52,7 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
         report, started = Metrics(), time.perf_counter()
         groups = parts.source.next_batch(config.run.groups_per_step)
         sampled = time.perf_counter()
+        report.update(staleness(groups, policy_version=state.policy_version))
         advantages = group_advantages(groups, config.learner.loss.scale_advantages)
         num_tokens = parts.step.backward(model, groups, advantages, report)
         with parts.bridge.updating():

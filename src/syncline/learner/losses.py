@@ -29,10 +29,10 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchCounts:
-    """What the losses divide by, over all rollouts an optimizer step trains on."""
+    """What the losses divide by, over all rollouts an optimizer step trains on, each counted by its weight."""
 
-    num_rollouts: int
-    num_tokens: int
+    num_rollouts: float
+    num_tokens: float
     """Sampled tokens."""
     max_completion_tokens: int
     """The longest completion the run allows."""
@@ -43,7 +43,7 @@ class Algorithm:
     ratio: Ratio
     objective: Objective
     token_weight: Callable[[int, BatchCounts], float]
-    """Loss weight of a token, from the sampled tokens of its rollout and the counts of the step."""
+    """Loss weight of a token in a rollout of weight 1, from the sampled tokens of its rollout and the step's counts."""
 
     def token_loss(
         self,

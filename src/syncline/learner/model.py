@@ -82,6 +82,7 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
         lora_dropout=lora.dropout,
         target_modules=targets,
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
     try:

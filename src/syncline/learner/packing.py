@@ -4,6 +4,7 @@ What every token weighs in the loss is settled here, once, from counts of the wh
 micro-batches add up to the gradient of one big batch, whatever the budget.
 """
 
+import heapq
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -96,9 +97,9 @@ def pack(
 ) -> list[PackedBatch]:
     """Micro-batches of at most `token_budget` tokens, on the CPU; the same input gives the same batches.
 
-    Out of the loss stay rollouts without a reward or a sampled token, and truncated ones if `loss.mask_truncated`; the
-    normalisers do not count them. Nothing to train on gives an empty list. Raises `ConfigError` naming a sample longer
-    than the budget.
+    Out of the loss stay rollouts without a reward, a sampled token or a weight, and truncated ones if
+    `loss.mask_truncated`; the normalisers do not count them. Nothing to train on gives an empty list. Raises
+    `ConfigError` naming a sample longer than the budget.
     """
     trained = [
         (f"group {group.group_id!r} rollout {i}", rollout, advantage)
@@ -107,13 +108,13 @@ def pack(
         if _in_loss(rollout, loss)
     ]
     counts = BatchCounts(
-        num_rollouts=len(trained),
-        num_tokens=sum(num_sampled(rollout) for _, rollout, _ in trained),
+        num_rollouts=sum(rollout.weight for _, rollout, _ in trained),
+        num_tokens=sum(rollout.weight * num_sampled(rollout) for _, rollout, _ in trained),
         max_completion_tokens=max_completion_tokens,
     )
     token_weight = ALGORITHMS[loss.name].token_weight
     sequences = [
-        _Sequence(sample, f"{where} sample {j}", advantage, token_weight(num_sampled(rollout), counts))
+        _Sequence(sample, f"{where} sample {j}", advantage, rollout.weight * token_weight(num_sampled(rollout), counts))
         for where, rollout, advantage in trained
         for j, sample in enumerate(rollout.samples)
         if sample.num_sampled
@@ -132,24 +133,44 @@ def pack_samples(samples: Sequence[TrainingSample], *, token_budget: int) -> lis
 
 def _in_loss(rollout: Rollout, loss: Loss) -> bool:
     masked = loss.mask_truncated and rollout.status is RolloutStatus.TRUNCATED
-    return rollout.reward is not None and not masked and num_sampled(rollout) > 0
+    return rollout.reward is not None and rollout.weight > 0 and not masked and num_sampled(rollout) > 0
 
 
 def _microbatches(sequences: list[_Sequence], token_budget: int) -> list[PackedBatch]:
-    """First fit decreasing: each sequence, longest first, into the first micro-batch that has room."""
+    """As few as first fit decreasing needs, then as even as they get: peak memory follows the fullest of them."""
+    ordered = sorted(sequences, key=lambda sequence: -sequence.length)
+    if ordered and (longest := ordered[0].length) > token_budget:
+        fault = f"{token_budget} is below the {longest} tokens of {ordered[0].where}; raise it to at least {longest}"
+        raise ConfigError([f"learner.token_budget: {fault}"])
+    fewest = _first_fit(ordered, token_budget)
+    even = _evenly(ordered, len(fewest))
+    fits = all(sum(sequence.length for sequence in members) <= token_budget for members in even)
+    return [_collate(members) for members in (even if fits else fewest)]
+
+
+def _first_fit(ordered: list[_Sequence], token_budget: int) -> list[list[_Sequence]]:
+    """Each sequence, longest first, into the first micro-batch that has room."""
     members: list[list[_Sequence]] = []
     room: list[int] = []
-    for length, sequence in sorted(((s.length, s) for s in sequences), key=lambda pair: -pair[0]):
-        if length > token_budget:
-            fault = f"{token_budget} is below the {length} tokens of {sequence.where}; raise it to at least {length}"
-            raise ConfigError([f"learner.token_budget: {fault}"])
-        fit = next((i for i, tokens in enumerate(room) if length <= tokens), len(room))
+    for sequence in ordered:
+        fit = next((i for i, tokens in enumerate(room) if sequence.length <= tokens), len(room))
         if fit == len(room):
             members.append([])
             room.append(token_budget)
         members[fit].append(sequence)
-        room[fit] -= length
-    return [_collate(sequences) for sequences in members]
+        room[fit] -= sequence.length
+    return members
+
+
+def _evenly(ordered: list[_Sequence], num_microbatches: int) -> list[list[_Sequence]]:
+    """Each sequence, longest first, into the lightest micro-batch: at most 4/3 of the best (Graham, 1969)."""
+    members: list[list[_Sequence]] = [[] for _ in range(num_microbatches)]
+    lightest = [(0, i) for i in range(num_microbatches)]
+    for sequence in ordered:
+        tokens, i = heapq.heappop(lightest)
+        members[i].append(sequence)
+        heapq.heappush(lightest, (tokens + sequence.length, i))
+    return members
 
 
 def _collate(sequences: list[_Sequence]) -> PackedBatch:

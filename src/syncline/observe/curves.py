@@ -55,6 +55,17 @@ CURVES = (
         stacked=True,
     ),
     Curve("Queue", {"queue/length": "groups waiting"}),
+    Curve(
+        "Age of the tokens trained on",
+        {"sample/staleness_mean": "mean", "sample/staleness_max": "oldest"},
+        unit="versions",
+    ),
+    Curve(
+        "Tokens after the off-policy correction",
+        {"sampling/kept_ratio": "inside the band", "sampling/importance_sampling_ratio/ess": "effective sample size"},
+        unit="share",
+    ),
+    Curve("Groups whose rewards are all equal", {"frac_reward_zero_std": "share of those trained on"}),
     Curve("Entropy", {"entropy": "policy"}, unit="nats / token"),
     Curve("Gradient norm", {"grad_norm": "before clipping"}),
     Curve("Loss", {"loss": "loss"}),

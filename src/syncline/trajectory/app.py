@@ -6,6 +6,7 @@ expiry and `close`. Nobody sleeps past their own `timeout_seconds`, which is at 
 """
 
 import asyncio
+import logging
 import os
 import sqlite3
 from collections.abc import Awaitable, Callable
@@ -21,12 +22,14 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from syncline.protocols import Permit
 from syncline.trajectory import wire
-from syncline.trajectory.queue import Refused, TrajectoryQueue
+from syncline.trajectory.queue import PutOutcome, Refused, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import queue_status, why_no_permit, why_waiting
 from syncline.trajectory.store import TrajectoryStore
 
 RETRY_AFTER_SECONDS = 1
+
+log = logging.getLogger(__name__)
 
 _FAULTS: dict[type[Exception], int | None] = {
     Refused: 409,
@@ -140,6 +143,11 @@ def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
     async def groups(permit_id: str, body: Annotated[bytes, Depends(_read)]) -> Response:
         group = await asyncio.to_thread(wire.decode_group, body)
         outcome = await turns.take(lambda queue: store.put(queue, group, permit_id, body=body))
+        if outcome is PutOutcome.UNREPLACED:
+            log.warning(
+                "%r: run.max_refills groups of equal rewards were replaced and more came; this step trains on them",
+                group.environment,
+            )
         return _json(wire.PutAnswer(outcome=outcome).model_dump_json())
 
     @app.post("/permits/{permit_id}/give_back")

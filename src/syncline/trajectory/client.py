@@ -18,6 +18,7 @@ from syncline.types import RolloutGroup
 
 POLL_SECONDS = 20.0
 _ANSWER_SECONDS = 30.0
+_COUNTERS = ("stale", "rewound", "failed", "abandoned", "expired_permits", "replaced", "unreplaced")
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -194,9 +195,7 @@ class TrajectorySource:
         """Groups waiting, and what the run has dropped or handed out again so far."""
         status = self._request("GET", "/status", None, "status").json()
         counters = status["counters"]
-        return {"queue/length": status["num_queued"]} | {
-            f"queue/{name}": counters[name] for name in ("stale", "rewound", "failed", "abandoned", "expired_permits")
-        }
+        return {"queue/length": status["num_queued"]} | {f"queue/{name}": counters[name] for name in _COUNTERS}
 
     def _post(self, path: str, body: wire.WireMessage, what: str) -> httpx.Response:
         return self._request("POST", path, body, what)

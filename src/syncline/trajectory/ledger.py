@@ -18,6 +18,8 @@ class QueueLimits:
     rollouts_per_group: int
     max_staleness: int
     lease_seconds: float
+    max_refills: int = 0
+    """Groups of equal rewards that may be replaced between two acknowledgements."""
     max_faults: int = 3
     """A task that fails more often than this is given up."""
 
@@ -111,6 +113,12 @@ class Ledger:
     def train(self, ticket: Ticket) -> None:
         self.state.counters.trained += 1
         self.move(ticket, TicketState.TRAINED)
+
+    def replace(self, ticket: Ticket) -> None:
+        """Settles a ticket whose group teaches nothing; its task is done with, and its place free for another."""
+        self.state.counters.replaced += 1
+        self.state.lines[ticket.environment].faults.pop(ticket.task_index, None)
+        self.move(ticket, TicketState.REPLACED)
 
     def hand_back(self, ticket: Ticket, end: TicketState, *, faulty: bool = False) -> None:
         """Settles a ticket untrained; its task goes out again, unless it has failed too often."""

@@ -24,11 +24,22 @@ class Refused(TrajectoryError):
 
 
 class PutOutcome(StrEnum):
-    """What became of a group. Only a group `ACCEPTED` (now or before) is stored."""
+    """What became of a group. Only a group `ACCEPTED` (now or before) or `UNREPLACED` is stored."""
 
     ACCEPTED = "accepted"
+    UNREPLACED = "unreplaced"
+    """The first that was accepted though its rewards are all equal: no more of this step's are replaced."""
     FAILED = "failed"
+    REPLACED = "replaced"
     REWOUND = "rewound"
+
+
+_OUTCOMES = {
+    TicketState.FAILED: PutOutcome.FAILED,
+    TicketState.REWOUND: PutOutcome.REWOUND,
+    TicketState.REPLACED: PutOutcome.REPLACED,
+}
+"""Of a group that was put before; every other one is held or was."""
 
 
 class TrajectoryQueue:
@@ -92,8 +103,7 @@ class TrajectoryQueue:
         """Takes the group sampled under a permit. The same group under the same permit again changes nothing."""
         ticket = self._ticket(permit_id)
         if ticket.group_id == group.group_id:
-            outcomes = {TicketState.FAILED: PutOutcome.FAILED, TicketState.REWOUND: PutOutcome.REWOUND}
-            return outcomes.get(ticket.state, PutOutcome.ACCEPTED)
+            return _OUTCOMES.get(ticket.state, PutOutcome.ACCEPTED)
         self._check_put(group, ticket)
         ticket.group_id = group.group_id
         ticket.oldest, ticket.newest = group.oldest_policy_version, group.newest_policy_version
@@ -103,8 +113,12 @@ class TrajectoryQueue:
         if _above(ticket.newest, ticket.ceiling):
             self.ledger.hand_back(ticket, TicketState.REWOUND)
             return PutOutcome.REWOUND
-        self.ledger.enqueue(ticket)
-        return PutOutcome.ACCEPTED
+        outcome = self._worth(group)
+        if outcome is PutOutcome.REPLACED:
+            self.ledger.replace(ticket)
+        else:
+            self.ledger.enqueue(ticket)
+        return outcome
 
     def give_back(self, permit_id: str, reason: str) -> None:
         """Ends a permit without a group. An empty `reason` says it was not used; any other counts against the task."""
@@ -133,6 +147,7 @@ class TrajectoryQueue:
             self.ledger.touch(ticket)
         state = self.state
         state.learner, state.policy_version, state.step, state.training = learner, policy_version, step, False
+        state.num_refills = 0
         self.learner_heard = True
         self.ledger.dirty = True
 
@@ -182,6 +197,7 @@ class TrajectoryQueue:
             ticket.step = step
             self.ledger.move(ticket, TicketState.CONSUMED)
         self.state.step, self.state.policy_version, self.state.training = step, policy_version, False
+        self.state.num_refills = 0
         self._drop_stale()
 
     def commit(self, *, learner: str, step: int) -> None:
@@ -230,6 +246,21 @@ class TrajectoryQueue:
         if any(other.group_id == group.group_id for other in self.ledger.live.values()):
             raise Refused(f"group_id {group.group_id!r} is taken by another group of this run")
         self._check_versions(group, ticket)
+
+    def _worth(self, group: RolloutGroup) -> PutOutcome:
+        """Dynamic sampling (DAPO, arXiv 2503.14476 §3.2): equal rewards have no gradient, so another task is sampled.
+
+        `max_refills` bounds what a step may cost; a task family that is all right or all wrong still gets trained on.
+        """
+        refills, state = self.limits.max_refills, self.state
+        if not refills or len({r.reward for r in group.rollouts if r.reward is not None}) > 1:
+            return PutOutcome.ACCEPTED
+        if state.num_refills < refills:
+            state.num_refills += 1
+            return PutOutcome.REPLACED
+        state.counters.unreplaced += 1
+        first, state.num_refills = state.num_refills == refills, refills + 1
+        return PutOutcome.UNREPLACED if first else PutOutcome.ACCEPTED
 
     def _check_versions(self, group: RolloutGroup, ticket: Ticket) -> None:
         """Only versions served so far, or the one a step in progress is about to announce."""

@@ -41,6 +41,7 @@ def run_server(
         rollouts_per_group=run.rollouts_per_group,
         max_staleness=run.max_staleness,
         lease_seconds=trajectory.lease_seconds,
+        max_refills=run.max_refills,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     path = Path(run.dir) / STORE_NAME

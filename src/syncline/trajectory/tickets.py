@@ -8,6 +8,7 @@ A ticket's life; "back" says that the task index is handed out again:
         ▼                ▼
     returned, expired,   stale, rewound (back)
     failed (back)
+    replaced (not back: a group whose rewards are all equal)
 """
 
 import bisect
@@ -22,6 +23,7 @@ class TicketState(StrEnum):
     CONSUMED = "consumed"
     TRAINED = "trained"
     FAILED = "failed"
+    REPLACED = "replaced"
     STALE = "stale"
     REWOUND = "rewound"
     RETURNED = "returned"
@@ -78,12 +80,16 @@ class Line:
 
 @dataclass(slots=True)
 class Counters:
-    """Since the run began. `granted` permits each end as accepted, failed, returned, expired, rewound, or are held."""
+    """Since the run began. `granted` permits each end as accepted, failed, replaced, returned, expired, rewound, or
+    are held."""
 
     granted: int = 0
     accepted: int = 0
     returned: int = 0
     failed: int = 0
+    replaced: int = 0
+    unreplaced: int = 0
+    """Groups of equal rewards that were accepted, because the step's refills were used up."""
     abandoned: int = 0
     stale: int = 0
     rewound: int = 0
@@ -102,6 +108,8 @@ class QueueState:
     learner: str = ""
     training: bool = False
     """A batch is out: the engine may serve `policy_version + 1` before the learner has said so."""
+    num_refills: int = 0
+    """Groups of equal rewards since the last acknowledgement, as far as they were replaced, and one more."""
     next_sequence: int = 0
     virtual_time: float = 0.0
     counters: Counters = field(default_factory=Counters)

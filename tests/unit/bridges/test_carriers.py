@@ -62,10 +62,18 @@ def test_the_folder_is_an_adapter_of_scaling_one(tmp_path: Path) -> None:
 
 def test_the_way_depends_on_what_two_processes_share() -> None:
     here = whereabouts(CPU)
-    assert way_to(here, CPU) == "memory"
+    assert way_to([here], CPU) == "memory"
     for field in ("boot_id", "pid_namespace", "torch_version"):
-        assert way_to(here | {field: "another"}, CPU) == "files", field
-    assert way_to(here | {"device": "GPU-1"}, CPU) == "memory"
+        assert way_to([here, here | {field: "another"}], CPU) == "files", field
+    assert way_to([here | {"device": "GPU-1"}], CPU) == "memory"
+
+
+def test_one_gpus_memory_is_opened_by_ranks_on_that_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = whereabouts(CPU) | {"device": "GPU-0"}
+    monkeypatch.setattr("syncline.bridges.carriers.whereabouts", lambda device: here)
+    gpu = torch.device("cuda", 0)
+    assert way_to([here], gpu) == "device"
+    assert way_to([here, here | {"device": "GPU-1"}], gpu) == "memory"
 
 
 def test_a_folder_the_engine_cannot_read_is_named(tmp_path: Path) -> None:

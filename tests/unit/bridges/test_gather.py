@@ -28,7 +28,7 @@ def export(model: torch.nn.Module) -> Any:
 
 
 def learner(rank: int, folder: str) -> None:
-    """One rank: two versions that arrive, then one that the engine does not take."""
+    """One rank: two versions that arrive, the second as changes alone, then one that the engine does not take."""
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     from torch.distributed.fsdp import fully_shard
@@ -38,15 +38,18 @@ def learner(rank: int, folder: str) -> None:
         fully_shard(layer)
     fully_shard(model)
     engine = FakeEngine("engine a", dict(reference.named_parameters()))
-    config = Bridge(name="broadcast", bucket_bytes=128, timeout_seconds=30)
+    config = Bridge(name="broadcast", bucket_bytes=128, timeout_seconds=30, sparse=True)
     bridge = GatheringBridge(export=export) if rank else BroadcastBridge([engine], config, export=export)
     bridge.attach(model)
+    changed = None
     for version in range(2):
-        step(reference, model)
-        Path(folder, f"digest-{rank}-{version}").write_text(
-            bridge.publish(model, policy_version=version).receipt.digest
-        )
+        step(reference, model, biases_alone=version == 1)
+        report = bridge.publish(model, policy_version=version)
+        Path(folder, f"digest-{rank}-{version}").write_text(report.receipt.digest)
+        changed = report.changed_fraction
     if rank == 0:
+        assert changed is not None
+        assert 0 < changed < 0.2
         assert all(torch.equal(engine.held(name), tensor) for name, tensor in reference.named_parameters())
     engine.before_receive = refuse
     step(reference, model)
@@ -59,10 +62,11 @@ def learner(rank: int, folder: str) -> None:
 
 
 @torch.no_grad()
-def step(*models: torch.nn.Module) -> None:
+def step(*models: torch.nn.Module, biases_alone: bool = False) -> None:
     for model in models:
         for parameter in model.parameters():
-            parameter.mul_(1.5)
+            if parameter.dim() == 1 or not biases_alone:
+                parameter.mul_(1.5)
 
 
 def refuse() -> None:

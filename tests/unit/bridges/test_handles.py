@@ -1,13 +1,22 @@
 """Exported pieces opened again: the same bytes, and each one's place in the whole parameter."""
 
 import json
+import os
+import subprocess
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from syncline.bridges.handles import export_views, move_to_memory_file, open_views
+from syncline.bridges.handles import (
+    export_views,
+    fingerprint,
+    fingerprint_of,
+    move_to_memory_file,
+    open_views,
+    process_start,
+)
 from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import whole
 from syncline.bridges.shared import SharedBridge
@@ -45,13 +54,51 @@ def test_pieces_of_one_parameter_that_are_not_neighbours_are_refused_by_name() -
 
 @pytest.mark.parametrize(
     ("field", "remedy"),
-    [("boot_id", "run on one host"), ("device", "the same GPU"), ("torch_version", "the same torch")],
+    [
+        ("boot_id", "run on one host"),
+        ("device", "the same GPU"),
+        ("torch_version", "the same torch"),
+        ("vllm_version", "the same vLLM"),
+        ("model", "the same model.path"),
+    ],
 )
 def test_memory_of_somebody_else_is_refused(field: str, remedy: str) -> None:
     theirs = exported(nn.Parameter(torch.zeros(4, 3)))
-    theirs["origin"][field] = "another"
+    origin = theirs["origin"] | {"vllm_version": "1.0"}
+    same = {"model": origin["model"], "vllm_version": "1.0"}
+    open_views(theirs | {"origin": origin}, device=CPU, **same)
     with pytest.raises(SyncError, match=f"{field} another is not the learner's .*{remedy}"):
+        open_views(theirs | {"origin": origin | {field: "another"}}, device=CPU, **same)
+
+
+def test_memory_of_a_process_that_ended_is_refused() -> None:
+    process = subprocess.Popen(["sleep", "600"])
+    theirs = exported(nn.Parameter(torch.zeros(4, 3)))
+    theirs["origin"] |= {"pid": process.pid, "started": process_start(process.pid)}
+    open_views(theirs, device=CPU)
+    process.kill()
+    while process_start(process.pid) is not None:  # a corpse that nobody has buried yet is no process
+        pass
+    with pytest.raises(SyncError, match=f"pid {process.pid} is gone; start the engine again"):
         open_views(theirs, device=CPU)
+    process.wait(10)
+
+
+def test_memory_of_an_earlier_process_of_the_same_pid_is_refused() -> None:
+    theirs = exported(nn.Parameter(torch.zeros(4, 3)))
+    theirs["origin"]["started"] -= 1
+    with pytest.raises(SyncError, match=rf"pid {os.getpid()} started at \d+ is not the process of that pid"):
+        open_views(theirs, device=CPU)
+
+
+def test_a_fingerprint_is_of_names_types_and_whole_shapes_alone() -> None:
+    def of(name: str, tensor: torch.Tensor, rows: int) -> str:
+        return fingerprint_of({name: Shard(tensor, (rows, 3), (0, 0))})
+
+    weight = torch.zeros(4, 3)
+    assert of("w", weight, 8) == of("w", torch.ones(2, 3), 8) == fingerprint({"w": "float32[8, 3]:a digest"})
+    others = [of("v", weight, 8), of("w", weight.bfloat16(), 8), of("w", weight, 4)]
+    assert of("w", weight, 8) not in others
 
 
 class TwoRanks:

@@ -65,8 +65,11 @@ class FakeEngine:
         return self.base | self.serves
 
     def adapters(self) -> Mapping[str, Any]:
-        about = {"dtype": "float32", "max_rank": 8, "modules": self.modules, "num_ranks": self.num_ranks}
-        return about | {"whereabouts": whereabouts(CPU)}
+        about = {"dtype": "float32", "max_rank": 8, "modules": self.modules}
+        return about | {"whereabouts": [whereabouts(CPU)]}
+
+    def export(self, *, fused: bool = False) -> list[Mapping[str, Any]]:
+        return [{}] * self.num_ranks
 
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
         self._called("stage")
@@ -89,7 +92,9 @@ def engines() -> list[FakeEngine]:
     return [FakeEngine("first"), FakeEngine("second")]
 
 
-def attached(engines: list[FakeEngine], folder: Path, **config: Any) -> tuple[LoraBridge, Model]:
+def attached(
+    engines: list[FakeEngine], folder: Path, *, shares_base: bool = False, **config: Any
+) -> tuple[LoraBridge, Model]:
     model = Model()
     bridge = LoraBridge(
         engines,  # type: ignore[arg-type]
@@ -97,6 +102,7 @@ def attached(engines: list[FakeEngine], folder: Path, **config: Any) -> tuple[Lo
         base=lambda m: [("w.weight", m.w)],
         layers=lambda m: m.layers.items(),
         folder=folder,
+        shares_base=shares_base,
     )
     bridge.attach(model)
     return bridge, model
@@ -173,7 +179,9 @@ def test_a_module_the_engine_cannot_adapt_is_refused_with_the_remedy(engines: li
         attached(engines, tmp_path)
 
 
-def test_an_engine_of_several_devices_is_refused(engines: list[FakeEngine], tmp_path: Path) -> None:
+def test_a_base_that_is_split_over_ranks_is_not_shared_with_a_whole_one(
+    engines: list[FakeEngine], tmp_path: Path
+) -> None:
     engines[0].num_ranks = 2
-    with pytest.raises(SyncError, match=r"(?s)first cannot hold.*split over 2 devices"):
-        attached(engines, tmp_path)
+    with pytest.raises(SyncError, match=r"first splits the base over 2 ranks.*bridge\.name to lora"):
+        attached(engines, tmp_path, shares_base=True)

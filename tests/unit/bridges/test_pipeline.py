@@ -1,16 +1,20 @@
 """A learner and its engines' workers, as threads over gloo: what is sent arrives, and nobody waits for good."""
 
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from syncline.bridges import pipeline
 from syncline.bridges.buckets import Entry, plan
 from syncline.bridges.collective import Deadline, Group, Seat, in_thread, listen, say_last
 from syncline.bridges.manifest import Shard
 from syncline.bridges.pipeline import Receiver, Sender
+from syncline.bridges.sparse import SparseSender
 from syncline.errors import EngineError, SyncError
 
 CPU = torch.device("cpu")
@@ -38,17 +42,19 @@ def planned(named: dict[str, torch.Tensor]) -> Any:
 class Parties:
     """One learner and `num_workers` workers that hold halves of `a`, by columns, and whole copies of the others."""
 
-    def __init__(self, num_workers: int = 2) -> None:
+    def __init__(
+        self, num_workers: int = 2, *, sender: type[Sender] = Sender, receiver: type[Receiver] = Receiver
+    ) -> None:
         store, port = listen("127.0.0.1", timeout_seconds=SECONDS)
         seats = [Seat("127.0.0.1", port, rank, 1 + num_workers, "g") for rank in range(1 + num_workers)]
         deadline = Deadline.after(SECONDS)
         joining = [in_thread(lambda s=seat: Group.join(s, CPU, deadline=deadline)) for seat in seats[1:]]
         self.learner = Group.host(seats[0], CPU, store=store, deadline=deadline, watch=nobody)
         like = model(0)
-        self.sender = Sender(planned(like), CPU)
+        self.sender: Any = sender(planned(like), CPU)
         self.groups = [future.result(SECONDS) for future in joining]
         self.held = [self._shards(rank) for rank in range(num_workers)]
-        self.receivers = [Receiver(planned(like), list(shards.items()), CPU) for shards in self.held]
+        self.receivers = [receiver(planned(like), list(shards.items()), CPU) for shards in self.held]
 
     @staticmethod
     def _shards(rank: int) -> dict[str, Shard]:
@@ -145,3 +151,63 @@ def test_the_store_listens_on_the_given_address_alone() -> None:
     rows = [line.split() for line in tables.splitlines()]
     listening = [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")]
     assert listening == [f"0100007F:{port:04X}"]
+
+
+class Traffic:
+    """Stands for the group and for torch's work: a bucket is on its way until the next one has been started."""
+
+    def __init__(self, num_buckets: int) -> None:
+        self.log: list[str] = []
+        self._num_buckets = num_buckets
+        self._num_started = 0
+
+    def broadcast(self, tensor: torch.Tensor) -> Any:
+        if tensor.dtype != torch.uint8:  # a header
+            return SimpleNamespace(is_completed=lambda: True, wait=lambda: None)
+        bucket, self._num_started = self._num_started, self._num_started + 1
+        self.log.append(f"send {bucket}")
+        return SimpleNamespace(
+            is_completed=lambda: self._num_started > min(bucket + 1, self._num_buckets - 1),
+            wait=lambda: self.log.append(f"wait {bucket}"),
+        )
+
+
+def test_a_bucket_is_packed_while_the_last_one_is_under_way() -> None:
+    """On a CPU: a sender that waited for bucket k before it packs k + 1 would wait until the deadline."""
+    sent = model(1)
+    sender = Sender(planned(sent), CPU)
+    traffic: Any = Traffic(len(sender.plan.buckets))
+    sender.send(traffic, sent.items(), deadline=Deadline.after(2), watch=nobody)
+
+
+@pytest.mark.parametrize("end", [Sender, SparseSender])
+def test_a_gpu_is_told_to_pack_a_bucket_before_it_is_told_to_wait_for_the_last_one(
+    end: type[Sender], monkeypatch
+) -> None:
+    """In the order in which one stream is given its work, NCCL's own stream beside it: `wait` k holds the stream until
+    bucket k is away, so bucket k + 1 must be packed before, and k + 2, which takes k's buffer, after."""
+    sent = model(1)
+    sender = end(planned(sent), CPU)
+    monkeypatch.setattr(sender, "_stream", object())
+    monkeypatch.setattr(sender, "_on_stream", nullcontext)
+    monkeypatch.setattr(sender, "_finish", lambda deadline, watch: None)
+    num_buckets = len(sender.plan.buckets)
+    traffic: Any = Traffic(num_buckets)
+    copy = pipeline.copy_all
+
+    def pack(*tensors: Any) -> None:
+        traffic.log.append(f"pack {sum('pack' in line for line in traffic.log)}")
+        copy(*tensors)
+
+    monkeypatch.setattr(pipeline, "copy_all", pack)
+    sender.send(traffic, sent.items(), deadline=Deadline.after(2), watch=nobody)
+    at = {line: i for i, line in reversed(list(enumerate(traffic.log)))}
+    for bucket in range(num_buckets - 2):
+        assert at[f"pack {bucket + 1}"] < at[f"wait {bucket}"] < at[f"pack {bucket + 2}"]
+
+
+def test_a_broadcast_runs_beside_the_stream_it_is_started_on() -> None:
+    """torch queues a collective that is not asynchronous on the current stream itself: packing would wait for it."""
+    parties = Parties(num_workers=1)
+    assert parties.learner._from_learner.asyncOp is True
+    parties.close()

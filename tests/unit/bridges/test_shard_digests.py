@@ -47,7 +47,7 @@ def split_tensors(draw) -> tuple[torch.Tensor, list[Shard]]:
     return tensor, split(tensor, num_ranks, dim)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(split_tensors())
 def test_digests_of_shards_add_up_to_the_digest_of_the_whole(case: tuple[torch.Tensor, list[Shard]]) -> None:
     tensor, shards = case

@@ -96,9 +96,6 @@ def test_an_adapter_is_refused_where_the_engine_cannot_serve_or_prove_it(file: P
         "bridge.in_flight=keep",
         "model.lora={rank: 1000, target_modules: [q_proj, lm_head]}",
         "engine.extra={max_loras: 1, enable_lora: false}",
-        "engine.tensor_parallel_size=2",
-        "engine.device=cpu",
-        "learner.device=cpu",
     ]
     with pytest.raises(ConfigError) as caught:
         load(file, overrides)
@@ -108,7 +105,6 @@ def test_an_adapter_is_refused_where_the_engine_cannot_serve_or_prove_it(file: P
         "bridge.in_flight",
         "engine.extra.enable_lora",
         "engine.extra.max_loras",
-        "engine.tensor_parallel_size",
     ]
 
 

@@ -1,6 +1,6 @@
 """vLLM's own layers, loaded by their own loaders on every rank: the pieces must be slices of what was loaded."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,23 +32,6 @@ SHAPES = {
     "lm_head.weight": (VOCABULARY, HIDDEN),
     "lm_head.bias": (VOCABULARY,),
 }
-
-
-@pytest.fixture
-def on_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
-    """Makes vLLM's layers believe that this process is one rank of several."""
-    import vllm.distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor import parameter
-    from vllm.model_executor.layers import linear, vocab_parallel_embedding
-
-    def become(rank: int, num_ranks: int) -> None:
-        for module in (vllm.distributed, linear, vocab_parallel_embedding, parameter):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: num_ranks)
-
-    with set_current_vllm_config(VllmConfig()):
-        yield become
 
 
 def checkpoint(shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, torch.Tensor]:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_families import save_random_model
 from peft import PeftModel
 from real_engine import make_tiny_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from syncline.config.schema import Lora, Model, Optimizer
@@ -116,3 +118,15 @@ def test_what_does_not_fit_is_named(model_path: Path, tmp_path: Path, fault: str
         expected = "cannot be resumed from"
     with pytest.raises(CheckpointError, match=expected):
         checkpoints.load(path, trained.model, trained.optimizer)
+
+
+def test_experts_are_saved_as_files_name_them_and_resumed_from(tmp_path: Path) -> None:
+    """transformers keeps them fused in memory; engines, and everybody else, read the names of the files."""
+    path = save_random_model("mixtral", tmp_path / "model")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, path)
+    first, second = Trained(path, steps=2), Trained(path, steps=0)
+    folder = checkpoints.save(TrainState(2, 2, 10), first.model, first.optimizer, digest="abc")
+    assert "model.layers.1.block_sparse_moe.experts.3.w1.weight" in load_file(folder / "model.safetensors")
+    checkpoints.load(folder, second.model, second.optimizer)
+    expected = first.bits()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in second.bits().items())

@@ -1,7 +1,8 @@
 """The loop on fakes: what it does in which order, and a resume that is equal to the bit."""
 
+import itertools
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from syncline.learner.parity import ParityReport
 from syncline.learner.step import Step
 from syncline.protocols import Receipt, SyncReport
 from syncline.testing import InMemoryTrajectories, ListMetricSink
+from syncline.trajectory.ledger import QueueLimits
+from syncline.trajectory.queue import TrajectoryQueue
+from syncline.trajectory.shares import Ask
 from syncline.types import Completion, FinishReason, Rollout, RolloutGroup, RolloutStatus, TrainingSample, VersionSpan
 
 CPU = torch.device("cpu")
@@ -68,12 +72,14 @@ class AgreeingGate:
         return ParityReport(0.0, 0.0, 0.0, 1)
 
 
-def group(index: int) -> RolloutGroup:
+def group(index: int, *, policy_version: int = 0) -> RolloutGroup:
     """Rollouts that answer a made-up prompt; longer answers earn more."""
     rollouts = []
     for i in range(4):
         answer = tuple(20 + (index + i + j) % 20 for j in range(i + 2))
-        completion = Completion(answer, (-3.0,) * len(answer), (VersionSpan(0, 0, len(answer)),), FinishReason.STOP)
+        completion = Completion(
+            answer, (-3.0,) * len(answer), (VersionSpan(policy_version, 0, len(answer)),), FinishReason.STOP
+        )
         sample = TrainingSample.from_completion((5, 6 + index % 9, 7), completion)
         rollouts.append(Rollout((sample,), float(i % 3), RolloutStatus.COMPLETED))
     return RolloutGroup(f"group-{index}", "made-up", index, tuple(rollouts))
@@ -84,9 +90,9 @@ def model_path(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def config_of(model_path: Path, folder: Path, *, num_steps: int) -> RunConfig:
+def config_of(model_path: Path, folder: Path, *, num_steps: int, max_staleness: int = 0) -> RunConfig:
     values = run_values(model_path, folder)
-    values["run"] |= {"num_steps": num_steps, "groups_per_step": GROUPS_PER_STEP}
+    values["run"] |= {"num_steps": num_steps, "groups_per_step": GROUPS_PER_STEP, "max_staleness": max_staleness}
     values["learner"] = {
         "token_budget": 128,
         "checkpoint_interval": 3,
@@ -170,3 +176,84 @@ def test_a_step_without_anything_to_learn_from_moves_nothing(model_path: Path, t
     assert all(torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))
     [(_, metrics)] = parts.sink.logged  # type: ignore[attr-defined]
     assert metrics["step/skipped"] == 1
+
+
+class QueueAndEnvironment:
+    """`RolloutSource` over the real queue, with an environment that samples what a step lacks, and more when told."""
+
+    def __init__(self, config: RunConfig) -> None:
+        limits = QueueLimits(GROUPS_PER_STEP, 4, config.run.max_staleness, lease_seconds=100.0)
+        ids = itertools.count()
+        self.queue = TrajectoryQueue(limits, {"made-up": 1.0}, clock=lambda: 0.0, new_id=lambda: f"p{next(ids)}")
+        self.served = 0
+        """What the engine samples from."""
+        self.groups: dict[str, RolloutGroup] = {}
+
+    def sample(self, num_groups: int = 100) -> int:
+        """As many groups as there are permits for, of those wanted."""
+        ask = Ask("made-up", "0", num_groups)
+        self.queue.ask(ask, held=set(self.queue.ledger.live))
+        granted = self.queue.grant(ask)
+        self.queue.withdraw(ask)
+        for ticket in granted:
+            made = group(ticket.task_index, policy_version=self.served)
+            self.groups[made.group_id] = made
+            self.queue.put(made, ticket.permit_id)
+        return len(granted)
+
+    def start(self, *, policy_version: int, step: int) -> None:
+        self.queue.start(learner="L", policy_version=policy_version, step=step)
+
+    def next_batch(self, num_groups: int) -> list[RolloutGroup]:
+        if lacking := num_groups - len(self.queue.ready()):
+            self.sample(lacking)
+        leased = self.queue.lease(num_groups, learner="L", lease_id=f"{self.queue.state.step}")
+        return [self.groups[ticket.group_id or ""] for ticket in leased]
+
+    def acknowledge(self, groups: Any, *, step: int, policy_version: int) -> None:
+        ids = [group.group_id for group in groups]
+        self.queue.acknowledge(ids, learner="L", step=step, policy_version=policy_version)
+
+    def commit(self, *, step: int) -> None:
+        self.queue.commit(learner="L", step=step)
+
+    def metrics(self) -> dict[str, float]:
+        return {"queue/stale": self.queue.state.counters.stale}
+
+
+@dataclass
+class AsynchronousBridge(RecordingBridge):
+    """Lets the environment sample before every update: all that time the learner was at work."""
+
+    source: QueueAndEnvironment | None = None
+    sampled_while_learning: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def updating(self):
+        assert self.source is not None
+        self.sampled_while_learning.append(self.source.sample())
+        yield
+
+    def publish(self, model: Any, *, policy_version: int) -> SyncReport:
+        assert self.source is not None
+        self.source.served = policy_version
+        return super().publish(model, policy_version=policy_version)
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "sampled_while_learning", "ages"),
+    [(0, [0, 0, 0, 0], [0, 0, 0, 0]), (1, [2, 2, 2, 2], [0, 1, 1, 1]), (2, [4, 2, 2, 2], [0, 1, 2, 2])],
+)
+def test_environments_sample_while_the_learner_learns_as_far_as_the_run_allows(
+    model_path: Path, tmp_path: Path, max_staleness: int, sampled_while_learning: list[int], ages: list[int]
+) -> None:
+    config = config_of(model_path, tmp_path, num_steps=4, max_staleness=max_staleness)
+    source = QueueAndEnvironment(config)
+    bridge = AsynchronousBridge([], source=source)
+    parts = replace(parts_of(config, first_group=0, events=[]), source=source, bridge=bridge)
+    train(config, parts)
+    logged = [metrics for _, metrics in parts.sink.logged]  # type: ignore[attr-defined]
+    assert bridge.sampled_while_learning == sampled_while_learning
+    assert [metrics["sample/staleness_mean"] for metrics in logged] == ages
+    assert [metrics["sample/staleness_max"] for metrics in logged] == ages
+    assert logged[-1]["queue/stale"] == 0

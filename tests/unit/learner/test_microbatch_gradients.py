@@ -53,7 +53,7 @@ def sample(generator: torch.Generator, prompt: int, sampled: int) -> TrainingSam
 
 @cache
 def groups() -> tuple[RolloutGroup, ...]:
-    """Uneven lengths, a rollout of two samples, one cut off and one that failed."""
+    """Uneven lengths, a rollout of two samples that weighs more, one cut off and one that failed."""
     generator = torch.Generator().manual_seed(0)
     lengths = [[(3, 9), (3, 1), (3, 4)], [(5, 12), (5, 2), (5, 6)], [(2, 7), (2, 7), (2, 3)]]
     built = []
@@ -63,7 +63,7 @@ def groups() -> tuple[RolloutGroup, ...]:
             for i, shape in enumerate(shapes)
         ]
         built.append(RolloutGroup(f"group-{g}", "task", g, tuple(rollouts)))
-    two = Rollout((sample(generator, 4, 3), sample(generator, 6, 8)), 2.0, RolloutStatus.COMPLETED)
+    two = Rollout((sample(generator, 4, 3), sample(generator, 6, 8)), 2.0, RolloutStatus.COMPLETED, weight=2.5)
     cut = Rollout((sample(generator, 4, 10),), 0.0, RolloutStatus.TRUNCATED)
     failed = Rollout((sample(generator, 4, 5),), None, RolloutStatus.ERROR)
     return (*built, RolloutGroup("group-3", "task", 3, (two, cut, failed)))
@@ -114,10 +114,10 @@ def config(name: str, level: str, mode: str = "truncate") -> Loss:
     return Loss.model_validate({"name": name, "importance": importance, "kl_coef": 0.05, "mask_truncated": True})
 
 
-@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+@pytest.mark.parametrize("level", ["none", "token", "sequence", "geometric"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_many_microbatches_have_the_gradient_of_one(name: str, level: str) -> None:
-    loss = config(name, level, "mask" if level == "sequence" else "truncate")
+    loss = config(name, level, "mask" if level in ("sequence", "geometric") else "truncate")
     whole, split = batches(loss, 1000), batches(loss, 17)
     assert len(whole) == 1
     assert len(split) >= 5

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from syncline.config.schema import Loss
 from syncline.errors import ConfigError
+from syncline.learner.losses import ALGORITHMS
 from syncline.learner.packing import PackedBatch, pack, pack_samples
 from syncline.types import Rollout, RolloutGroup, RolloutStatus, TrainingSample, VersionSpan
 
@@ -65,6 +68,27 @@ def test_what_stays_out_of_the_loss_is_not_counted_by_the_normaliser() -> None:
     assert batch.loss_weights.tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_rollout_of_weight_two_counts_as_two_of_it_and_of_weight_zero_not_at_all(name: str) -> None:
+    once, other = rollout(sample(10, ".##")), rollout(sample(20, ".#"))
+    loss, longest = Loss.model_validate({"name": name}), 8
+    [twice] = packed(once, once, other, loss=loss, longest=longest)
+    [weighted] = packed(replace(once, weight=2.0), other, replace(other, weight=0.0), loss=loss, longest=longest)
+    assert twice.labels.tolist() == [11, 12, 11, 12, 21]
+    assert weighted.labels.tolist() == [11, 12, 21]
+    expected = torch.cat([twice.loss_weights[:2] + twice.loss_weights[2:4], twice.loss_weights[4:]])
+    torch.testing.assert_close(weighted.loss_weights, expected)
+
+
+def test_weights_by_hand() -> None:
+    # Lengths 2 and 1, weights 3 and 1: a mean over tokens divides by 3 * 2 + 1 = 7, one over rollouts by 3 + 1 = 4.
+    rollouts = replace(rollout(sample(10, ".##")), weight=3.0), rollout(sample(20, ".#"))
+    [over_tokens] = packed(*rollouts, loss=Loss(name="dapo"))
+    torch.testing.assert_close(over_tokens.loss_weights, torch.tensor([3 / 7, 3 / 7, 1 / 7]))
+    [over_rollouts] = packed(*rollouts, loss=Loss(name="grpo"))
+    torch.testing.assert_close(over_rollouts.loss_weights, torch.tensor([3 / 8, 3 / 8, 1 / 4]))
+
+
 def test_truncated_rollouts_are_trained_on_unless_masked() -> None:
     cut = rollout(sample(10, ".##"), status=TRUNCATED)
     assert packed(cut)[0].num_labels == 2
@@ -77,6 +101,22 @@ def test_first_fit_decreasing() -> None:
     batches = packed(*(rollout(sample(10 * i, mask)) for i, mask in enumerate(masks)), budget=5)
     assert [batch.cu_seqlens.tolist() for batch in batches] == [[0, 4, 5], [0, 3, 5]]
     assert [batch.labels.tolist() for batch in batches] == [[24, 11], [3, 32]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "expected"),
+    [
+        ((1, 2, 3, 4), 9, [[4, 1], [3, 2]]),  # first fit: 4 3 2 and a lone 1
+        ((3, 3, 2, 2, 2), 6, [[3, 3], [2, 2, 2]]),  # the even way, 3 2 2 and 3 2, is over the budget
+        ((5, 5, 1), 5, [[5], [5], [1]]),
+    ],
+)
+def test_microbatches_are_few_first_and_then_even(
+    lengths: tuple[int, ...], budget: int, expected: list[list[int]]
+) -> None:
+    batches = packed(*(rollout(sample(10 * i, "." + "#" * n)) for i, n in enumerate(lengths)), budget=budget)
+    assert [batch.cu_seqlens.diff().tolist() for batch in batches] == expected
+    assert [batch.max_seqlen for batch in batches] == [members[0] for members in expected]
 
 
 def test_a_sequence_above_the_budget_is_named() -> None:

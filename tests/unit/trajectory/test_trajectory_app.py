@@ -50,8 +50,8 @@ class Server:
 def serve(tmp_path):
     """Runs a coroutine function against a fresh server. Nothing may take longer than 20 s: a lost wake-up fails."""
 
-    def serve(scenario, **options):
-        limits = QueueLimits(groups_per_step=2, rollouts_per_group=2, max_staleness=0, lease_seconds=100.0)
+    def serve(scenario, *, max_refills=0, **options):
+        limits = QueueLimits(2, rollouts_per_group=2, max_staleness=0, lease_seconds=100.0, max_refills=max_refills)
         path = tmp_path / "t.sqlite"
         weights = {"math": 1.0, "code": 1.0}
         with TrajectoryStore(path, run_id="run-1", limits=limits, weights=weights, clock=lambda: 0.0) as store:
@@ -77,6 +77,21 @@ def test_a_whole_step_over_the_wire(serve):
         assert (status["policy_version"], status["counters"]["trained"], status["num_queued"]) == (1, 2, 0)
 
     serve(scenario)
+
+
+def test_used_up_refills_are_said_once_a_step(serve, caplog):
+    async def scenario(server):
+        await server.start()
+        for _ in range(2):
+            for permit in (await server.permits(2)).json()["permits"]:
+                outcome = (await server.put(permit, rewards=(1.0, 1.0))).json()["outcome"]
+                told.append((outcome, len(caplog.messages)))
+
+    told: list[tuple[str, int]] = []
+    with caplog.at_level("WARNING", logger="syncline.trajectory.app"):
+        serve(scenario, max_refills=1)
+    assert told == [("replaced", 0), ("unreplaced", 1), ("accepted", 1)]
+    assert "'math': run.max_refills groups of equal rewards were replaced" in caplog.messages[0]
 
 
 def test_health_is_a_write(serve):

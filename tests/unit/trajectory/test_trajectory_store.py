@@ -1,5 +1,6 @@
 """The queue on disk: what a store says is what the next one finds."""
 
+import json
 import os
 import sqlite3
 from dataclasses import replace
@@ -127,6 +128,22 @@ def test_a_restarted_learner_gets_its_groups_from_a_reopened_store(open_store):
     with open_store() as store:
         start(store)
         assert [wire.decode_group(body).task_index for body in lease(store, 2)] == [0, 1]
+
+
+def test_a_store_written_before_dynamic_sampling_goes_on(open_store, tmp_path):
+    with open_store() as store:
+        start(store)
+        grant(store, 1)
+    [(body,)] = rows(tmp_path, "SELECT body FROM state")
+    state = json.loads(body)
+    del state["num_refills"], state["counters"]["replaced"], state["counters"]["unreplaced"]
+    with sqlite3.connect(tmp_path / "t.sqlite") as db:
+        db.execute("UPDATE state SET body = ?", (json.dumps(state),))
+    with open_store(limits=replace(LIMITS, max_refills=1)) as store:
+        start(store)
+        [ticket] = grant(store, 1)
+        assert put(store, ticket, rewards=(1.0, 1.0)) is PutOutcome.REPLACED
+        assert rows(tmp_path, "SELECT count(*) FROM payloads") == [(0,)]
 
 
 def test_leases_and_permits_are_timed_anew_by_the_next_process(open_store):

@@ -12,11 +12,11 @@ from typing import Any
 from fastapi import APIRouter, HTTPException
 from pydantic import Field
 
-from syncline.bridges.receipt import model_digest
+from syncline.bridges.receipt import combined, model_digest
 from syncline.engines.vllm.adapters import Adapter
 from syncline.engines.vllm.routes import Body, Route
 from syncline.engines.vllm.served import Served
-from syncline.errors import EngineError
+from syncline.errors import EngineError, SyncError
 
 LOAD_TIMEOUT_SECONDS = 300.0
 """For requests under an adapter whose slot a load by hand needs."""
@@ -53,7 +53,7 @@ def adapter_routes(served: Served) -> APIRouter:
     async def adapters() -> dict[str, Any]:
         served.adapters.refuse_without()
         ranks = await served.each_rank("syncline_adapters")
-        return ranks[0] | {"num_ranks": len(ranks)}
+        return ranks[0] | {"whereabouts": [rank["whereabouts"] for rank in ranks]}
 
     @router.post("/syncline/stage")
     async def stage(body: StageBody) -> dict[str, Any]:
@@ -79,12 +79,16 @@ def adapter_routes(served: Served) -> APIRouter:
 
 
 async def _load(served: Served, adapter: Adapter, method: str, *content: Any, timeout_seconds: float) -> None:
-    """Into a free slot, one at a time. A fault leaves the adapters that are sampled from as they were."""
+    """Into a free slot of every rank, one at a time. A fault leaves the adapters that are sampled from as they were."""
     async with served.adapters.loading:
         if method == "syncline_stage":
             _stop_by_hand(served)
         drop = await served.adapters.room(timeout_seconds=timeout_seconds)
-        [adapter.parameters] = await served.each_rank(method, adapter.id, *content, drop)
+        try:
+            adapter.parameters = combined(await served.each_rank(method, adapter.id, *content, drop))
+        except SyncError:
+            await served.each_rank("syncline_drop", [adapter.id])
+            raise
         served.adapters.held.append(adapter)
 
 

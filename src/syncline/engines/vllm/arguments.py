@@ -23,6 +23,8 @@ class Start:
     policy_version: int = -1
     attach_to: str | None = None
     """URL of the engine that owns the weights this one uses too."""
+    bridge_config: str | None = None
+    """Where `bridges.bridge_file` is written; `None`: nowhere."""
 
 
 def engine_device(config: RunConfig) -> str:

@@ -104,7 +104,7 @@ def _rows(name: str, tensor: torch.Tensor, module: Any) -> Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """One of the matrices that a column-parallel layer fuses: which rows of it this rank holds."""
 
     num_rows: int
@@ -113,7 +113,7 @@ class _Part:
     counted: bool
 
 
-def _parts(module: Any) -> list[_Part]:
+def row_parts(module: Any) -> list[Part]:
     """Key and value heads are replicated when there are fewer of them than ranks."""
     sizes = list(module.output_partition_sizes)
     replicas = [1] * len(sizes)
@@ -121,7 +121,7 @@ def _parts(module: Any) -> list[_Part]:
         replicas[1:] = [module.num_kv_head_replicas] * (len(sizes) - 1)
     rank, ranks = module.tp_rank, module.tp_size
     return [
-        _Part(size, rank // copies * size, size * ranks // copies, rank % copies == 0)
+        Part(size, rank // copies * size, size * ranks // copies, rank % copies == 0)
         for size, copies in zip(sizes, replicas, strict=True)
     ]
 
@@ -129,7 +129,7 @@ def _parts(module: Any) -> list[_Part]:
 def _columns(name: str, tensor: torch.Tensor, module: Any, packed: dict[str, list[str]]) -> Pieces:
     """A column-parallel layer holds rows of its matrices, one matrix after the other."""
     *path, layer, leaf = name.split(".")
-    names, parts = packed.get(layer, [layer]), _parts(module)
+    names, parts = packed.get(layer, [layer]), row_parts(module)
     if sum(part.num_rows for part in parts) != tensor.shape[0] or len(names) not in (1, len(parts)):
         raise SyncError(
             f"{name}: vLLM fuses {names} into a tensor of shape {list(tensor.shape)}, which its partition sizes "

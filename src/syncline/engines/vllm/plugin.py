@@ -8,10 +8,29 @@ another engine on the same device, so that several engines sample from one copy.
 """
 
 import dataclasses
+import os
+from importlib.metadata import entry_points
 from typing import Any
 
+from syncline.errors import EngineError
+
+GROUP = "vllm.general_plugins"
 UNPACKED = "syncline_unpacked"
 ATTACHED = "syncline_attached"
+
+
+def refuse_unregistered() -> None:
+    """Raises `EngineError` when vLLM will not call `register` in the processes it starts, and would then know none of
+    our loaders."""
+    found = {entry.name for entry in entry_points(group=GROUP) if entry.value == f"{__name__}:register"}
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not found:
+        raise EngineError(
+            f"no installed distribution has the entry point {GROUP} = {__name__}:register, by which vLLM finds "
+            "syncline's plugin: this package is on sys.path but not installed; run `make setup`, or `pip install .`"
+        )
+    if allowed is not None and not found & set(allowed.split(",")):
+        raise EngineError(f"VLLM_PLUGINS = {allowed!r} leaves out {'/'.join(found)}; add it, or unset VLLM_PLUGINS")
 
 
 def register() -> None:
@@ -77,13 +96,16 @@ def _attached_loader(unpacked: type) -> type:
         def load_weights(self, model: Any, model_config: Any) -> None:
             from vllm.distributed import get_tensor_model_parallel_rank
 
-            from syncline.bridges.handles import bind, open_views
+            from syncline.bridges.handles import bind, fingerprint_of, open_views
             from syncline.bridges.receipt import whole
+            from syncline.engines.vllm import compat
 
             if on_cpu:
                 _leave_unpacked(model)
             own = {name: whole(parameter) for name, parameter in model.named_parameters()}
             rank, device = get_tensor_model_parallel_rank(), next(iter(own.values())).tensor.device
-            bind(own, open_views(self._ranks[rank], device=device), rank=rank)
+            version, fingerprint = compat.vllm_version(), fingerprint_of(own)
+            theirs = open_views(self._ranks[rank], device=device, model=fingerprint, vllm_version=version)
+            bind(own, theirs, rank=rank)
 
     return AttachedLoader

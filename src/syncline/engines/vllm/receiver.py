@@ -10,6 +10,7 @@ from syncline.bridges.collective import Deadline, Group
 from syncline.bridges.invitation import Invitation, same_gpu
 from syncline.bridges.manifest import Shard
 from syncline.bridges.pipeline import Receiver
+from syncline.bridges.sparse import SparseReceiver
 from syncline.errors import SyncError
 
 
@@ -31,7 +32,8 @@ class Member:
             raise SyncError(f"the learner is on this engine's GPU {invitation.device}; set bridge.name to shared")
         held = list(shards)
         refuse_unplanned(invitation.manifest, held)
-        receiver = Receiver(invitation.plan(), held, self._device)
+        end = SparseReceiver if invitation.sparse else Receiver
+        receiver = end(invitation.plan(), held, self._device)
         seat = invitation.seat(self._rank)
         self._joined = Group.join(seat, self._device, deadline=Deadline.after(timeout_seconds)), receiver
         return receiver.plan.digest

@@ -42,8 +42,7 @@ class Served:
         """What the next request would be sampled from: the weights, and the adapter that is current."""
         measured = combined(await self.each_rank(method, *args))
         if current := self.adapters.current:
-            [held] = await self.each_rank("syncline_held", current.id)
-            measured |= held
+            measured |= combined(await self.each_rank("syncline_held", current.id))
         return measured
 
     async def each_rank(self, method: str, *args: Any) -> list[Any]:

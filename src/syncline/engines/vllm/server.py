@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from syncline.bridges.bridge_file import write_bridge_file
 from syncline.config import RunConfig
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.adapter_routes import adapter_routes, by_hand_routes
@@ -22,16 +23,19 @@ from syncline.engines.vllm.adapters import Adapters
 from syncline.engines.vllm.arguments import Start, engine_device, parse, set_environment
 from syncline.engines.vllm.broadcast_routes import broadcast_routes
 from syncline.engines.vllm.gate import Gate
+from syncline.engines.vllm.plugin import refuse_unregistered
 from syncline.engines.vllm.routes import add_routes
 from syncline.engines.vllm.sampling_routes import sampling_routes
 from syncline.engines.vllm.served import Restart, Served
 from syncline.engines.vllm.weight_routes import pause_routes, weight_routes
+from syncline.launch.plan import url
 
 WATCH_SECONDS = 0.5
 
 
 def serve(config: RunConfig, start: Start, *, run_dir: Path | None, argv: list[str]) -> int:
     """Serves until SIGTERM; returns the exit code. `argv` is this process's command, for a restart."""
+    refuse_unregistered()
     device = engine_device(config)
     set_environment(config, device)
     args = parse(config, device, start)
@@ -67,6 +71,8 @@ async def _serve(
         served = Served(engine, Gate(start.policy_version), about, shares=shares, adapters=adapters)
         if shares and not start.attach_to:
             await served.each_rank("syncline_share")
+        if start.bridge_config:
+            await _write_bridge_file(served, start, args)
         await served.remeasure()
         if start.policy_version >= 0:
             await compat.name_weights(engine, start.policy_version)
@@ -85,6 +91,15 @@ async def _serve(
     with suppress(asyncio.CancelledError):
         await shutdown
     return served.restart_from, died[0] if died else None
+
+
+async def _write_bridge_file(served: Served, start: Start, args: Namespace) -> None:
+    """For a learner that is started apart. Raises `SyncError`."""
+    assert start.bridge_config
+    handles = await served.each_rank("syncline_export", False)
+    address = url("127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host, start.port)
+    path = write_bridge_file(start.bridge_config, url=address, model=served.about["model"], handles=handles)
+    print(f"Exported {len(handles[0]['tensors'])} params to {path}", flush=True)
 
 
 async def _watch(engine: Any, died: list[str]) -> None:

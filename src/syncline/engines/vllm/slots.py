@@ -10,35 +10,26 @@ from typing import Any
 
 import torch
 
-from syncline.bridges.adapter import A, AdapterLayout, B, copy_all, listed, what_cannot_be_held
+from syncline.bridges.adapter import A, AdapterLayout, B, listed, what_cannot_be_held
+from syncline.bridges.blocks import digested
 from syncline.bridges.carriers import Receiver, whereabouts
+from syncline.bridges.manifest import Shard
+from syncline.bridges.receipt import Piece
 from syncline.engines.vllm import compat
+from syncline.engines.vllm.adapter_pieces import Layers, adaptable
 from syncline.engines.vllm.answer import answer
 from syncline.errors import SyncError
 
-Layers = dict[str, tuple[Any, int]]
-"""Checkpoint name of each linear layer that can be adapted → vLLM's layer, and which of its fused slices it is."""
-
-
-def adaptable(manager: Any) -> Layers:
-    """What of vLLM's model the bridge can adapt; anything else is left to be refused by name."""
-    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-
-    found: Layers = {}
-    for name, layer in manager.modules.items():
-        parts = manager.packed_modules.get(name, [name])
-        if isinstance(layer, BaseLinearLayerWithLoRA) and layer.n_slices == len(parts):
-            found |= {part: (layer, i) for i, part in enumerate(parts)}
-    return found
-
 
 def sizes(layers: Layers) -> dict[str, list[int]]:
-    """Name → inputs and outputs."""
-    return {n: [layer.lora_a_stacked[i].shape[3], layer.lora_b_stacked[i].shape[2]] for n, (layer, i) in layers.items()}
+    """Name → inputs and outputs, of the whole layer."""
+    return {name: [part.num_inputs, part.num_outputs] for name, part in layers.items()}
 
 
 def load(manager: Any, adapter_id: int, layout: AdapterLayout, buffer: torch.Tensor) -> None:
-    """Fills a free slot from the buffer and pins it. The buffer may be written again once the device has caught up."""
+    """Fills a free slot from the buffer and pins it. The buffer may be written again once the device has caught up.
+
+    Of a layer that is split over ranks vLLM takes this rank's part of the whole."""
     views = layout.views(buffer)
     pairs = {name: (views[name + A], views[name + B]) for name in layout.modules()}
     adapter = compat.new_adapter(adapter_id, pairs)
@@ -48,45 +39,43 @@ def load(manager: Any, adapter_id: int, layout: AdapterLayout, buffer: torch.Ten
     adapter.loras.clear()  # views of a buffer that will hold the next version
 
 
-def read(manager: Any, layers: Layers, adapter_id: int, layout: AdapterLayout, buffer: torch.Tensor) -> None:
-    """Copies an adapter out of its slot. Raises `SyncError` when the slot holds more than the layout says."""
-    slot, views = manager.lora_index_to_id.index(adapter_id), layout.views(buffer)
-    targets, found = [], []
-    for name in layout.modules():
-        layer, i = layers[name]
-        rank = layout.shapes[name + A][0]
-        targets += [views[name + A], views[name + B]]
-        found += [layer.lora_a_stacked[i][slot, 0, :rank], layer.lora_b_stacked[i][slot, 0, :, :rank]]
-    copy_all(targets, found)
+def read(manager: Any, layers: Layers, adapter_id: int, layout: AdapterLayout) -> list[tuple[str, Shard]]:
+    """This rank's pieces of an adapter, views of its slot. Raises `SyncError` when the slot holds more than them."""
+    slot = manager.lora_index_to_id.index(adapter_id)
     rest = [(name, tensor) for name, tensor in _rest(manager, layers, slot, layout) if tensor.numel()]
     if rest and torch.stack([tensor.any() for _, tensor in rest]).any():
         bad = next(name for name, tensor in rest if tensor.any())
         raise SyncError(f"{bad}: the engine's slot holds more than the adapter that was loaded into it")
+    pieces: list[tuple[str, Shard]] = []
+    for name in layout.modules():
+        rank = layout.shapes[name + A][0]
+        pieces.append((name + A, layers[name].a(slot, rank)))
+        pieces += [(name + B, piece) for piece in layers[name].b(slot, rank)]
+    return pieces
 
 
 def whole(manager: Any) -> AdapterLayout:
     """The layout of all that a slot can hold, for an adapter whose own is not known."""
-    shapes: dict[str, torch.Size] = {}
-    for name, (layer, i) in adaptable(manager).items():
-        shapes |= {name + A: layer.lora_a_stacked[i].shape[2:], name + B: layer.lora_b_stacked[i].shape[2:]}
+    shapes: dict[str, tuple[int, int]] = {}
+    rank = manager.lora_config.max_lora_rank
+    for name, (num_inputs, num_outputs) in sizes(adaptable(manager)).items():
+        shapes |= {name + A: (rank, num_inputs), name + B: (num_outputs, rank)}
     return AdapterLayout(shapes, str(manager.lora_config.lora_dtype).removeprefix("torch."))
 
 
 def _rest(manager: Any, layers: Layers, slot: int, layout: AdapterLayout) -> Iterator[tuple[str, torch.Tensor]]:
     """What of a slot is no part of the adapter: padding up to the largest rank, and layers that are not adapted."""
-    adapted = {(id(layer), i): name for name, (layer, i) in layers.items() if name + A in layout.shapes}
+    adapted = {(id(part.layer), part.index): name for name, part in layers.items() if name + A in layout.shapes}
     for module_name, module in manager.modules.items():
         stacks = [module.lora_a_stacked, module.lora_b_stacked]
         slices = zip(*([one] if isinstance(one, torch.Tensor) else one for one in stacks), strict=True)
         for i, (a, b) in enumerate(slices):
             name = adapted.get((id(module), i))
-            rank = layout.shapes[name + A][0] if name else 0
             if name is None:
                 yield module_name, a[slot]
                 yield module_name, b[slot]
             else:
-                yield name, a[slot, 0, rank:]
-                yield name, b[slot, 0, :, rank:]
+                yield from ((name, tensor) for tensor in layers[name].beside(slot, layout.shapes[name + A][0]))
 
 
 class AdapterExtension:
@@ -98,7 +87,7 @@ class AdapterExtension:
     _layouts: dict[int, AdapterLayout] | None = None
 
     def syncline_adapters(self) -> dict[str, Any]:
-        """What `EngineControl.adapters` answers, but for the number of ranks."""
+        """What `EngineControl.adapters` answers, of this rank."""
         manager = compat.adapter_manager(self.model_runner)
         about = {
             "dtype": str(manager.lora_config.lora_dtype).removeprefix("torch."),
@@ -109,7 +98,9 @@ class AdapterExtension:
         return answer(lambda: about)
 
     def syncline_stage(self, adapter_id: int, adapter: dict[str, Any], drop: list[int]) -> dict[str, Any]:
-        """Drops adapters, loads one; name → digest of what its slot then holds."""
+        """Drops adapters, loads one; name → digests (`receipt.Piece`) of what this rank's slot then holds.
+
+        After a fault of any rank, `syncline_drop` makes them alike again."""
         layout = AdapterLayout(adapter["shapes"], adapter["dtype"])
 
         def fill(manager: Any) -> AdapterLayout:
@@ -138,27 +129,26 @@ class AdapterExtension:
         """An adapter's slot, digested again."""
         return answer(lambda: self._digests(adapter_id))
 
-    def _added(self, adapter_id: int, drop: list[int], fill: Callable[[Any], AdapterLayout]) -> dict[str, Any]:
-        manager = compat.adapter_manager(self.model_runner)
-        kept = {i: layout for i, layout in (self._layouts or {}).items() if i not in drop}
-        for old in drop:
-            manager.remove_adapter(old)
+    def syncline_drop(self, adapter_ids: list[int]) -> dict[str, Any]:
+        """Frees the slots of those that this rank holds."""
+        for adapter_id in adapter_ids:
+            compat.adapter_manager(self.model_runner).remove_adapter(adapter_id)
+        self._layouts = {i: layout for i, layout in (self._layouts or {}).items() if i not in adapter_ids}
+        return {"value": None}
 
-        def added() -> dict[str, str]:
-            try:
-                self._layouts = {**kept, adapter_id: fill(manager)}
-                return self._digests(adapter_id)
-            except SyncError:
-                manager.remove_adapter(adapter_id)
-                raise
+    def _added(self, adapter_id: int, drop: list[int], fill: Callable[[Any], AdapterLayout]) -> dict[str, Any]:
+        self.syncline_drop(drop)
+
+        def added() -> dict[str, list[Piece]]:
+            layout = fill(compat.adapter_manager(self.model_runner))
+            self._layouts = {**(self._layouts or {}), adapter_id: layout}
+            return self._digests(adapter_id)
 
         return answer(added)
 
-    def _digests(self, adapter_id: int) -> dict[str, str]:
+    def _digests(self, adapter_id: int) -> dict[str, list[Piece]]:
         manager, layout = compat.adapter_manager(self.model_runner), (self._layouts or {})[adapter_id]
-        buffer = layout.new_buffer(self.device)
-        read(manager, adaptable(manager), adapter_id, layout, buffer)
-        return layout.digests(buffer)
+        return digested(read(manager, adaptable(manager), adapter_id, layout))
 
 
 def _refuse(manager: Any, layout: AdapterLayout) -> None:

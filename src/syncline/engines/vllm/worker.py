@@ -8,6 +8,7 @@ from syncline.bridges.handles import export_views, move_to_memory_file
 from syncline.bridges.invitation import Invitation
 from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import shard_digests, whole
+from syncline.engines.vllm import compat
 from syncline.engines.vllm.answer import answer
 from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
 from syncline.engines.vllm.receiver import Member
@@ -43,7 +44,8 @@ class WorkerExtension(AdapterExtension):
 
     def syncline_export(self, fused: bool) -> dict[str, Any]:
         """Where this rank's pieces lie, under their checkpoint names, or (`fused`) as vLLM names and fuses them."""
-        return answer(lambda: export_views(self._views(fused), memory_file=self._memory_file))
+        version = compat.vllm_version()
+        return answer(lambda: export_views(self._views(fused), memory_file=self._memory_file, vllm_version=version))
 
     def _checkpoint_pieces(self) -> list[tuple[str, Shard]]:
         """What `checkpoint_views` yields, named anew whenever a parameter has moved."""

@@ -5,17 +5,15 @@ hash of its text, so that the splits share no question whatever the seeds. Quest
 for the tasks that have a fixed number of them.
 """
 
-import hashlib
 import random
 from collections.abc import Mapping
 from typing import Any
 
 from syncline.envs.scoring import Score, check_weights, weighted_score
-from syncline.envs.single_turn import SingleTurn, check_split
+from syncline.envs.single_turn import SingleTurn, check_split, hashed_split
 from syncline.errors import ConfigError
 from syncline.types import Message
 
-HELDOUT_ONE_IN = 8
 _MAX_DRAWS = 1000
 
 
@@ -60,7 +58,7 @@ class ReasoningGym(SingleTurn):
         rng = random.Random(f"{self._seed}/{split}/{index}")
         for _ in range(_MAX_DRAWS):
             item = self._one(rng.getrandbits(31))
-            if split_of(item["question"]) == split:
+            if hashed_split(item["question"]) == split:
                 return item
         raise ConfigError([f"dataset: {self._dataset!r} has no {split} question in {_MAX_DRAWS} draws; it has too few"])
 
@@ -81,9 +79,3 @@ class ReasoningGym(SingleTurn):
         """A data set of one item, whose verifier is any other's of the same configuration."""
         self._verifier = self._create(self._dataset, seed=seed, size=1, **self._config)
         return self._verifier[0]
-
-
-def split_of(question: str) -> str:
-    """`"heldout"` for one question in `HELDOUT_ONE_IN`, else `"train"`: a fixed hash, no seed."""
-    digest = hashlib.sha256(f"held out {question}".encode()).digest()
-    return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"

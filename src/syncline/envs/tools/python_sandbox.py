@@ -23,6 +23,8 @@ CHILD = Path(__file__).with_name("python_child.py")
 NOT_CONFINED = 97
 """The child's exit code when it could not give up what it has; it runs nothing then."""
 MAX_CODE_BYTES = 64 << 10
+_PART = 4096
+"""Bytes read at once; of a flood no more than a few of them are ever held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class PythonSandbox:
     async def _run(self, body: bytes) -> str:
         pipe, both = subprocess.PIPE, subprocess.STDOUT
         child = await asyncio.create_subprocess_exec(
-            *self._argv(), stdin=pipe, stdout=pipe, stderr=both, env={}, cwd="/", start_new_session=True
+            *self._argv(), stdin=pipe, stdout=pipe, stderr=both, env={}, cwd="/", start_new_session=True, limit=_PART
         )
         timed_out = False
         output = bytearray()
@@ -83,6 +85,8 @@ class PythonSandbox:
         finally:
             if child.returncode is None:
                 child.kill()
+            if child.stdout:
+                await child.stdout.read()  # asyncio sees no end of a process whose output nobody reads
             code = await child.wait()
         return self._told(bytes(output), code, timed_out)
 
@@ -95,7 +99,7 @@ class PythonSandbox:
             child.stdin.close()
         except (BrokenPipeError, ConnectionResetError):
             pass  # it ended before it read; its exit code says why
-        while len(output) <= self._limits.output_bytes and (part := await child.stdout.read(4096)):
+        while len(output) <= self._limits.output_bytes and (part := await child.stdout.read(_PART)):
             output += part
         if len(output) <= self._limits.output_bytes:
             await child.wait()

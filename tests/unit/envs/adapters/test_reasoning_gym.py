@@ -7,9 +7,10 @@ import pytest
 from character_tokenizer import CharacterTokenizer, completion
 
 from syncline.config.schema import Environment as EnvironmentConfig
-from syncline.envs.adapters.reasoning_gym import ReasoningGym, split_of
+from syncline.envs.adapters.reasoning_gym import ReasoningGym
 from syncline.envs.registry import build_environment
 from syncline.envs.rendering import ChatPolicy
+from syncline.envs.single_turn import hashed_split
 from syncline.errors import ConfigError
 from syncline.testing import FakeGenerate
 from syncline.types import SamplingParams
@@ -37,7 +38,7 @@ def test_task_is_reproduced_and_scored_by_its_own_verifier(name: str):
     one, other = (ReasoningGym(dataset=name, seed=7) for _ in range(2))
     task = one.task(3)
     assert other.task(3)["question"] == task["question"]
-    assert split_of(one.task(0, split="heldout")["question"]) == "heldout" != split_of(task["question"])
+    assert hashed_split(one.task(0, split="heldout")["question"]) == "heldout" != hashed_split(task["question"])
     if name not in NO_ORACLE:
         right = one.score(task, f"so <answer>{task['answer']}</answer>")
         assert right.parts == {"correct": 1.0, "score": 1.0, "format": 1.0}

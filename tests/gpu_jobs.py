@@ -1,0 +1,72 @@
+"""What there is to run on GPUs, in pieces that need some of them each; `tests/on_gpus.py` runs them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from model_families import DENSE, EXPERT
+
+FAMILY_PARTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """`arguments` are pytest's."""
+
+    name: str
+    num_gpus: int
+    arguments: tuple[str, ...]
+
+    @property
+    def file_name(self) -> str:
+        return self.name.replace(":", "-")
+
+
+def known_jobs() -> list[Job]:
+    return [*_contracts(), *_others(), *_main_jobs(), *_families()]
+
+
+def _contracts() -> Iterator[Job]:
+    """Every bridge with every number of engine ranks; `broadcast` has its learner on a GPU of its own."""
+    suite = "tests/contracts/test_weight_bridge.py"
+    for bridge, sizes in {"restart": (1, 2, 4), "broadcast": (1, 2, 4), "lora": (1, 2, 4)}.items():
+        for ranks in sizes:
+            name = f"{bridge}-tp{ranks}"
+            yield Job(f"contract:{name}", ranks + (bridge == "broadcast"), (suite, "-k", f"[{name}"))
+    for bridge in ("shared", "shared-lora"):
+        yield Job(f"contract:{bridge}-tp1", 1, (suite, "-k", f"[{bridge}-tp1"))
+    yield Job("contract:broadcast-sparse-tp2", 3, (suite, "-k", "[broadcast-sparse-tp2"))
+    for ranks in (2, 4):
+        yield Job(f"contract:shared-tp{ranks}", ranks, ("tests/contracts/test_shared_ranks.py", "-k", f"tp{ranks}"))
+
+
+def _others() -> Iterator[Job]:
+    yield Job("broadcast-kills", 3, ("tests/contracts/test_broadcast_engines.py",))
+    yield Job("broadcast-ranks", 4, ("tests/contracts/test_broadcast_ranks.py",))
+    yield Job("adapter-ranks", 2, ("tests/contracts/test_lora_ranks.py",))
+    yield Job("replicas", 1, ("tests/contracts/test_replicas.py",))
+    yield Job("adapters", 1, ("tests/contracts/test_lora_engine.py",))
+    yield Job("kernels", 1, ("tests/gpu",))
+    yield Job("restart-process", 1, ("tests/e2e/test_engine_restart.py",))
+    yield Job("recovery", 1, ("tests/e2e/test_recovery.py",))
+
+
+def _main_jobs() -> Iterator[Job]:
+    """The main job from start to report through each bridge."""
+    for variant, num_gpus in {
+        "restart": 1,
+        "restart-lora": 1,
+        "shared": 1,
+        "shared-lora": 1,
+        "lora": 1,
+        "broadcast-lora": 2,
+        "shared-tp2": 2,
+        "shared-tp4": 4,
+    }.items():
+        yield Job(f"main:{variant}", num_gpus, ("tests/e2e/test_main_job.py", "-k", f"[{variant}]"))
+
+
+def _families() -> Iterator[Job]:
+    names = [*DENSE, *EXPERT]
+    for part in range(FAMILY_PARTS):
+        chosen = " or ".join(f"[{name}]" for name in names[part::FAMILY_PARTS])
+        yield Job(f"families:{part + 1}", 1, ("tests/e2e/test_families.py", "-k", chosen))

@@ -1,0 +1,183 @@
+"""vLLM's own LoRA layers, filled by their own slicing on every rank: the pieces must add up to the adapter."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from syncline.bridges.adapter import AdapterLayout, LoraLayer
+from syncline.bridges.blocks import digested
+from syncline.bridges.receipt import combined
+from syncline.engines.vllm.adapter_pieces import adaptable
+from syncline.engines.vllm.slots import read, sizes, whole
+from syncline.errors import SyncError
+
+pytest.importorskip("vllm")
+OnRank = Callable[[int, int], None]
+HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, INTERMEDIATE, EXPERTS = 32, 8, 2, 8, 64, 4
+RANK, MAX_RANK, SLOT = 4, 16, 1
+APART = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+TOGETHER = {name: [name] for name in APART}
+"""As Phi-3's checkpoint has them."""
+SIZES = {
+    "q_proj": (HIDDEN, HEADS * HEAD_SIZE),
+    "k_proj": (HIDDEN, KV_HEADS * HEAD_SIZE),
+    "v_proj": (HIDDEN, KV_HEADS * HEAD_SIZE),
+    "o_proj": (HEADS * HEAD_SIZE, HIDDEN),
+    "gate_proj": (HIDDEN, INTERMEDIATE),
+    "up_proj": (HIDDEN, INTERMEDIATE),
+    "down_proj": (INTERMEDIATE, HIDDEN),
+    "fc": (HIDDEN, INTERMEDIATE),
+    "router": (HIDDEN, EXPERTS),
+}
+
+
+def adapter(packed: dict[str, list[str]], rank: int = RANK) -> dict[str, LoraLayer]:
+    """A pair for every layer, in the checkpoint's names."""
+    torch.manual_seed(0)
+    found = dict(SIZES)
+    for layer, names in packed.items():
+        if names == [layer]:
+            found[layer] = (HIDDEN, sum(found.pop(part)[1] for part in APART[layer]))
+    return {name: LoraLayer(torch.randn(rank, i), torch.randn(o, rank), 1.0) for name, (i, o) in found.items()}
+
+
+def manager(packed: dict[str, list[str]], *, fully_sharded: bool = False) -> Any:
+    """vLLM's layers of this rank, one of each kind, with the slots that its adapter manager gives them."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.utils import from_layer
+    from vllm.model_executor.layers import linear
+
+    layers = {
+        "qkv_proj": linear.QKVParallelLinear(HIDDEN, HEAD_SIZE, HEADS, KV_HEADS, bias=True),
+        "o_proj": linear.RowParallelLinear(HEADS * HEAD_SIZE, HIDDEN),
+        "gate_up_proj": linear.MergedColumnParallelLinear(HIDDEN, [INTERMEDIATE] * 2),
+        "down_proj": linear.RowParallelLinear(INTERMEDIATE, HIDDEN),
+        "fc": linear.ColumnParallelLinear(HIDDEN, INTERMEDIATE),
+        "router": linear.ReplicatedLinear(HIDDEN, EXPERTS),
+    }
+    config = LoRAConfig(
+        max_lora_rank=MAX_RANK, max_loras=2, lora_dtype=torch.bfloat16, fully_sharded_loras=fully_sharded
+    )
+    modules = {name: from_layer(layer, 2, config, packed.get(name, [])) for name, layer in layers.items()}
+    return SimpleNamespace(modules=modules, packed_modules=packed, lora_index_to_id=[None, 77], lora_config=config)
+
+
+def fill(manager: Any, layers: dict[str, LoraLayer]) -> None:
+    """As vLLM activates an adapter: every rank is given the whole, and takes its part."""
+    for name, module in manager.modules.items():
+        names = manager.packed_modules.get(name, [name])
+        pairs = [(layers[n].a.bfloat16(), layers[n].b.bfloat16()) for n in names]
+        a, b = (list(side) for side in zip(*pairs, strict=True))
+        module.set_lora(SLOT, *((a[0], b[0]) if len(names) == 1 else (a, b)))
+
+
+def expected(layers: dict[str, LoraLayer]) -> tuple[AdapterLayout, dict[str, str]]:
+    """The learner's digests."""
+    layout = AdapterLayout.of(layers, "bfloat16")
+    buffer = layout.new_buffer(torch.device("cpu"))
+    layout.pack(layers, buffer)
+    return layout, layout.digests(buffer)
+
+
+def held(
+    on_rank: OnRank,
+    num_ranks: int,
+    layers: dict[str, LoraLayer],
+    *,
+    packed: dict[str, list[str]] = APART,
+    fully_sharded: bool = False,
+    spoil: Callable[[int, Any], None] = lambda rank, modules: None,
+) -> dict[str, str]:
+    """What all ranks together say of their slots."""
+    layout, ranks = expected(layers)[0], []
+    for rank in range(num_ranks):
+        on_rank(rank, num_ranks)
+        mine = manager(packed, fully_sharded=fully_sharded)
+        fill(mine, layers)
+        spoil(rank, mine.modules)
+        assert sizes(adaptable(mine)) == {n: [len(layer.a.T), len(layer.b)] for n, layer in layers.items()}
+        ranks.append(digested(read(mine, adaptable(mine), 77, layout)))
+    return combined(ranks)
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["sharded", "fully sharded"])
+@pytest.mark.parametrize("packed", [APART, TOGETHER], ids=["apart", "fused in the checkpoint"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_the_ranks_pieces_add_up_to_the_adapter(
+    on_rank: OnRank, num_ranks: int, packed: dict[str, list[str]], fully_sharded: bool
+) -> None:
+    """8 ranks share two key heads; fully sharded, the last of them hold no row of an adapter below the slot's rank."""
+    layers = adapter(packed)
+    assert held(on_rank, num_ranks, layers, packed=packed, fully_sharded=fully_sharded) == expected(layers)[1]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_slot_whose_adapter_is_not_known_is_told_to_its_largest_rank(on_rank: OnRank, num_ranks: int) -> None:
+    layers = adapter(APART, MAX_RANK)
+    on_rank(0, num_ranks)
+    layout = whole(manager(APART))
+    assert set(layout.shapes.items()) == set(expected(layers)[0].shapes.items())
+    assert layout.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("layer", "stack", "name"),
+    [
+        ("qkv_proj", lambda layer: layer.lora_b_stacked[1][SLOT, 0, 2, :RANK], "k_proj.lora_B.weight"),
+        ("gate_up_proj", lambda layer: layer.lora_b_stacked[0][SLOT, 0, 3, :RANK], "gate_proj.lora_B.weight"),
+        ("down_proj", lambda layer: layer.lora_a_stacked[0][SLOT, 0, 1, 5], "down_proj.lora_A.weight"),
+    ],
+)
+def test_one_ranks_spoilt_piece_changes_that_tensor_alone(
+    on_rank: OnRank, layer: str, stack: Callable[[Any], torch.Tensor], name: str
+) -> None:
+    def spoil(rank: int, modules: Any) -> None:
+        if rank == 1:
+            stack(modules[layer]).add_(1)
+
+    layers = adapter(APART)
+    found, wanted = held(on_rank, 2, layers, spoil=spoil), expected(layers)[1]
+    assert [n for n in wanted if wanted[n] != found[n]] == [name]
+
+
+@pytest.mark.parametrize(
+    ("layer", "stack", "message"),
+    [
+        ("fc", "lora_a_stacked", r"fc\.lora_A\.weight: ranks 0 and 1 hold different copies"),
+        ("o_proj", "lora_b_stacked", r"o_proj\.lora_B\.weight: ranks 0 and 1 hold different copies"),
+    ],
+)
+def test_ranks_that_hold_different_copies_are_named(on_rank: OnRank, layer: str, stack: str, message: str) -> None:
+    def spoil(rank: int, modules: Any) -> None:
+        if rank == 1:
+            getattr(modules[layer], stack)[0][SLOT, 0, 0, 0] += 1
+
+    with pytest.raises(SyncError, match=message):
+        held(on_rank, 2, adapter(APART), spoil=spoil)
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["sharded", "fully sharded"])
+def test_what_lies_beside_the_adapter_on_any_rank_is_noticed(on_rank: OnRank, fully_sharded: bool) -> None:
+    """Fully sharded over 4 ranks, a slot of rank 16 gives the last one rows that this adapter does not have."""
+
+    def spoil(rank: int, modules: Any) -> None:
+        if rank == 3:
+            modules["qkv_proj"].lora_a_stacked[2][SLOT, 0, -1, 0] = 1
+
+    with pytest.raises(SyncError, match=r"^v_proj: the engine's slot holds more"):
+        held(on_rank, 4, adapter(APART), spoil=spoil, fully_sharded=fully_sharded)
+
+
+def test_ranks_that_swapped_their_parts_are_noticed(on_rank: OnRank) -> None:
+    """Each piece is right, and in the wrong place."""
+    layers = adapter(APART)
+    parts = layers["down_proj"].a.bfloat16().chunk(2, dim=1)
+
+    def spoil(rank: int, modules: Any) -> None:
+        modules["down_proj"].lora_a_stacked[0][SLOT, 0, :RANK] = parts[1 - rank]
+
+    found, wanted = held(on_rank, 2, layers, spoil=spoil), expected(layers)[1]
+    assert [n for n in wanted if wanted[n] != found[n]] == ["down_proj.lora_A.weight"]
