@@ -13,7 +13,7 @@ from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.engines.vllm.receiver import Member
 from syncline.errors import EngineError
-from syncline.protocols import Membership, Receipt, Received
+from syncline.protocols import Membership, Paused, Receipt, Received
 
 CPU = torch.device("cpu")
 
@@ -26,6 +26,8 @@ class FakeEngine:
         self.calls: list[str] = []
         self.before_receive: Callable[[], None] = lambda: None
         """A fault to inject: what it raises is the answer to `receive_broadcast`."""
+        self.after_receive: Callable[[], object] = lambda: None
+        """Another: what it does to the weights is found by the proof."""
         self._held = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
         self._num_workers = num_workers
         self._members: list[Member] = []
@@ -63,12 +65,15 @@ class FakeEngine:
     def wait_until_ready(self, *, timeout_seconds: float) -> None:
         del timeout_seconds
 
-    def pause(self, *, mode: str, timeout_seconds: float) -> None:
-        del timeout_seconds
+    def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:
+        del timeout_seconds, reuse_kv
         self.calls.append(f"pause {mode}")
+        return Paused(self.receipt(), self._generation)
 
-    def resume(self) -> None:
+    def resume(self, expected: Receipt) -> None:
         self.calls.append("resume")
+        if self.receipt() != expected:
+            raise EngineError(f"{self.name} holds something else")
 
     def receipt(self) -> Receipt:
         return Receipt(self._version, model_digest(self.parameters()))
@@ -76,9 +81,17 @@ class FakeEngine:
     def parameters(self) -> Mapping[str, str]:
         return parameter_digests(self._held.items())
 
-    def adopt(self, *, policy_version: int) -> Receipt:
+    def adopt(self, expected: Receipt, *, resume: bool = False) -> Receipt:
         self.calls.append("adopt")
-        self._version = policy_version
+        return self._name(expected, resume)
+
+    def _name(self, expected: Receipt, resume: bool) -> Receipt:
+        if self.receipt().digest != expected.digest:
+            self._version = -1
+            return self.receipt()
+        self._version = expected.policy_version
+        if resume:
+            self.resume(expected)
         return self.receipt()
 
     def membership(self) -> Membership:
@@ -97,7 +110,9 @@ class FakeEngine:
         self._generation = asked.generation
         return plan
 
-    def receive_broadcast(self, *, generation: str, policy_version: int, timeout_seconds: float) -> Received:
+    def receive_broadcast(
+        self, expected: Receipt, *, generation: str, timeout_seconds: float, resume: bool = False
+    ) -> Received:
         self.calls.append("receive")
         self._version = -1
         try:
@@ -110,13 +125,13 @@ class FakeEngine:
         except EngineError:
             self._leave()
             raise
-        self._version = policy_version
-        return Received(self.receipt(), prove_seconds=0.0)
+        self.after_receive()
+        return Received(self._name(expected, resume), prove_seconds=0.0)
 
     def export(self) -> Mapping[str, Any]:
         raise EngineError(f"{self.name} shares nothing")
 
-    def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
+    def reload(self, path: str, *, expected: Receipt, timeout_seconds: float) -> Receipt:
         raise EngineError(f"{self.name} loads nothing")
 
 

@@ -41,12 +41,14 @@ def _contracts() -> Iterator[Job]:
 
 def _others() -> Iterator[Job]:
     yield Job("broadcast-kills", 3, ("tests/contracts/test_broadcast_engines.py",))
+    yield Job("chaos", 2, ("tests/contracts/test_weight_chaos.py",))
     yield Job("broadcast-ranks", 4, ("tests/contracts/test_broadcast_ranks.py",))
     yield Job("adapter-ranks", 2, ("tests/contracts/test_lora_ranks.py",))
     yield Job("replicas", 1, ("tests/contracts/test_replicas.py",))
     yield Job("adapters", 1, ("tests/contracts/test_lora_engine.py",))
     yield Job("kernels", 1, ("tests/gpu",))
     yield Job("restart-process", 1, ("tests/e2e/test_engine_restart.py",))
+    yield Job("learner-apart", 1, ("tests/e2e/test_learner_apart.py",))
     yield Job("recovery", 1, ("tests/e2e/test_recovery.py",))
 
 

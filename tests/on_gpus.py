@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpu_jobs import Job, known_jobs
-from outcomes import COUNTED, contract_rows, table
+from outcomes import COUNTED, chaos_rows, contract_rows, table
 
 ROOT = Path(__file__).parents[1]
 MARK = "SYNCLINE_TEST_JOB"
@@ -161,13 +161,13 @@ class Session:
         print(f"{name} on {gpus}: {verdict} after {seconds} s, {counts}. {fault}", flush=True)
 
     def report(self) -> str:
-        """The table of jobs, those without a result too, and the table of contracts."""
+        """The table of jobs, those without a result too, and the tables of contracts and chaos."""
         head = ["job", "GPUs", "seconds", "end", *COUNTED, "first failure"]
         rows = [attempt.row() for attempt in self.ended]
         rows += [[job.name, str(job.num_gpus), "", "not started", "", "", "", ""] for job in self.waiting]
         lines = [line for attempt in self.ended for line in attempt.outcomes()]
         (self.out / "outcomes.json").write_text(json.dumps(lines, indent=1))
-        tables = [[head, *rows], contract_rows(lines)]
+        tables = [[head, *rows], contract_rows(lines), chaos_rows(lines)]
         return "\n\n".join(table(rows) for rows in tables if len(rows) > 1)
 
     def passed(self) -> bool:

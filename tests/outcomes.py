@@ -1,19 +1,23 @@
-"""What every test came to, told as it ends: for the table of contracts, and for whoever stops a suite half-way.
+"""What every test came to, told as it ends: for two tables at the session's end, and for whoever stops a suite early.
 
 `--outcomes FILE` appends a JSON line for each test that ended: its name, outcome, seconds, the first line of what
-failed, and its row of the table. A suite says its row by the mark `contract(bridge, tensor_parallel)`; the table of the
-session is printed at its end.
+failed, and its rows of the tables. The table of contracts: a suite says its row by the mark
+`contract(bridge, tensor_parallel)`. The table of chaos: a test that did harm says by the fixture `noticed` which, to
+which bridge, and what whoever noticed said.
 """
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 COUNTED = ("passed", "failed", "skipped")
+MESSAGE_WIDTH = 160
+Noticed = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +35,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         bridge, tensor_parallel = mark.args
         row = {"bridge": bridge, "device": device_name(), "tensor_parallel": tensor_parallel}
         item.user_properties.append(("contract", row))
+
+
+@pytest.fixture
+def noticed(request: pytest.FixtureRequest) -> Noticed:
+    """`noticed(fault, bridge, by=..., told=...)`: a row of the table of chaos; `told` is an error, or its words."""
+    rows: list[dict[str, str]] = []
+    request.node.user_properties.append(("chaos", rows))
+
+    def add(fault: str, bridge: str, *, by: str, told: object) -> None:
+        rows.append({"fault": fault, "bridge": bridge, "by": by, "told": _in_one_line(str(told))})
+
+    return add
+
+
+def _in_one_line(text: str) -> str:
+    """Without what differs from run to run."""
+    text = re.sub(r"http://127\.0\.0\.1:\d+", "URL", " ".join(text.split()))
+    text = re.sub(r"\b[0-9a-f]{12,}\b", "…", text)
+    return text if len(text) <= MESSAGE_WIDTH else text[: MESSAGE_WIDTH - 1] + "…"
 
 
 def device_name() -> str:
@@ -62,7 +85,7 @@ class Outcomes:
                     file.write(json.dumps(line) + "\n")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        for title, rows in (("contracts", contract_rows(self._lines)),):
+        for title, rows in (("contracts", contract_rows(self._lines)), ("chaos", chaos_rows(self._lines))):
             if len(rows) > 1:
                 terminalreporter.section(title)
                 terminalreporter.write_line(table(rows))
@@ -94,6 +117,15 @@ def contract_rows(lines: Iterable[dict[str, Any]]) -> list[list[str]]:
             counts.setdefault((row["bridge"], row["device"], row["tensor_parallel"]), Counter())[line["outcome"]] += 1
     head = ["bridge", "device", "TP", *COUNTED]
     return [head] + [[*map(str, key), *(str(n[k]) for k in COUNTED)] for key, n in sorted(counts.items())]
+
+
+def chaos_rows(lines: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """Fault × bridge → who noticed, and what was said; of tests that passed, faults in the order they came."""
+    rows = [row for line in lines if line["outcome"] == "passed" for row in line.get("chaos", [])]
+    order = {fault: i for i, fault in enumerate(dict.fromkeys(row["fault"] for row in rows))}
+    rows.sort(key=lambda row: (order[row["fault"]], row["bridge"]))
+    keys = ("fault", "bridge", "by", "told")
+    return [["fault", "bridge", "noticed by", "told"]] + [[row[key].replace("|", "/") for key in keys] for row in rows]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -143,8 +143,16 @@ class Membership:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """An engine that does not sample: what it holds, and the learner's process group it is in; empty: none."""
+
+    receipt: Receipt
+    generation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
-    """What an engine holds after a broadcast, and how long it took to measure and name it."""
+    """What an engine holds after a broadcast, and how long it took to measure, name and resume it."""
 
     receipt: Receipt
     prove_seconds: float
@@ -157,12 +165,15 @@ class EngineControl(Protocol):
 
     def wait_until_ready(self, *, timeout_seconds: float) -> None: ...
 
-    def pause(self, *, mode: str, timeout_seconds: float) -> None:
+    def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:
         """Stops sampling at a token boundary. `mode`: running requests end first (`"drain"`), freeze (`"keep"`: they
-        go on under the next version) or end as aborted (`"abort"`)."""
+        go on under the next version) or end as aborted (`"abort"`). Frozen ones are computed again from their first
+        token, or with `reuse_kv` go on from the keys and values of the weights they began with."""
         ...
 
-    def resume(self) -> None: ...
+    def resume(self, expected: Receipt) -> None:
+        """Raises `EngineError`, and samples nothing, unless the engine holds exactly what is expected."""
+        ...
 
     def receipt(self) -> Receipt:
         """Version and digest of the weights the engine would sample from now. Version -1: never published."""
@@ -178,8 +189,9 @@ class EngineControl(Protocol):
         order. Needs an engine started to share."""
         ...
 
-    def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
-        """Loads a safetensors checkpoint in place (paused engines only) and answers with what it then holds."""
+    def reload(self, path: str, *, expected: Receipt, timeout_seconds: float) -> Receipt:
+        """Loads a safetensors checkpoint in place (paused engines only) and answers with what it then holds: what is
+        expected, or weights that have no version and cannot be resumed."""
         ...
 
     def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
@@ -201,8 +213,9 @@ class EngineControl(Protocol):
         end under the adapter they began with. Raises `EngineError` when it holds no such adapter."""
         ...
 
-    def adopt(self, *, policy_version: int) -> Receipt:
-        """Names the weights already held: the version moves, the caches are dropped, nothing is loaded."""
+    def adopt(self, expected: Receipt, *, resume: bool = False) -> Receipt:
+        """Measures the weights already held and names them, nothing is loaded; with `resume` samples from them at once.
+        Weights other than expected get no version and are not resumed."""
         ...
 
     def membership(self) -> Membership: ...
@@ -211,9 +224,11 @@ class EngineControl(Protocol):
         """Every worker becomes a rank of the learner's group (`bridges.invitation`). Returns the plan's digest."""
         ...
 
-    def receive_broadcast(self, *, generation: str, policy_version: int, timeout_seconds: float) -> Received:
-        """Takes a version from the learner's group (paused engines only). Between the start of it and the proof, and
-        after a fault, the weights have no version."""
+    def receive_broadcast(
+        self, expected: Receipt, *, generation: str, timeout_seconds: float, resume: bool = False
+    ) -> Received:
+        """Takes a version from the learner's group (paused engines only); `resume` as for `adopt`. Between the start of
+        it and the proof, after a fault, and when it is not what was expected, the weights have no version."""
         ...
 
 

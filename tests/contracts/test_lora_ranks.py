@@ -16,6 +16,7 @@ from syncline.errors import EngineError, SyncError
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.contract("lora", 2),
     pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs 2 GPUs"),
 ]
 
@@ -70,7 +71,7 @@ def test_a_slot_that_is_spoilt_under_a_paused_engine_is_not_sampled_from(side: S
     side.engine.pause(mode="abort", timeout_seconds=30)
     spoilt.write_text("part")
     with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead"):
-        side.engine.resume()
+        side.resume()
     spoilt.unlink()
     side.step(bridge, scale=0.1)
     assert side.mismatch() < TOLERANCE

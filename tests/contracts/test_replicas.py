@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from outcomes import Noticed
 from real_engine import make_tiny_model, run_values, running_engine
 from test_weight_bridge import DEVICE, DTYPE, TOLERANCE, Side
 from transformers import AutoModelForCausalLM
@@ -61,14 +62,15 @@ def _sampled_by_both(sides: list[Side]) -> bool:
     return all(completion.token_ids for [completion] in asyncio.run(sample()))
 
 
-def test_an_engine_that_died_is_named_and_the_other_stays_paused(sides: list[Side]) -> None:
+def test_an_engine_that_died_is_named_and_the_other_stays_paused(sides: list[Side], noticed: Noticed) -> None:
     first, second = sides
     bridge = SharedBridge([s.engine for s in sides], Bridge(name="shared"), shards=checkpoint_shards)
     bridge.attach(first.model)
     bridge.publish(first.model, policy_version=first.next_version())
     os.killpg(second.engine.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
     second.engine.process.wait(30)  # type: ignore[attr-defined]
-    with pytest.raises(EngineError, match=second.engine.url), bridge.updating():
+    with pytest.raises(EngineError, match=second.engine.url) as told, bridge.updating():
         pass
+    noticed("engine killed at an update", "shared", by="learner", told=told.value)
     assert first.engine._call("GET", "/health", None, 10)["paused"] is True
     bridge.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from outcomes import Noticed
 from rank_processes import on_ranks
 from real_engine import make_tiny_model, run_values, running_engine
 from test_weight_bridge import DEVICE, DTYPE, TOLERANCE, Side
@@ -136,12 +137,13 @@ def move_every_weight(model: Any, version: int) -> None:
 
 
 def test_a_learner_of_another_number_of_ranks_is_refused(
-    engine: EngineController, num_ranks: int, model_path: Path
+    engine: EngineController, num_ranks: int, model_path: Path, noticed: Noticed
 ) -> None:
     model = load_model(Model(path=str(model_path)), device=torch.device(DEVICE))
     bridge = SharedBridge([engine], Bridge(name="shared"), shards=checkpoint_shards)
-    with pytest.raises(SyncError, match=f"has {num_ranks} tensor-parallel ranks and the learner 1"):
+    with pytest.raises(SyncError, match=f"has {num_ranks} tensor-parallel ranks and the learner 1") as told:
         bridge.attach(model)
+    noticed("wrong tensor parallelism", "shared", by="learner, at attach", told=told.value)
 
 
 def test_every_version_is_proved_and_sampled_from_its_own_weights_alone(

@@ -4,12 +4,14 @@ import asyncio
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from outcomes import Noticed
 from real_engine import make_tiny_model, run_values, running_engine
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +27,7 @@ from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
 from syncline.learner.adapter import adapter_layers, base_parameters
 from syncline.learner.model import add_lora, checkpoint_parameters, checkpoint_shards
-from syncline.protocols import SyncReport, WeightBridge
+from syncline.protocols import Receipt, SyncReport, WeightBridge
 from syncline.types import Completion, SamplingParams
 
 pytestmark = pytest.mark.e2e
@@ -47,8 +49,12 @@ def shared(side: "Side", config: Bridge) -> WeightBridge:
 
 def broadcast(side: "Side", config: Bridge) -> WeightBridge:
     few_buckets = {"bucket_bytes": 200_000, "timeout_seconds": 60.0, "sparse": side.name == "broadcast-sparse"}
-    config = config.model_copy(update=few_buckets)
-    return BroadcastBridge([side.engine], config, export=checkpoint_parameters)
+
+    def export(model: Any) -> Any:
+        side.before_export()
+        return checkpoint_parameters(model)
+
+    return BroadcastBridge([side.engine], config.model_copy(update=few_buckets), export=export)
 
 
 def lora(side: "Side", config: Bridge) -> WeightBridge:
@@ -93,6 +99,8 @@ class Side:
         self.name = name
         self.model = self.load(model_path)
         self.folder = folder
+        self.before_export: Callable[[], None] = lambda: None
+        """Called when `broadcast` asks for what it sends; weights that stay are digested without asking again."""
         self._initial = [parameter.detach().clone() for parameter in self.model.parameters()]
 
     def load(self, path: Path) -> Any:
@@ -119,9 +127,9 @@ class Side:
             for parameter, initial in zip(self.model.parameters(), self._initial, strict=True):
                 parameter.copy_(initial)
 
-    def bridge(self, *, in_flight: str = "drain") -> WeightBridge:
+    def bridge(self, *, in_flight: str = "drain", config: Bridge | None = None) -> WeightBridge:
         name = self.name.partition("-")[0]
-        return BRIDGES[self.name](self, Bridge.model_validate({"name": name, "in_flight": in_flight}))
+        return BRIDGES[self.name](self, config or Bridge.model_validate({"name": name, "in_flight": in_flight}))
 
     def attached(self, *, in_flight: str = "drain") -> WeightBridge:
         bridge = self.bridge(in_flight=in_flight)
@@ -130,6 +138,10 @@ class Side:
 
     def next_version(self) -> int:
         return self.engine.receipt().policy_version + 1
+
+    def resume(self) -> None:
+        """By hand: it holds what it says."""
+        self.engine.resume(self.engine.receipt())
 
     def step(self, bridge: WeightBridge, *, scale: float = 0.05) -> SyncReport:
         """What a training step does to the weights, as the loop does it."""
@@ -244,13 +256,16 @@ def test_versions_only_grow(side: Side) -> None:
     _assert_paused_then_resume(side)
 
 
-def test_a_model_the_engine_does_not_serve_is_refused_by_parameter_name(side: Side, tmp_path: Path) -> None:
+def test_a_model_the_engine_does_not_serve_is_refused_by_parameter_name(
+    side: Side, tmp_path: Path, noticed: Noticed
+) -> None:
     other = side.load(make_tiny_model(tmp_path / "other", hidden_size=64, tied=False))
-    with pytest.raises(SyncError, match=r"lm_head\.weight: missing in the engine"):
+    with pytest.raises(SyncError, match=r"lm_head\.weight: missing in the engine") as told:
         side.bridge().attach(other)
+    noticed("wrong model", side.name, by="learner, at attach", told=told.value)
 
 
-def test_weights_that_are_not_finite_are_not_published(side: Side) -> None:
+def test_weights_that_are_not_finite_are_not_published(side: Side, noticed: Noticed) -> None:
     bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
     version = side.engine.receipt().policy_version
@@ -258,10 +273,11 @@ def test_weights_that_are_not_finite_are_not_published(side: Side) -> None:
     weight = next(parameter for name, parameter in trained if "layers.1.mlp.down_proj" in name)
     good = weight.detach().clone()
     message = r"layers\.1\.mlp\.down_proj\.(lora_A\.)?weight is not finite"
-    with pytest.raises(SyncError, match=message), bridge.updating():
+    with pytest.raises(SyncError, match=message) as told, bridge.updating():
         with torch.no_grad():
             weight[0, 0] = float("nan")
         bridge.publish(side.model, policy_version=version + 1)
+    noticed("NaN after a step", side.name, by="learner, before it publishes", told=told.value)
     assert side.engine.receipt().policy_version == version
     with torch.no_grad():
         weight.copy_(good)
@@ -306,15 +322,22 @@ def _poison(gate: torch.Tensor, up: torch.Tensor, old: torch.Tensor) -> None:
     gate[0, 0] = float("nan")
 
 
-FAULTS = {"truncated": _truncate, "swapped": _swap, "stale": _stale, "half updated": _half, "poisoned": _poison}
+Fault = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+FAULTS: dict[str, Fault] = {
+    "truncated": _truncate,
+    "swapped": _swap,
+    "stale": _stale,
+    "half updated": _half,
+    "poisoned": _poison,
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str) -> None:
+def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str, noticed: Noticed) -> None:
     if side.name in ADAPTED:
-        pytest.skip("an adapter's way is spoilt in test_lora_engine")
+        pytest.skip("an adapter's way is spoilt in test_weight_chaos")
     engine = side.engine
-    saboteur = Saboteur(engine, "adopt" if side.name == "shared" else "receipt")
+    saboteur = Saboteur(engine, {"shared": "adopt", "restart": "receipt"}.get(side.name, "nothing"))
     side.engine = saboteur  # type: ignore[assignment]
     bridge = side.attached()
     side.engine = engine
@@ -322,18 +345,22 @@ def test_weights_spoilt_on_the_way_are_caught_and_named(side: Side, fault: str) 
     version, mlp = side.next_version(), side.model.model.layers[1].mlp
     gate, up, old = mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.gate_proj.weight.detach().clone()
     named = r"layers\.1\.mlp\.gate_proj\.weight: the learner"
-    with pytest.raises(SyncError, match=named), bridge.updating(), torch.no_grad():
+    with pytest.raises(SyncError, match=named) as told, bridge.updating(), torch.no_grad():
         for parameter in side.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         good = gate.clone(), up.clone()
-        saboteur.spoil = lambda: FAULTS[fault](gate, up, old)
+        saboteur.spoil = side.before_export = lambda: FAULTS[fault](gate, up, old)
         bridge.publish(side.model, policy_version=version)
+    side.before_export = lambda: None
     assert engine.health()["paused"] is True
+    with pytest.raises(EngineError, match=r"answered 409.*publish one instead of resuming"):
+        side.resume()
     with torch.no_grad():
         gate.copy_(good[0])
         up.copy_(good[1])
     bridge.publish(side.model, policy_version=version)
     assert side.mismatch() < TOLERANCE
+    noticed(f"{fault} on the way", side.name, by="digests of both sides", told=told.value)
 
 
 def test_a_failure_while_the_weights_move_leaves_the_engine_paused(side: Side) -> None:
@@ -455,7 +482,7 @@ def test_weights_changed_behind_the_bridges_back_are_not_sampled_from(side: Side
     bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())
     side.engine.pause(mode="abort", timeout_seconds=30)
-    side.engine.resume()
+    side.resume()
     if not side.name.startswith("shared"):
         return  # nobody but the engine itself can write its weights
     side.engine.pause(mode="abort", timeout_seconds=30)
@@ -465,7 +492,7 @@ def test_weights_changed_behind_the_bridges_back_are_not_sampled_from(side: Side
         written.add_(1)
     for _ in range(2):
         with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead"):
-            side.engine.resume()
+            side.resume()
     if side.name in ADAPTED:
         with torch.no_grad():
             written.copy_(before)  # the base is not published, so no publish can make this good
@@ -475,10 +502,22 @@ def test_weights_changed_behind_the_bridges_back_are_not_sampled_from(side: Side
 
 def test_reload_of_a_running_engine_is_refused(side: Side) -> None:
     with pytest.raises(EngineError, match=r"answered 409.*pause it first"):
-        side.engine.adopt(policy_version=side.next_version())
+        side.engine.adopt(Receipt(side.next_version(), side.engine.receipt().digest))
+
+
+@pytest.mark.parametrize("other", ["version", "digest"])
+def test_an_engine_that_holds_something_else_is_not_resumed(side: Side, other: str) -> None:
+    bridge = side.attached()
+    bridge.publish(side.model, policy_version=side.next_version())
+    side.engine.pause(mode="abort", timeout_seconds=30)
+    held = side.engine.receipt()
+    later, unknown = replace(held, policy_version=held.policy_version + 1), replace(held, digest="0" * 64)
+    with pytest.raises(EngineError, match=r"answered 409.*asked to resume .*publish instead"):
+        side.engine.resume(later if other == "version" else unknown)
+    _assert_paused_then_resume(side)
 
 
 def _assert_paused_then_resume(side: Side) -> None:
     assert httpx.get(f"{side.engine.url}/health", timeout=10).json()["paused"] is True
-    side.engine.resume()
+    side.resume()
     assert side.sample()

@@ -44,7 +44,6 @@ def test_a_learner_started_apart_trains_on_the_weights_of_the_engine_it_found(
     values["run"] |= {"num_steps": NUM_STEPS, "groups_per_step": 2, "rollouts_per_group": 2}
     file = str(tmp_path / "run.yaml")
     Path(file).write_text(yaml.safe_dump(values))
-    (tmp_path / "run").mkdir()
     trajectories = f"http://127.0.0.1:{(port := free_port())}"
     train = verb("train", file, "--bridge-config", "auto", "--trajectories-url", trajectories)
     with running_engine(values, tmp_path, "--bridge-config", "auto") as engine, ExitStack() as services:

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from rank_digests import combined
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from syncline.bridges.digest import tensor_digest
+from syncline.bridges.digest import piece_sums, tensor_digest
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import combined, parameter_digests, shard_digests
+from syncline.bridges.measure import LearnerDigests
+from syncline.bridges.receipt import parameter_digests, whole
 from syncline.config.schema import Optimizer
 from syncline.learner.attention import register_attention
 from syncline.learner.logprobs import token_logprobs
@@ -124,5 +126,27 @@ def test_the_digests_of_pieces_on_the_gpu_add_up(dtype: torch.dtype, shape: tupl
     for half in tensor.cuda().tensor_split(2, dim):
         start = [0] * len(shape)
         start[dim], first = first, half.shape[dim]
-        ranks.append(shard_digests([("w", Shard(half, shape, tuple(start)))]))
+        ranks.append([("w", Shard(half, shape, tuple(start)))])
     assert combined(ranks) == parameter_digests([("w", tensor)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1000, 896), (33, 7)], ids=["words of several", "a word an element"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_counted_on_the_gpu(dtype: torch.dtype, shape: tuple[int, ...], value: float) -> None:
+    largest = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)
+    broken = -largest
+    broken[3, 5] = broken[20, 6] = value
+    named = [("largest", whole(largest.cuda())), ("broken", whole(broken.cuda()))]
+    assert piece_sums(named).num_broken == [0, 2]
+
+
+def test_a_model_measured_again_is_read_again() -> None:
+    """From the second time on the launch is prepared: same table, new bits."""
+    model = torch.nn.Sequential(torch.nn.Linear(896, 130), torch.nn.Linear(7, 5).bfloat16()).cuda()
+    digests = LearnerDigests(lambda m: ((name, whole(p)) for name, p in m.named_parameters()))
+    for _ in range(3):
+        assert digests.of(model) == parameter_digests((name, p.cpu()) for name, p in model.named_parameters())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)

@@ -119,6 +119,7 @@ def test_public_names() -> None:
         "Generate",
         "Membership",
         "MetricSink",
+        "Paused",
         "Permit",
         "Policy",
         "Receipt",

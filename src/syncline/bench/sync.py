@@ -1,21 +1,23 @@
 """`syncline bench sync`: what a publish costs, seen from the learner and from the requests that run meanwhile.
 
 For each bridge a real engine is started, a learner's model attached, and every weight changed and published several
-times while requests stream; then the same publishes again without requests. The references are measured in the same
-run: the link (an NCCL broadcast of the same bytes between two GPUs, a plain copy on one), and TRL's server mode.
+times without requests; then again while requests stream, once for each way to treat the keys and values of those that
+were frozen. How fast an engine decodes whose weights are shared is compared with one that shares none, in turns. The
+references are measured in the same run: the link (an NCCL broadcast of the same bytes between two GPUs, a plain copy on
+one), and TRL's server mode.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from syncline.bench.engine import serving
-from syncline.bench.load import Load, running
+from syncline.bench.load import running
 from syncline.bench.reference import copy_seconds, link_seconds, trl_seconds
 from syncline.config import RunConfig, resolve
 from syncline.engines.client import EngineController
@@ -23,11 +25,14 @@ from syncline.learner.model import load_model
 from syncline.protocols import EngineControl, SyncReport, WeightBridge
 
 BuildBridge = Callable[[RunConfig, Sequence[EngineControl], Path], WeightBridge]
+FrozenKv = Literal["recompute", "reuse"]
 MAX_LENGTH = 2048
 WARM_UP = 3
 WARM_UP_SECONDS = 1.0
-STEADY_SECONDS = 3.0
-"""Of undisturbed requests, before the first publish."""
+STEADY_SECONDS = 2.0
+"""Of undisturbed requests."""
+TURNS = 4
+"""Of each engine whose decoding is compared; the first ones warm up."""
 BETWEEN_SECONDS = 0.3
 """From one publish to the next while requests run."""
 
@@ -53,12 +58,17 @@ class Case:
     def sparse(self) -> bool:
         return self.bridge == "broadcast" and self.changed < 1
 
-    def config(self) -> RunConfig:
+    def ways(self) -> tuple[FrozenKv, ...]:
+        """How frozen requests are treated, in turn; an adapter's requests are never frozen."""
+        return ("recompute",) if self.lora_rank else ("recompute", "reuse")
+
+    def config(self, frozen_kv: FrozenKv = "recompute", *, bridge: str | None = None) -> RunConfig:
         model: dict[str, Any] = {"path": str(self.model), "max_length": MAX_LENGTH}
         if self.lora_rank:
             model["lora"] = {"rank": self.lora_rank, "alpha": float(self.lora_rank)}
         engine: dict[str, Any] = {"kv_cache_bytes": 1 << 30, "gpu_memory_utilization": self.gpu_memory_utilization}
         learner: dict[str, Any] = {}
+        kept = {"in_flight": "keep", "frozen_kv": frozen_kv}
         if self.learner_gpu is not None:
             learner["devices"], engine["devices"] = [self.learner_gpu], [self.engine_gpu]
         return resolve(
@@ -69,9 +79,21 @@ class Case:
                 "environments": [{"task": "arithmetic"}],
                 "engine": engine,
                 "learner": learner,
-                "bridge": {"name": self.bridge, "in_flight": "keep", "sparse": self.sparse},
+                "bridge": {"name": bridge or self.bridge, "sparse": self.sparse and not bridge}
+                | ({} if self.lora_rank else kept),
             }
         )
+
+
+@dataclass(slots=True)
+class Busy:
+    """Publishes while requests run."""
+
+    reports: list[SyncReport] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
+    """Of every stream at every publish: its longest wait for a token, less its usual one."""
+    decode: float = 0.0
+    """Tokens a second over the time of the publishes."""
 
 
 @dataclass(slots=True)
@@ -85,16 +107,11 @@ class Result:
     attach: float = 0.0
     idle: list[SyncReport] = field(default_factory=list)
     """Publishes while nothing runs."""
-    busy: list[SyncReport] = field(default_factory=list)
-    """Publishes while requests run."""
-    pauses: list[float] = field(default_factory=list)
-    """Of every stream at every publish: its longest wait for a token, less its usual one."""
-    decode_before: float = 0.0
-    """Tokens a second of the engine alone, before the learner attached."""
-    decode_steady: float = 0.0
-    """... with the learner attached, between publishes."""
-    decode_during: float = 0.0
-    """... over the time of the publishes."""
+    busy: dict[FrozenKv, Busy] = field(default_factory=dict)
+    decode_shared: list[float] = field(default_factory=list)
+    """Tokens a second with the learner attached, between publishes; one a turn. Measured for `shared` alone."""
+    decode_unshared: list[float] = field(default_factory=list)
+    """... of an engine beside it that shares nothing, in the turns between."""
     weights_bytes: int = 0
     engine_bytes: int | None = None
     """Device memory the engine took; `None` on a CPU."""
@@ -104,87 +121,100 @@ class Result:
 
 def measure(case: Case, build_bridge: BuildBridge) -> Result:
     """Starts the engine, attaches, publishes. Raises what the bridge raises."""
-    config = case.config()
     free_before = _free(case.engine_gpu)
-    gpus = [] if case.engine_gpu is None else [case.engine_gpu]
-    with serving(config.model_dump(mode="json"), case.folder, name=f"{case.shape}-{case.bridge}", gpus=gpus) as engine:
+    with _serving(case) as engine:
         health = engine.health()
         name = f"{case.bridge} {case.changed:.2%} changed" if case.sparse else case.bridge
         result = Result(case.shape, name, f"{health['name']} {health['version']} on {health['device']}")
         engine_bytes = free_before - _free(case.engine_gpu)
-        result.engine_bytes = engine_bytes if gpus else None
-        with running(engine.url, case.num_requests) as load:
-            time.sleep(WARM_UP_SECONDS)
-            with _timed() as before:
-                time.sleep(STEADY_SECONDS)
-        result.decode_before = load.tokens_per_second(*before)
-        _publishes(case, config, engine, result, build_bridge)
+        result.engine_bytes = None if case.engine_gpu is None else engine_bytes
+        device = torch.device("cpu") if case.learner_gpu is None else torch.device("cuda", case.learner_gpu)
+        model = load_model(case.config().model, device=device)
+        publish = _Publisher(model, device, every=round(1 / case.changed))
+        result.weights_bytes = sum(p.numel() * p.element_size() for p in publish.model.parameters())
+        for frozen_kv in case.ways():
+            bridge = build_bridge(case.config(frozen_kv), [engine], case.model)
+            try:
+                _publishes(case, engine, publish.over(bridge), result, frozen_kv)
+            finally:
+                bridge.close()
+        if case.bridge == "shared" and not case.lora_rank:
+            with _serving(case, bridge="restart") as other:
+                _compare_decoding(case, [engine, other], [result.decode_shared, result.decode_unshared])
     return result
 
 
+def _serving(case: Case, *, bridge: str | None = None) -> AbstractContextManager[EngineController]:
+    gpus = [] if case.engine_gpu is None else [case.engine_gpu]
+    values = case.config(bridge=bridge).model_dump(mode="json")
+    return serving(values, case.folder, name=f"{case.shape}-{bridge or case.bridge}", gpus=gpus)
+
+
 def _publishes(
-    case: Case, config: RunConfig, engine: EngineController, result: Result, build_bridge: BuildBridge
+    case: Case, engine: EngineController, publish: "_Publisher", result: Result, frozen_kv: FrozenKv
 ) -> None:
-    device = torch.device("cpu") if case.learner_gpu is None else torch.device("cuda", case.learner_gpu)
-    model = load_model(config.model, device=device)
-    result.weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    bridge = build_bridge(config, [engine], case.model)
-    try:
-        started = time.perf_counter()
-        bridge.attach(model)
-        result.attach = time.perf_counter() - started
-        publish = _Publisher(bridge, model, device, every=round(1 / case.changed))
-        for _ in range(WARM_UP):
-            publish()
+    started = time.perf_counter()
+    publish.bridge.attach(publish.model)
+    attached = time.perf_counter() - started
+    for _ in range(WARM_UP):
+        publish()
+    if not result.idle:
+        result.attach = attached
         result.idle = [publish() for _ in range(case.publishes)]
         result.num_bytes = result.idle[0].num_bytes
-        windows: list[tuple[float, float]] = []
-        with running(engine.url, case.num_requests) as load:
-            time.sleep(WARM_UP_SECONDS)
-            with _timed() as steady:
-                time.sleep(STEADY_SECONDS)
-            with _timed() as during:
-                for _ in range(case.publishes):
-                    with _timed() as window:
-                        result.busy.append(publish())
-                    windows.append((window[0], window[1]))
-                    time.sleep(BETWEEN_SECONDS)
-        _add_load(result, load, steady, during, windows)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            result.learner_bytes = torch.cuda.memory_reserved(device)
-    finally:
-        bridge.close()
+    result.busy[frozen_kv] = busy = Busy()
+    windows: list[tuple[float, float]] = []
+    with running(engine.url, case.num_requests) as load:
+        time.sleep(WARM_UP_SECONDS + STEADY_SECONDS)
+        with _timed() as during:
+            for _ in range(case.publishes):
+                with _timed() as window:
+                    busy.reports.append(publish())
+                windows.append((window[0], window[1]))
+                time.sleep(BETWEEN_SECONDS)
+    busy.decode = load.tokens_per_second(*during)
+    busy.pauses = [pause for window in windows for pause in load.pauses(*window)]
+    if publish.device.type == "cuda":
+        torch.cuda.empty_cache()
+        result.learner_bytes = torch.cuda.memory_reserved(publish.device)
 
 
-def _add_load(
-    result: Result, load: Load, steady: list[float], during: list[float], windows: list[tuple[float, float]]
-) -> None:
-    result.decode_steady = load.tokens_per_second(*steady)
-    result.decode_during = load.tokens_per_second(*during)
-    result.pauses = [pause for window in windows for pause in load.pauses(*window)]
+def _compare_decoding(case: Case, engines: Sequence[EngineController], found: Sequence[list[float]]) -> None:
+    """Tokens a second of each engine, in turns, first one then the other ahead: what drifts, drifts for both."""
+    for turn in range(TURNS):
+        for engine, speeds in list(zip(engines, found, strict=True))[:: 1 if turn % 2 else -1]:
+            with running(engine.url, case.num_requests) as load:
+                time.sleep(WARM_UP_SECONDS)
+                with _timed() as window:
+                    time.sleep(STEADY_SECONDS)
+            if turn:
+                speeds.append(load.tokens_per_second(*window))
 
 
 class _Publisher:
     """Changes what is trained, as a step does, one value in `every`, and publishes the next version."""
 
-    def __init__(self, bridge: WeightBridge, model: Any, device: torch.device, *, every: int) -> None:
-        self._bridge = bridge
-        self._model = model
-        self._device = device
+    def __init__(self, model: Any, device: torch.device, *, every: int) -> None:
+        self.model = model
+        self.device = device
+        self.bridge: WeightBridge
         self._every = every
         self._version = -1
 
+    def over(self, bridge: WeightBridge) -> "_Publisher":
+        self.bridge = bridge
+        return self
+
     def __call__(self) -> SyncReport:
         self._version += 1
-        with self._bridge.updating():
+        with self.bridge.updating():
             with torch.no_grad():
-                for parameter in self._model.parameters():
+                for parameter in self.model.parameters():
                     if parameter.requires_grad:
                         parameter.view(-1)[:: self._every].neg_()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            return self._bridge.publish(self._model, policy_version=self._version)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return self.bridge.publish(self.model, policy_version=self._version)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from syncline.bench.sync import Result
+from syncline.bench.sync import FrozenKv, Result
 
 HEAD = ("", "bytes", "p50 ms", "p99 ms", "GB/s", "pause p50", "pause p99", "decode during", "attach s")
 
@@ -23,7 +23,7 @@ def sync_table(results: Sequence[Result], references: Mapping[str, Mapping[str, 
         mine = [result for result in results if result.shape == shape]
         lines += ["", f"{shape}, {mine[0].weights_bytes / 1e9:.2f} GB of weights, {mine[0].engine}", _row(HEAD)]
         for result in mine:
-            lines += [_bridge_row(result), *_detail(result)]
+            lines += [_busy_row(result, way) for way in result.busy] + _detail(result)
         for name, seconds in references.get(shape, {}).items():
             lines.append(_row((name, *_speed(mine[0].weights_bytes, seconds), "", "", "", "")))
     return lines
@@ -33,11 +33,13 @@ def as_json(results: Sequence[Result], references: Mapping[str, Mapping[str, Seq
     return {"results": [asdict(result) for result in results], "references": references}
 
 
-def _bridge_row(result: Result) -> str:
-    seconds = [report.seconds for report in result.busy]
-    pauses = [f"{1e3 * quantile(result.pauses, share):.1f}" for share in (0.5, 0.99)]
-    kept = f"{result.decode_during:.0f} tok/s"
-    return _row((result.bridge, *_speed(result.num_bytes, seconds), *pauses, kept, f"{result.attach:.2f}"))
+def _busy_row(result: Result, frozen_kv: FrozenKv) -> str:
+    busy = result.busy[frozen_kv]
+    name = result.bridge + (", KV reused" if frozen_kv == "reuse" else "")
+    seconds = [report.seconds for report in busy.reports]
+    pauses = [f"{1e3 * quantile(busy.pauses, share):.1f}" for share in (0.5, 0.99)]
+    kept = f"{busy.decode:.0f} tok/s"
+    return _row((name, *_speed(result.num_bytes, seconds), *pauses, kept, f"{result.attach:.2f}"))
 
 
 def _detail(result: Result) -> list[str]:
@@ -46,11 +48,15 @@ def _detail(result: Result) -> list[str]:
     idle = [report.seconds for report in result.idle]
     idle_pauses = [report.pause_seconds for report in result.idle]
     lines = [
-        f"    without requests: p50 {1e3 * median(idle):.1f} ms ({told}), engine paused p50 "
-        f"{1e3 * median(idle_pauses):.1f} p99 {1e3 * quantile(idle_pauses, 0.99):.1f} ms",
-        f"    decode {result.decode_before:.0f} tok/s before the learner attached, {result.decode_steady:.0f} after "
-        f"({result.decode_steady / result.decode_before:.3f} x)",
+        f"    without requests: p50 {1e3 * median(idle):.1f} p99 {1e3 * quantile(idle, 0.99):.1f} ms ({told}), engine "
+        f"paused p50 {1e3 * median(idle_pauses):.1f} p99 {1e3 * quantile(idle_pauses, 0.99):.1f} ms"
     ]
+    if result.decode_shared:
+        shared, unshared = median(result.decode_shared), median(result.decode_unshared)
+        lines.append(
+            f"    decode {shared:.0f} tok/s while shared, {unshared:.0f} of an engine that shares nothing, in turns "
+            f"({shared / unshared:.3f} x)"
+        )
     if result.engine_bytes is not None and result.learner_bytes is not None:
         lines.append(
             f"    device memory: engine {result.engine_bytes / 1e9:.2f} GB with its KV cache, learner "

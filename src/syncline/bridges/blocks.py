@@ -12,7 +12,7 @@ import torch
 
 from syncline.bridges.digest import Places, mixed_words
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import Piece, kind_of
+from syncline.bridges.receipt import Piece
 from syncline.errors import SyncError
 
 _BLOCK_WORDS = 512
@@ -75,24 +75,19 @@ def _placed(index: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
     return first + index + index // length * gap
 
 
-def digested(named: Sequence[tuple[str, Shard]]) -> dict[str, list[Piece]]:
-    """What `receipt.shard_digests` says, of many small pieces of one type; the words are this module's.
+def digested(named: Sequence[tuple[str, Shard]]) -> list[tuple[Piece, int]]:
+    """What `receipt.combined` asks of a rank, of many small pieces of one type; the words are this module's.
 
     Raises `SyncError` naming a piece that ends inside a word.
     """
     if not named:
-        return {}
+        return []
     shards = [shard for _, shard in named]
     blocks = Blocks([shard.tensor.shape for shard in shards], shards[0].tensor.dtype)
     buffer = blocks.new_buffer(shards[0].tensor.device)
     copy_all(blocks.views(buffer), [shard.tensor for shard in shards])
     values = blocks.digests(buffer, [_in_words(name, shard) for name, shard in named])
-    pieces: dict[str, list[Piece]] = {}
-    for (name, shard), value in zip(named, values, strict=True):
-        kind = kind_of(shard.tensor, shard.shape)
-        piece = Piece(kind, list(shard.tensor.shape), list(shard.start), shard.counted, f"{value:016x}")
-        pieces.setdefault(name, []).append(piece)
-    return pieces
+    return [(Piece.of(name, shard), value) for (name, shard), value in zip(named, values, strict=True)]
 
 
 def _in_words(name: str, shard: Shard) -> Places:

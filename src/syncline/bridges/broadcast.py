@@ -28,17 +28,17 @@ from syncline.bridges.fleet import Fleet
 from syncline.bridges.gather import Export, Others, gathered
 from syncline.bridges.handles import device_name
 from syncline.bridges.invitation import Invitation, manifest_of
+from syncline.bridges.measure import LearnerDigests
 from syncline.bridges.pipeline import Sender
-from syncline.bridges.receipt import finite, model_digest, parameter_digests
+from syncline.bridges.receipt import model_digest, whole
 from syncline.bridges.sparse import SparseSender
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError, SynclineError
-from syncline.protocols import EngineControl, Receipt, Received, SyncReport
+from syncline.protocols import EngineControl, Paused, Receipt, Received, SyncReport
 
 LAST_WORDS_SECONDS = 5.0
 """After a fault: how long the engines have to say what they saw of it."""
-PAUSED = ("pause", "transfer", "prove", "resume")
 Answer = TypeVar("Answer")
 
 
@@ -49,7 +49,8 @@ class BroadcastBridge:
     def __init__(
         self, engines: Sequence[EngineControl], config: Bridge, *, export: Export, host: str = "127.0.0.1"
     ) -> None:
-        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds)
+        self._fleet = Fleet(engines, config)
+        self._digests = LearnerDigests(lambda model: ((name, whole(t)) for name, t in gathered(export(model))))
         self._config = config
         self._export = export
         self._host = host
@@ -69,7 +70,7 @@ class BroadcastBridge:
             self._fleet.refuse_other_model({entry.name: entry.kind for entry in self._manifest})
             end = SparseSender if self._config.sparse else Sender
             self._sender = end(plan(self._manifest, bucket_bytes=self._config.bucket_bytes), self._device)
-            self._connected()
+            self._join()
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -88,45 +89,51 @@ class BroadcastBridge:
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
-        with self._others.told() as word:
-            digests = parameter_digests(finite(gathered(self._export(model))))
+        with self._others.told() as word, self._pausing() as pausing:
+            digests = self._digests.of(model)
             expected = Receipt(policy_version, model_digest(digests))
             clock.lap("digest")
-            served = self._fleet.refuse_backwards(policy_version)
+            paused = pausing.result()
+            clock.lap("pause")
+            served = [engine.receipt for engine in paused]
+            self._fleet.refuse_backwards(policy_version, served)
             moves = any(receipt.digest != expected.digest for receipt in served)
             if any(receipt.digest != self._sent_digest for receipt in served):
                 self._sender.forget()
-            group = self._connected() if moves else None
+            group = self._connected(paused) if moves else None
             clock.lap("connect")
-            self._fleet.pause(self._config.in_flight)
-            clock.lap("pause")
             word["moves"] = moves
         with self._others.told():
             if group:
                 self._sent_digest = None
-                received = self._move(group, model, policy_version)
+                received = self._move(group, model, expected)
                 clock.lap("transfer")
                 clock.split("transfer", "prove", max(answer.prove_seconds for answer in received))
-                held = [answer.receipt for answer in received]
+                self._fleet.proved([answer.receipt for answer in received], expected, digests=digests)
+                self._sent_digest = expected.digest
             else:
-                held = self._fleet.adopt(policy_version)
-            self._fleet.prove(held, expected, digests=digests)
-            self._sent_digest = expected.digest if group else self._sent_digest
+                self._fleet.adopt(expected, digests=digests)
             clock.lap("prove")
-            self._fleet.resume()
-            clock.lap("resume")
-        pause = sum(clock.parts.get(part, 0.0) for part in PAUSED)
         moved, changed = (self._sender.num_bytes, self._sender.changed_fraction) if group else (0, None)
-        return SyncReport(expected, moved, clock.total, pause, dict(clock.parts), changed)
+        return SyncReport(expected, moved, clock.total, clock.total, dict(clock.parts), changed)
 
-    def _move(self, group: Group, model: Any, policy_version: int) -> list[Received]:
+    @contextmanager
+    def _pausing(self) -> Iterator["Future[list[Paused]]"]:
+        """The engines stop, in a thread of its own, while the body measures weights that nobody writes."""
+        pausing = in_thread(self._fleet.pause)
+        try:
+            yield pausing
+        finally:
+            wait_for([pausing])
+
+    def _move(self, group: Group, model: Any, expected: Receipt) -> list[Received]:
         """Sends, while every engine receives."""
         timeout = self._config.timeout_seconds
         named = gathered(self._export(model))
-        order = {"generation": group.seat.generation, "policy_version": policy_version}
+        order = {"generation": group.seat.generation, "resume": self._fleet.is_one}
         with self._asked(
-            lambda engine: engine.receive_broadcast(**order, timeout_seconds=timeout),
-            doing=f"the broadcast of version {policy_version}",
+            lambda engine: engine.receive_broadcast(expected, **order, timeout_seconds=timeout),
+            doing=f"the broadcast of version {expected.policy_version}",
         ) as answers:
             watch, deadline = partial(_raise_first_fault, answers), Deadline.after(timeout)
             try:
@@ -138,11 +145,11 @@ class BroadcastBridge:
                 self._others.gather_along(named)
                 raise
 
-    def _connected(self) -> Group:
+    def _connected(self, paused: Sequence[Paused]) -> Group:
         """A group that every engine is still in; a new one when an engine or a publish was lost."""
         if self._group is not None:
             generation = self._group.seat.generation
-            if all(member.generation == generation for member in self._fleet.each(lambda e: e.membership())):
+            if all(engine.generation == generation for engine in paused):
                 return self._group
             self._leave("an engine has restarted")
         return self._join()

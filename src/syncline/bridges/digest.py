@@ -1,12 +1,13 @@
 """The 64-bit digests of pieces of tensors, computed where they lie: what `receipt.py` makes its proofs of.
 
 On a GPU all pieces of a batch are digested by one launch (`digest_kernel.py`): a launch each would cost more than the
-reading. Batches are bounded, because pieces may have been made to be read once.
+reading. The same pass counts what is not finite.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -60,29 +61,112 @@ class Places:
         return self.first + index // self.length * self.stride + index % self.length
 
 
-def _row(shape: Sequence[int]) -> int:
-    return shape[-1] if shape else 1
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """Where the exponents of a word's numbers lie: a number is not finite if its exponent is all ones.
+
+    With `t = (word & exponent) ^ exponent`, which is zero in such a number's lane alone, `t + carry` reaches the lane's
+    `sign` bit unless it is zero, and never the next lane.
+    """
+
+    exponent: int = 0
+    carry: int = 0
+    sign: int = 0
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, per_word: int) -> "Lanes":
+        """Of `per_word` numbers a word. Types without infinities have no lanes: all their words are finite."""
+        width, exponent = _EXPONENTS.get(dtype, (0, 0))
+        return cls(*(_int64(sum(lane << (width * i) for i in range(per_word))) for lane in _lane(width, exponent)))
 
 
-Words = tuple[torch.Tensor, Places]
-"""A piece's bits as flat integers, a word of the digest each, and where they lie in the whole."""
+_EXPONENTS = {
+    torch.bfloat16: (16, 0x7F80),
+    torch.float16: (16, 0x7C00),
+    torch.float32: (32, 0x7F800000),
+    torch.float64: (64, 0x7FF0000000000000),
+}
+"""Bits of a number, and which of them are its exponent."""
 
 
-def piece_digests(shards: Iterable[tuple[str, Shard]]) -> list[int]:
-    """One number a piece, modulo 2**64. All leave the device in one transfer, so a GPU is waited for once."""
-    totals: list[torch.Tensor] = []
+def _lane(width: int, exponent: int) -> tuple[int, int, int]:
+    sign = 1 << (width - 1) if width else 0
+    return exponent, max(0, sign - 1), sign
+
+
+def _int64(bits: int) -> int:
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+class Words(NamedTuple):
+    """A piece's bits as flat integers, a word of the digest each; their places in the whole; what they are made of."""
+
+    bits: torch.Tensor
+    places: Places
+    lanes: Lanes
+
+    @classmethod
+    def of(cls, name: str, shard: Shard) -> "Words":
+        """Bits of the piece's own memory, or of a copy where it is not contiguous. Raises `SyncError` for a piece that
+        lies outside the whole, is cut in two dimensions, or inside a word."""
+        row = shard.shape[-1] if shard.shape else 1
+        return cls.laid(shard.tensor.detach(), row, Places.of(name, shard))
+
+    @classmethod
+    def laid(cls, tensor: torch.Tensor, row: int, places: Places) -> "Words":
+        """`row` is the last dimension of the whole."""
+        flat = tensor.contiguous().view(-1)
+        per_word = 8 // flat.element_size()
+        if row % (ROW_WORDS * per_word) == 0:
+            whole_words = places.in_words(per_word)
+            aligned = flat if flat.storage_offset() % per_word == 0 else flat.clone()
+            return cls(aligned.view(torch.int64), whole_words, Lanes.of(tensor.dtype, per_word))
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+        return cls(flat.view(integers), places, Lanes.of(tensor.dtype, 1))
+
+
+class Sums(NamedTuple):
+    """What was found in each piece, in their order."""
+
+    digests: list[int]
+    """Modulo 2**64."""
+    num_broken: list[int]
+    """Words that hold a NaN or an infinity."""
+
+
+Digest = Callable[[], torch.Tensor]
+"""`[2, pieces]` int64, where the pieces lie, of what they hold now: sums, and words that are not finite."""
+
+
+def prepared(batch: Sequence[Words]) -> Digest:
+    """What does not change from one measurement to the next is done here. Digests in place: the words must stay."""
+    if batch and batch[0].bits.is_cuda:
+        from syncline.bridges.digest_kernel import Launch
+
+        return Launch(batch)
+    return lambda: torch.stack([_sum(words) for words in batch], dim=1) if batch else torch.zeros(2, 0).long()
+
+
+def sums(found: Sequence[torch.Tensor]) -> Sums:
+    """All leave the device in one transfer, so a GPU is waited for once."""
+    digests, num_broken = torch.cat(list(found), dim=1).tolist() if found else ([], [])
+    return Sums([value % (1 << 64) for value in digests], num_broken)
+
+
+def piece_sums(shards: Iterable[tuple[str, Shard]]) -> Sums:
+    """Of pieces that may have been made to be read once: a batch of them is held at a time."""
+    found: list[torch.Tensor] = []
     batch: list[Words] = []
     num_bytes = 0
     for name, shard in shards:
-        tensor = shard.tensor.detach()
-        batch.append(_words(tensor, shard.shape[-1] if shard.shape else 1, Places.of(name, shard)))
-        num_bytes += tensor.nbytes
+        batch.append(Words.of(name, shard))
+        num_bytes += shard.tensor.nbytes
         if num_bytes >= BATCH_BYTES:
-            totals.append(_summed(batch))
+            found.append(prepared(batch)())
             batch, num_bytes = [], 0
     if batch:
-        totals.append(_summed(batch))
-    return [value % (1 << 64) for value in torch.cat(totals).tolist()] if totals else []
+        found.append(prepared(batch)())
+    return sums(found)
 
 
 def tensor_digest(tensor: torch.Tensor, *, offset: int = 0) -> int:
@@ -92,43 +176,26 @@ def tensor_digest(tensor: torch.Tensor, *, offset: int = 0) -> int:
     """
     row = tensor.shape[-1] if tensor.dim() else 1
     places = Places("tensor", offset, tensor.numel(), tensor.numel())
-    return int(_summed([_words(tensor.detach(), row, places)])) % (1 << 64)
+    [digest], _ = sums([prepared([Words.laid(tensor.detach(), row, places)])()])
+    return digest
 
 
-def _summed(batch: Sequence[Words]) -> torch.Tensor:
-    """`[len(batch)]` int64, where the pieces lie."""
-    if batch[0][0].is_cuda:
-        from syncline.bridges.digest_kernel import mixed_sums
-
-        return mixed_sums(batch)
-    return torch.stack([_sum(words, places) for words, places in batch])
-
-
-def _sum(words: torch.Tensor, places: Places) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.int64)
-    for start in range(0, words.numel(), _CHUNK_WORDS):
-        chunk = words[start : start + _CHUNK_WORDS].to(torch.int64)
+def _sum(words: Words) -> torch.Tensor:
+    """`[2]` int64."""
+    bits, places, lanes = words
+    found = torch.zeros(2, dtype=torch.int64)
+    for start in range(0, bits.numel(), _CHUNK_WORDS):
+        chunk = bits[start : start + _CHUNK_WORDS].to(torch.int64)
         index = torch.arange(start, start + chunk.numel())
-        position = places.positions(index) if places.length < words.numel() else index + places.first
-        total += mixed_words(chunk, position).sum()
-    return total
+        position = places.positions(index) if places.length < bits.numel() else index + places.first
+        found[0] += mixed_words(chunk, position).sum()
+        found[1] += (~(((chunk & lanes.exponent) ^ lanes.exponent) + lanes.carry) & lanes.sign).count_nonzero()
+    return found
 
 
 def mixed_words(words: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """Each int64 word mixed with its position in the full tensor; a tensor's digest is their sum."""
     return _mix(words ^ (position * _GOLDEN))
-
-
-def _words(tensor: torch.Tensor, row: int, places: Places) -> Words:
-    """`row` is the last dimension of the whole."""
-    flat = tensor.contiguous().view(-1)
-    per_word = 8 // flat.element_size()
-    if row % (ROW_WORDS * per_word) == 0:
-        whole_words = places.in_words(per_word)
-        aligned = flat if flat.storage_offset() % per_word == 0 else flat.clone()
-        return aligned.view(torch.int64), whole_words
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    return flat.view(integers), places
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

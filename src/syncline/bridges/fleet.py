@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import differences
+from syncline.config.schema import Bridge
 from syncline.errors import EngineError, SyncError
-from syncline.protocols import EngineControl, Receipt
+from syncline.protocols import EngineControl, Paused, Receipt
 
 Answer = TypeVar("Answer")
 
@@ -21,11 +22,12 @@ Answer = TypeVar("Answer")
 class Fleet:
     """One engine or several. Every fault names its engine."""
 
-    def __init__(self, engines: Sequence[EngineControl], *, timeout_seconds: float, ranks: Ranks = ONE_RANK) -> None:
+    def __init__(self, engines: Sequence[EngineControl], config: Bridge, *, ranks: Ranks = ONE_RANK) -> None:
         if not engines:
             raise ValueError("a bridge needs an engine")
         self.engines = tuple(engines)
-        self._timeout_seconds = timeout_seconds
+        self._config = config
+        self._timeout_seconds = config.timeout_seconds
         self._ranks = ranks
         self._threads = ThreadPoolExecutor(len(self.engines), thread_name_prefix="syncline-fleet")
 
@@ -48,17 +50,31 @@ class Fleet:
     def wait_until_ready(self) -> None:
         self.each(lambda engine: engine.wait_until_ready(timeout_seconds=self._timeout_seconds))
 
-    def pause(self, mode: str) -> None:
-        self.each(lambda engine: engine.pause(mode=mode, timeout_seconds=self._timeout_seconds))
-
-    def resume(self) -> None:
-        self.each(lambda engine: engine.resume())
+    def pause(self) -> list[Paused]:
+        """As `bridge.in_flight` says."""
+        order = {"mode": self._config.in_flight, "reuse_kv": self._config.frozen_kv == "reuse"}
+        return self.each(lambda engine: engine.pause(**order, timeout_seconds=self._timeout_seconds))
 
     def receipts(self) -> list[Receipt]:
         return self.each(lambda engine: engine.receipt())
 
-    def adopt(self, policy_version: int) -> list[Receipt]:
-        return self.each(lambda engine: engine.adopt(policy_version=policy_version))
+    @property
+    def is_one(self) -> bool:
+        """One engine may resume as soon as it has proved itself; several only when all have."""
+        return len(self.engines) == 1
+
+    def adopt(self, expected: Receipt, *, digests: Mapping[str, str]) -> None:
+        """Every engine names what it holds, proves it, and samples from it."""
+        self.proved(self.each(lambda e: e.adopt(expected, resume=self.is_one)), expected, digests=digests)
+
+    def proved(self, held: Sequence[Receipt], expected: Receipt, *, digests: Mapping[str, str]) -> None:
+        """As `prove`; then the engines sample, those that had to wait for the proof of all."""
+        self.prove(held, expected, digests=digests)
+        if not self.is_one:
+            self.resume(expected)
+
+    def resume(self, expected: Receipt) -> None:
+        self.each(lambda engine: engine.resume(expected))
 
     @contextmanager
     def paused_on_failure(self) -> Iterator[None]:
@@ -74,16 +90,14 @@ class Fleet:
         with suppress(EngineError):
             engine.pause(mode="abort", timeout_seconds=self._timeout_seconds)
 
-    def refuse_backwards(self, policy_version: int) -> list[Receipt]:
-        """Raises `SyncError` when an engine already serves a later version; answers with what each serves."""
-        receipts = self.receipts()
+    def refuse_backwards(self, policy_version: int, receipts: Sequence[Receipt]) -> None:
+        """Raises `SyncError` when an engine already serves a later version."""
         for engine, served in zip(self.engines, receipts, strict=True):
             if policy_version < served.policy_version:
                 raise SyncError(
                     f"policy_version {policy_version} is older than {served.policy_version}, which engine "
                     f"{engine.name} already serves; versions only grow, so restart the engine to go back"
                 )
-        return receipts
 
     def refuse_other_model(self, learner: Mapping[str, str]) -> None:
         """`learner` is name → `dtype[shape]`. Raises `SyncError` naming what is missing, extra or of another kind."""
@@ -98,7 +112,8 @@ class Fleet:
         for engine, receipt in zip(self.engines, held, strict=True):
             if receipt != expected:
                 faults = "\n".join(differences(digests, engine.parameters()))
+                version = f"version {receipt.policy_version}" if receipt.policy_version >= 0 else "no version,"
                 raise SyncError(
-                    f"engine {engine.name} holds version {receipt.policy_version} digest {receipt.digest[:12]} after "
+                    f"engine {engine.name} holds {version} digest {receipt.digest[:12]} after "
                     f"a publish of version {expected.policy_version} digest {expected.digest[:12]}:\n{faults}"
                 )

@@ -46,7 +46,7 @@ class LoraBridge:
         folder: Path,
         shares_base: bool = False,
     ) -> None:
-        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds)
+        self._fleet = Fleet(engines, config)
         self._config = config
         self._base = base
         self._layers = layers
@@ -94,7 +94,8 @@ class LoraBridge:
         digests = self._base_digests | adapter
         expected = Receipt(policy_version, model_digest(digests))
         clock.lap("digest")
-        served = self._fleet.refuse_backwards(policy_version)
+        served = self._fleet.receipts()
+        self._fleet.refuse_backwards(policy_version, served)
         clock.lap("ask")
         changed = any(receipt.digest != expected.digest for receipt in served)
         if changed:
@@ -123,10 +124,10 @@ class LoraBridge:
         """Every engine samples from the staged adapter. Returns the seconds for which none sampled."""
         clock = Stopwatch()
         if self._config.in_flight == "abort":
-            self._fleet.pause("abort")
+            self._fleet.pause()
             clock.lap("pause")
         self._fleet.prove(self._fleet.each(lambda engine: engine.switch(expected)), expected, digests=digests)
-        self._fleet.resume()
+        self._fleet.resume(expected)
         clock.lap("resume")
         return clock.total if "pause" in clock.parts else 0.0
 

@@ -15,33 +15,58 @@ are whole words, and a split of the last dimension into n equal parts falls betw
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from syncline.bridges.digest import piece_digests
+from syncline.bridges.digest import piece_sums
 from syncline.bridges.manifest import Shard
 from syncline.errors import SyncError
 
-_BATCH_BYTES = 256 << 20
+_MASK = (1 << 64) - 1
+_Place = tuple[int, int]
+"""Of a piece: its rank, and its index among the rank's."""
 
 
 class Piece(NamedTuple):
     """What one rank says of a piece it holds, in plain values that every wire carries."""
 
+    name: str
+    """Several pieces of one rank may have the same."""
     kind: str
     """Of the whole: `bfloat16[151936, 896]`."""
     shape: Sequence[int]
     start: Sequence[int]
     counted: bool
-    digest: str
-    """Of the piece at its place in the whole, in hex: JSON and msgpack have no unsigned 64 bits."""
+    """`False`: another rank holds the same piece and counts it."""
+
+    @classmethod
+    def of(cls, name: str, shard: Shard) -> "Piece":
+        kind = kind_of(shard.tensor, shard.shape)
+        return cls(name, kind, list(shard.tensor.shape), list(shard.start), shard.counted)
 
 
-def parameter_digests(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """`name -> "dtype[shape]:digest"`, which names what differs when two sides disagree."""
-    return combined([shard_digests((name, whole(tensor)) for name, tensor in named)])
+def parameter_digests(named: Iterable[tuple[str, torch.Tensor]], *, finite: bool = False) -> dict[str, str]:
+    """`name -> "dtype[shape]:digest"`, which names what differs when two sides disagree; one pass over the memory.
+
+    With `finite` raises `SyncError` naming the first parameter that holds a NaN or an infinity: two sides may agree,
+    bit for bit, on weights that nothing can be sampled from.
+    """
+    pieces: list[Piece] = []
+
+    def noted() -> Iterator[tuple[str, Shard]]:
+        """A tensor made to be read once is not held for what is said of it."""
+        for name, tensor in named:
+            shard = whole(tensor)
+            pieces.append(Piece.of(name, shard))
+            yield name, shard
+
+    found = piece_sums(noted())
+    if finite:
+        refuse_broken([pieces], [found.num_broken])
+    return Combination([pieces]).digests([found.digests])
 
 
 def whole(tensor: torch.Tensor) -> Shard:
@@ -49,61 +74,74 @@ def whole(tensor: torch.Tensor) -> Shard:
     return Shard(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
-def shard_digests(named: Iterable[tuple[str, Shard]]) -> dict[str, list[Piece]]:
-    """One rank's pieces by name; a name may come several times. Copies that are not counted are digested too.
+def refuse_broken(ranks: Sequence[Sequence[Piece]], num_broken: Sequence[Sequence[int]]) -> None:
+    """Raises `SyncError` when a piece of a rank has words that are not finite."""
+    counts: defaultdict[str, int] = defaultdict(int)
+    for pieces, numbers in zip(ranks, num_broken, strict=True):
+        for piece, number in zip(pieces, numbers, strict=True):
+            counts[piece.name] += number
+    if bad := [name for name, count in counts.items() if count]:
+        raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(counts)} parameters); nothing was published")
 
-    All digests leave the device in one transfer, so a GPU is waited for once, not once a parameter. Raises `SyncError`
-    for a piece that lies outside the whole, is cut in two dimensions, or inside a word.
+
+def combined(ranks: Sequence[Sequence[tuple[Any, int]]]) -> dict[str, str]:
+    """The digests of wholes that are measured once, from each rank's pieces with theirs."""
+    pieces = [[Piece(*piece) for piece, _ in rank] for rank in ranks]
+    return Combination(pieces).digests([[digest for _, digest in rank] for rank in ranks])
+
+
+class Combination:
+    """How the pieces that ranks hold, by rank, make up the parameters: worked out once, summed at every proof.
+
+    Raises `SyncError` naming rank and parameter: one that a rank lacks or has as another kind, and pieces that do not
+    make up the whole.
     """
-    facts: list[tuple[str, Piece]] = []
 
-    def noted() -> Iterator[tuple[str, Shard]]:
-        """A piece made to be read once is not held for what is said of it."""
-        for name, shard in named:
-            kind = kind_of(shard.tensor, shard.shape)
-            facts.append((name, Piece(kind, list(shard.tensor.shape), list(shard.start), shard.counted, "")))
-            yield name, shard
+    def __init__(self, ranks: Sequence[Sequence[Piece]]) -> None:
+        self._wholes: list[tuple[str, str, list[_Place]]] = []
+        self._copies: list[tuple[str, _Place, _Place]] = []
+        held: dict[str, list[tuple[_Place, Piece]]] = {}
+        for rank, pieces in enumerate(ranks):
+            for index, piece in enumerate(pieces):
+                held.setdefault(piece.name, []).append(((rank, index), piece))
+        for name, pieces in held.items():
+            self._refuse_lacking(name, {rank for (rank, _), _ in pieces}, len(ranks))
+            self._add(name, pieces)
 
-    values = piece_digests(noted())
-    pieces: dict[str, list[Piece]] = {}
-    for (name, piece), value in zip(facts, values, strict=True):
-        pieces.setdefault(name, []).append(piece._replace(digest=f"{value:016x}"))
-    return pieces
+    @staticmethod
+    def _refuse_lacking(name: str, holders: set[int], num_ranks: int) -> None:
+        if lacking := sorted(set(range(num_ranks)) - holders):
+            raise SyncError(f"{name}: rank {lacking[0]} lacks it, rank {min(holders)} holds it")
 
+    def _add(self, name: str, pieces: Sequence[tuple["_Place", Piece]]) -> None:
+        _, first = pieces[0]
+        holders: dict[tuple[tuple[int, ...], tuple[int, ...]], _Place] = {}
+        counted: list[_Place] = []
+        num_elements = 0
+        for place, piece in pieces:
+            if piece.kind != first.kind:
+                raise SyncError(f"{name}: rank {place[0]} holds it as {piece.kind}, rank 0 as {first.kind}")
+            holder = holders.setdefault((tuple(piece.start), tuple(piece.shape)), place)
+            if holder != place:
+                self._copies.append((name, holder, place))
+            if piece.counted:
+                counted.append(place)
+                num_elements += math.prod(piece.shape)
+        size = math.prod(_shape_of(first.kind))
+        if num_elements != size:
+            raise SyncError(f"{name}: {pieces[-1][0][0] + 1} ranks hold {num_elements} of its {size} elements")
+        self._wholes.append((name, first.kind, counted))
 
-def combined(ranks: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, str]:
-    """`name -> "dtype[shape]:digest"` of the wholes, from what `shard_digests` says on every rank, in rank order.
-
-    Raises `SyncError` naming rank and parameter: one that a rank lacks or has as another kind, copies of a piece that
-    differ, and pieces that do not make up the whole.
-    """
-    digests: dict[str, str] = {}
-    for name in dict.fromkeys(name for rank in ranks for name in rank):
-        lacking = [rank for rank, pieces in enumerate(ranks) if name not in pieces]
-        if lacking:
-            holder = next(rank for rank, pieces in enumerate(ranks) if name in pieces)
-            raise SyncError(f"{name}: rank {lacking[0]} lacks it, rank {holder} holds it")
-        digests[name] = _combine(name, [(r, Piece(*p)) for r, pieces in enumerate(ranks) for p in pieces[name]])
-    return digests
-
-
-def _combine(name: str, pieces: Sequence[tuple[int, Piece]]) -> str:
-    _, first = pieces[0]
-    holders: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, Piece]] = {}
-    total = num_elements = 0
-    for rank, piece in pieces:
-        if piece.kind != first.kind:
-            raise SyncError(f"{name}: rank {rank} holds it as {piece.kind}, rank 0 as {first.kind}")
-        holder, held = holders.setdefault((tuple(piece.start), tuple(piece.shape)), (rank, piece))
-        if held.digest != piece.digest:
-            raise SyncError(f"{name}: ranks {holder} and {rank} hold different copies of it")
-        if piece.counted:
-            total += int(piece.digest, 16)
-            num_elements += math.prod(piece.shape)
-    size = math.prod(_shape_of(first.kind))
-    if num_elements != size:
-        raise SyncError(f"{name}: {pieces[-1][0] + 1} ranks hold {num_elements} of its {size} elements")
-    return f"{first.kind}:{total % (1 << 64):016x}"
+    def digests(self, found: Sequence[Sequence[int]]) -> dict[str, str]:
+        """`name -> "dtype[shape]:digest"` of the wholes, from the digests of every rank's pieces. Raises `SyncError`
+        for copies of a piece that differ."""
+        for name, (rank, index), (other, position) in self._copies:
+            if found[rank][index] != found[other][position]:
+                raise SyncError(f"{name}: ranks {rank} and {other} hold different copies of it")
+        return {
+            name: f"{kind}:{sum([found[rank][index] for rank, index in counted]) & _MASK:016x}"
+            for name, kind, counted in self._wholes
+        }
 
 
 def kind_of(tensor: torch.Tensor, shape: Sequence[int] | None = None) -> str:
@@ -120,42 +158,6 @@ def model_digest(parameters: Mapping[str, str]) -> str:
     """One digest over all parameters, independent of their order."""
     lines = "\n".join(f"{name}={digest}" for name, digest in sorted(parameters.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def refuse_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raises `SyncError` naming the first parameter that holds a NaN or an infinity; one pass over the memory.
-
-    Two sides may agree, bit for bit, on weights that nothing can be sampled from.
-    """
-    for _ in finite(named):
-        pass
-
-
-def finite(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hands the tensors on and raises at their end as `refuse_not_finite` does. Holds a few of them at a time: they may
-    have been made to be read once."""
-    names: list[str] = []
-    largest: list[torch.Tensor] = []
-    batch: list[torch.Tensor] = []
-    size = 0
-    for name, tensor in named:
-        yield name, tensor
-        if tensor.numel():
-            names.append(name)
-            batch.append(tensor.detach())
-            size += tensor.nbytes
-        if size >= _BATCH_BYTES:
-            largest += _largest(batch)
-            batch, size = [], 0
-    values = torch.stack(largest + _largest(batch)).tolist() if names else []
-    bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
-    if bad:
-        raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(names)} parameters); nothing was published")
-
-
-def _largest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The largest magnitude of each; NaN and infinity carry through."""
-    return list(torch._foreach_norm(tensors, ord=math.inf, dtype=torch.float32)) if tensors else []  # pyright: ignore
 
 
 def differences(

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.ranks import ONE_RANK, Ranks
-from syncline.bridges.receipt import kind_of, model_digest, parameter_digests, refuse_not_finite
+from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.protocols import EngineControl, Receipt, SyncReport
@@ -46,7 +46,7 @@ class RestartBridge:
         assets: Path,
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds, ranks=ranks)
+        self._fleet = Fleet(engines, config, ranks=ranks)
         self._ranks = ranks
         self._config = config
         self._export = export
@@ -70,19 +70,19 @@ class RestartBridge:
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
-        refuse_not_finite(self._export(model))
-        digests = parameter_digests(self._export(model))
+        digests = parameter_digests(self._export(model), finite=True)
         expected = Receipt(policy_version, model_digest(digests))
         clock.lap("digest")
-        served = self._fleet.refuse_backwards(policy_version)
+        served = self._fleet.receipts()
+        self._fleet.refuse_backwards(policy_version, served)
         unchanged = all(receipt.digest == expected.digest for receipt in served)
         path, moved = (None, 0) if unchanged else self._write(model, policy_version)
         clock.lap("write")
-        self._fleet.pause(self._config.in_flight)
+        self._fleet.pause()
         clock.lap("pause")
-        self._fleet.prove(self._move(path, policy_version), expected, digests=digests)
+        self._fleet.prove(self._move(path, expected), expected, digests=digests)
         clock.lap("load")
-        self._fleet.resume()
+        self._fleet.resume(expected)
         clock.lap("resume")
         self._ranks.from_first(lambda: self._forget_versions_before(policy_version - 1))
         pause = sum(clock.parts[part] for part in ("pause", "load", "resume"))
@@ -92,14 +92,15 @@ class RestartBridge:
         """Nothing is held between publishes but the threads."""
         self._fleet.close()
 
-    def _move(self, path: Path | None, policy_version: int) -> list[Receipt]:
-        if path is None:
-            return self._fleet.adopt(policy_version)
+    def _move(self, path: Path | None, expected: Receipt) -> list[Receipt]:
         timeout = self._config.timeout_seconds
 
         def load(engine: EngineControl) -> Receipt:
-            move = engine.restart if self._config.restart == "process" else engine.reload
-            return move(str(path), policy_version=policy_version, timeout_seconds=timeout)
+            if path is None:
+                return engine.adopt(expected)
+            if self._config.restart == "process":
+                return engine.restart(str(path), policy_version=expected.policy_version, timeout_seconds=timeout)
+            return engine.reload(str(path), expected=expected, timeout_seconds=timeout)
 
         return self._fleet.each(load)
 

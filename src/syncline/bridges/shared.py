@@ -14,8 +14,9 @@ from typing import Any
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, fingerprint_of, open_views
 from syncline.bridges.manifest import Shard
+from syncline.bridges.measure import LearnerDigests
 from syncline.bridges.ranks import ONE_RANK, Ranks
-from syncline.bridges.receipt import combined, kind_of, model_digest, refuse_not_finite, shard_digests
+from syncline.bridges.receipt import kind_of, model_digest
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError
@@ -31,12 +32,12 @@ class SharedBridge:
     def __init__(
         self, engines: Sequence[EngineControl], config: Bridge, *, shards: Shards, ranks: Ranks = ONE_RANK
     ) -> None:
-        self._fleet = Fleet(engines, timeout_seconds=config.timeout_seconds, ranks=ranks)
+        self._fleet = Fleet(engines, config, ranks=ranks)
         self._ranks = ranks
-        self._in_flight = config.in_flight
         self._shards = shards
-        self._paused: Stopwatch | None = None
-        """Running since the pause; `None` while the engines sample."""
+        self._digests = LearnerDigests(shards, ranks=ranks)
+        self._paused: tuple[Stopwatch, list[Receipt]] | None = None
+        """Running since the pause, and what the engines then held; `None` while they sample."""
 
     def attach(self, model: Any) -> None:
         """Rebinds every parameter to the owner's memory. The engines stay paused until the first publish."""
@@ -56,16 +57,14 @@ class SharedBridge:
 
     def publish(self, model: Any, *, policy_version: int) -> SyncReport:
         with self._fleet.paused_on_failure():
-            self._fleet.refuse_backwards(policy_version)
-            clock = self._pause()
+            clock, served = self._pause()
             clock.lap("step")
-            digests = self._digests(model)
+            self._fleet.refuse_backwards(policy_version, served)
+            digests = self._digests.of(model)
             expected = Receipt(policy_version, model_digest(digests))
             clock.lap("digest")
-            self._fleet.prove(self._fleet.adopt(policy_version), expected, digests=digests)
+            self._fleet.adopt(expected, digests=digests)
             clock.lap("adopt")
-            self._fleet.resume()
-            clock.lap("resume")
         self._paused = None
         parts = {part: seconds for part, seconds in clock.parts.items() if part != "step"}
         return SyncReport(expected, 0, sum(parts.values()), clock.total, parts)
@@ -73,12 +72,6 @@ class SharedBridge:
     def close(self) -> None:
         """The engine owns the memory; nothing else is held."""
         self._fleet.close()
-
-    def _digests(self, model: Any) -> dict[str, str]:
-        """Of the wholes, from every rank's pieces."""
-        shards = list(self._shards(model))
-        self._ranks.together(lambda: refuse_not_finite((name, shard.tensor) for name, shard in shards))
-        return combined(self._ranks.gathered(shard_digests(shards)))
 
     def _export_of_own_rank(self) -> Mapping[str, Any]:
         """The owner's memory as this rank shares it."""
@@ -91,11 +84,11 @@ class SharedBridge:
             )
         return exports[self._ranks.rank]
 
-    def _pause(self) -> Stopwatch:
+    def _pause(self) -> tuple[Stopwatch, list[Receipt]]:
         """Once for a step, whoever comes first: `updating`, or a publish outside of it."""
         if self._paused is None:
             clock = Stopwatch()
-            self._fleet.pause(self._in_flight)
+            served = [paused.receipt for paused in self._fleet.pause()]
             clock.lap("pause")
-            self._paused = clock
+            self._paused = clock, served
         return self._paused

@@ -151,6 +151,11 @@ def _ranks(config: RunConfig) -> Iterator[str]:
 
 def _in_flight(config: RunConfig) -> Iterator[str]:
     bridge = config.bridge
+    if bridge.frozen_kv == "reuse" and bridge.in_flight != "keep":
+        yield (
+            f"bridge.frozen_kv: 'reuse' is for frozen requests, and bridge.in_flight = {bridge.in_flight!r} freezes "
+            "none; set bridge.in_flight to keep"
+        )
     if bridge.in_flight == "keep" and bridge.name == "restart" and bridge.restart == "process":
         yield (
             "bridge.in_flight: 'keep' cannot keep requests of a process that bridge.restart = 'process' replaces; "

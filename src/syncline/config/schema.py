@@ -210,6 +210,12 @@ class Bridge(Section):
     """What happens to running requests when the weights move: they end first, they freeze and go on under the new
     version (every token keeps the version it was sampled under), or they end at once as aborted. An adapter's requests
     `drain` without anybody waiting for them: they end under the adapter they began with."""
+    frozen_kv: Literal["recompute", "reuse"] = "recompute"
+    """With `in_flight: keep`, what becomes of a frozen request's keys and values. `recompute`: its context is computed
+    again under the new weights, so that a token's logprob is exactly its version's (AReaL and verl's partial rollouts
+    do so too). `reuse`: it goes on with those of the weights it began with and sees only the short pause (as in
+    PipelineRL); its tokens carry their versions, but no one version's weights give their logprobs, which is what
+    importance correction is for."""
     bucket_bytes: PositiveInt = 128 << 20
     """With `broadcast`: what one collective call carries. Learner and engine keep two such buffers each."""
     sparse: bool = False

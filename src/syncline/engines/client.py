@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from syncline.errors import EngineError, EngineTimeout
-from syncline.protocols import Membership, Receipt, Received
+from syncline.protocols import Membership, Paused, Receipt, Received
 from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
 
 RETRY_SECONDS = 0.2
@@ -105,11 +105,13 @@ class EngineController:
         """What `/health` tells: `status`, the engine's name, version, device and model, and its receipt."""
         return self._call("GET", "/health", None, self._start_timeout_seconds)
 
-    def pause(self, *, mode: str, timeout_seconds: float) -> None:
-        self._post("/syncline/pause", {"mode": mode, "timeout_seconds": timeout_seconds}, 2 * timeout_seconds)
+    def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:
+        body = {"mode": mode, "timeout_seconds": timeout_seconds, "reuse_kv": reuse_kv}
+        answer = self._post("/syncline/pause", body, 2 * timeout_seconds)
+        return Paused(_receipt(answer), answer["generation"])
 
-    def resume(self) -> None:
-        self._post("/syncline/resume", {}, self._start_timeout_seconds)
+    def resume(self, expected: Receipt) -> None:
+        self._post("/syncline/resume", {"expected": asdict(expected)}, self._start_timeout_seconds)
 
     def receipt(self) -> Receipt:
         return _receipt(self._call("GET", "/syncline/receipt", None, self._start_timeout_seconds))
@@ -125,12 +127,13 @@ class EngineController:
     def export(self, *, fused: bool = False) -> Sequence[Mapping[str, Any]]:
         return self._call("POST", "/syncline/export", {"fused": fused}, self._start_timeout_seconds)
 
-    def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
-        body = {"path": path, "policy_version": policy_version}
+    def reload(self, path: str, *, expected: Receipt, timeout_seconds: float) -> Receipt:
+        body = {"path": path, "expected": asdict(expected)}
         return _receipt(self._post("/syncline/reload", body, timeout_seconds))
 
-    def adopt(self, *, policy_version: int) -> Receipt:
-        return _receipt(self._post("/syncline/adopt", {"policy_version": policy_version}, self._start_timeout_seconds))
+    def adopt(self, expected: Receipt, *, resume: bool = False) -> Receipt:
+        body = {"expected": asdict(expected), "resume": resume}
+        return _receipt(self._post("/syncline/adopt", body, self._start_timeout_seconds))
 
     def membership(self) -> Membership:
         return Membership(**self._call("GET", "/syncline/broadcast", None, self._start_timeout_seconds))
@@ -139,8 +142,11 @@ class EngineController:
         body = {"invitation": invitation, "first_rank": first_rank, "timeout_seconds": timeout_seconds}
         return self._post("/syncline/broadcast/join", body, timeout_seconds + GRACE_SECONDS)["plan"]
 
-    def receive_broadcast(self, *, generation: str, policy_version: int, timeout_seconds: float) -> Received:
-        body = {"generation": generation, "policy_version": policy_version, "timeout_seconds": timeout_seconds}
+    def receive_broadcast(
+        self, expected: Receipt, *, generation: str, timeout_seconds: float, resume: bool = False
+    ) -> Received:
+        body: dict[str, Any] = {"expected": asdict(expected), "generation": generation, "resume": resume}
+        body["timeout_seconds"] = timeout_seconds
         answer = self._post("/syncline/broadcast/receive", body, timeout_seconds + GRACE_SECONDS)
         return Received(_receipt(answer), answer["prove_seconds"])
 

@@ -18,6 +18,7 @@ from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.parity import ParityGate
 from syncline.learner.step import Step
 from syncline.learner.telemetry import log_step, staleness, timings
+from syncline.learner.versions import refuse_unproved
 from syncline.observe.metrics import Metrics
 from syncline.protocols import MetricSink, RolloutSource, WeightBridge
 
@@ -51,6 +52,7 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
     while state.step < config.run.num_steps:
         report, started = Metrics(), time.perf_counter()
         groups = parts.source.next_batch(config.run.groups_per_step)
+        refuse_unproved(groups, proved=state.policy_version)
         sampled = time.perf_counter()
         report.update(staleness(groups, policy_version=state.policy_version))
         advantages = group_advantages(groups, config.learner.loss.scale_advantages)

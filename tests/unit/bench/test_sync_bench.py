@@ -3,7 +3,7 @@
 import pytest
 
 from syncline.bench.load import Load
-from syncline.bench.sync import Result
+from syncline.bench.sync import Busy, Result
 from syncline.bench.table import quantile, sync_table
 from syncline.protocols import Receipt, SyncReport
 
@@ -32,10 +32,11 @@ def test_quantile(share: float, expected: int) -> None:
 def test_the_table_has_a_line_for_each_bridge_and_each_reference() -> None:
     report = SyncReport(Receipt(1, "d"), 2_000_000_000, 0.010, 0.004, {"digest": 0.001, "send": 0.009})
     result = Result("small", "broadcast", "vllm 0 on x", num_bytes=2_000_000_000, weights_bytes=2_100_000_000)
-    result.idle = result.busy = [report]
-    result.pauses, result.decode_before, result.decode_steady = [0.005], 100.0, 99.0
+    result.idle, result.busy = [report], {"recompute": Busy([report], [0.005]), "reuse": Busy([report], [0.003])}
+    result.decode_shared, result.decode_unshared = [99.0, 99.0, 50.0], [100.0, 200.0, 100.0]
     lines = "\n".join(sync_table([result], {"small": {"link": [0.005]}}))
     assert "200.0" in lines, "2 GB in 10 ms are 200 GB/s"
     assert "420.0" in lines, "the link's, which carries all weights whatever the bridge sends"
     assert "digest 1.0, send 9.0" in lines
-    assert "(0.990 x)" in lines
+    assert "broadcast, KV reused" in lines
+    assert "(0.990 x)" in lines, "the medians of the turns"

@@ -111,13 +111,26 @@ def test_an_engine_lost_on_the_way_is_named_and_no_engine_resumes(engines) -> No
         assert_serves(engine, model, policy_version=1)
 
 
+@pytest.mark.parametrize("num_engines", [1, 2])
+def test_no_engine_resumes_unless_all_hold_what_was_sent(engines, num_engines: int) -> None:
+    model, bridge = make_model(1), bridge_to(engines[-num_engines:])
+    bridge.attach(model)
+    bridge.publish(model, policy_version=0)
+    step(model)
+    engines[1].after_receive = lambda: engines[1].held("0.weight").add_(1)
+    with pytest.raises(SyncError, match=r"engine b holds no version, .* version 1(.|\n)*0\.weight: the learner"):
+        bridge.publish(model, policy_version=1)
+    for engine in engines[-num_engines:]:
+        assert engine.calls[-2:] == ["receive", "pause abort"]
+
+
 def test_a_learner_whose_export_fails_half_way_tells_the_engines(engines) -> None:
     model, failing = make_model(1), []
 
     def export(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         reads.append(None)
         for i, item in enumerate(model.named_parameters()):
-            if failing and len(reads) == 2 and i == 1:
+            if failing and len(reads) == 3 and i == 1:  # named, prepared, sent
                 raise RuntimeError("out of memory")
             yield item
 

@@ -22,6 +22,7 @@ from syncline.bridges.receipt import whole
 from syncline.bridges.shared import SharedBridge
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError
+from syncline.protocols import Paused, Receipt
 
 CPU = torch.device("cpu")
 
@@ -111,7 +112,8 @@ class TwoRanks:
 
     def wait_until_ready(self, *, timeout_seconds: float) -> None: ...
 
-    def pause(self, *, mode: str, timeout_seconds: float) -> None: ...
+    def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool) -> Paused:
+        return Paused(Receipt(-1, ""))
 
     def parameters(self) -> dict[str, str]:
         return self._parameters

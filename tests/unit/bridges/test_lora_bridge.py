@@ -14,7 +14,7 @@ from syncline.bridges.lora import LoraBridge
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.config.schema import Bridge
 from syncline.errors import EngineError, SyncError
-from syncline.protocols import Receipt
+from syncline.protocols import Paused, Receipt
 
 CPU = torch.device("cpu")
 
@@ -50,12 +50,14 @@ class FakeEngine:
 
     def wait_until_ready(self, *, timeout_seconds: float) -> None: ...
 
-    def pause(self, *, mode: str, timeout_seconds: float) -> None:
+    def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:
         self._called(f"pause {mode}")
         self.paused = True
+        return Paused(self.receipt())
 
-    def resume(self) -> None:
+    def resume(self, expected: Receipt) -> None:
         self._called("resume")
+        assert expected == self.receipt()
         self.paused = False
 
     def receipt(self) -> Receipt:

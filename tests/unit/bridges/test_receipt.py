@@ -2,13 +2,14 @@
 
 import math
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from syncline.bridges import receipt
+from syncline.bridges import digest
 from syncline.bridges.digest import tensor_digest
-from syncline.bridges.receipt import differences, finite, model_digest, parameter_digests, refuse_not_finite
+from syncline.bridges.receipt import differences, model_digest, parameter_digests
 from syncline.errors import SyncError
 
 MASK = (1 << 64) - 1
@@ -68,10 +69,10 @@ def test_a_transposed_view_digests_as_its_values_lie() -> None:
 
 def test_the_model_digest_depends_on_names_and_types_not_on_order() -> None:
     a, b = torch.randn(4, 4), torch.randn(4, 4)
-    digest = model_digest(parameter_digests([("a", a), ("b", b)]))
-    assert digest == model_digest(parameter_digests([("b", b), ("a", a)]))
-    assert digest != model_digest(parameter_digests([("a", b), ("b", a)]))
-    assert digest != model_digest(parameter_digests([("a", a.bfloat16()), ("b", b)]))
+    expected = model_digest(parameter_digests([("a", a), ("b", b)]))
+    assert expected == model_digest(parameter_digests([("b", b), ("a", a)]))
+    assert expected != model_digest(parameter_digests([("a", b), ("b", a)]))
+    assert expected != model_digest(parameter_digests([("a", a.bfloat16()), ("b", b)]))
 
 
 def test_differences_name_the_parameter() -> None:
@@ -87,26 +88,35 @@ def test_differences_name_the_parameter() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite_are_refused_by_name(dtype: torch.dtype, value: float) -> None:
+@pytest.mark.parametrize("row", [4, 256], ids=["a word an element", "words of several"])
+def test_weights_that_are_not_finite_are_refused_by_name(dtype: torch.dtype, value: float, row: int) -> None:
     named = {
         "good": torch.ones(3, 5, dtype=dtype),
         "empty": torch.ones(0),
-        "bad": torch.full((4, 4), 1e30, dtype=dtype),
+        "largest": torch.full((2, 2), torch.finfo(dtype).max, dtype=dtype),
+        "bad": torch.full((4, row), -1e30, dtype=dtype),
+        "bytes": torch.full((8,), 255, dtype=torch.uint8),
     }
-    refuse_not_finite(named.items())
-    named["bad"][2, 3] = value
-    with pytest.raises(SyncError, match=r"bad is not finite \(1 of 2 parameters\)"):
-        refuse_not_finite(named.items())
+    parameter_digests(named.items(), finite=True)
+    named["bad"][2, row - 1] = value
+    parameter_digests(named.items())
+    with pytest.raises(SyncError, match=r"bad is not finite \(1 of 5 parameters\)"):
+        parameter_digests(named.items(), finite=True)
 
 
 def test_tensors_made_to_be_looked_at_once_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A merged adapter's weights are a second model if all of them are held at once."""
-    monkeypatch.setattr(receipt, "_BATCH_BYTES", 64)
+    monkeypatch.setattr(digest, "BATCH_BYTES", 64)
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    for _, tensor in finite((str(i), torch.full((8,), float(i))) for i in range(20)):
-        alive.append(weakref.ref(tensor))
-        most = max(most, sum(one() is not None for one in alive))
+
+    def made() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for i in range(20):
+            tensor = torch.full((8,), float(i))
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(one() is not None for one in alive))
+            yield str(i), tensor
+
+    parameter_digests(made())
     assert most <= 4
-    with pytest.raises(SyncError, match=r"bad is not finite \(1 of 5 parameters\)"):
-        list(finite([("bad", torch.tensor([math.nan]))] + [(str(i), torch.ones(16)) for i in range(4)]))

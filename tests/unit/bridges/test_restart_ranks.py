@@ -16,7 +16,7 @@ from syncline.config.schema import Bridge, Model
 from syncline.errors import TrainingError
 from syncline.learner.model import checkpoint_shards, load_model
 from syncline.learner.places import wholes
-from syncline.protocols import Receipt
+from syncline.protocols import Paused, Receipt
 
 
 class FileEngine:
@@ -31,10 +31,12 @@ class FileEngine:
 
     def wait_until_ready(self, *, timeout_seconds: float) -> None: ...
 
-    def pause(self, *, mode: str, timeout_seconds: float) -> None:
+    def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:
         self.calls.append("pause")
+        return Paused(self.held)
 
-    def resume(self) -> None:
+    def resume(self, expected: Receipt) -> None:
+        assert expected == self.held
         self.calls.append("resume")
 
     def receipt(self) -> Receipt:
@@ -43,10 +45,10 @@ class FileEngine:
     def parameters(self) -> dict[str, str]:
         return self._parameters
 
-    def reload(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
+    def reload(self, path: str, *, expected: Receipt, timeout_seconds: float) -> Receipt:
         self.calls.append("reload")
         tensors = {k: t for file in Path(path).glob("*.safetensors") for k, t in load_file(file).items()}
-        self.held = Receipt(policy_version, model_digest(parameter_digests(tensors.items())))
+        self.held = Receipt(expected.policy_version, model_digest(parameter_digests(tensors.items())))
         return self.held
 
 

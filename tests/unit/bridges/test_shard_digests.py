@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_digests import combined
 
-from syncline.bridges.digest import ROW_WORDS, tensor_digest
+from syncline.bridges.digest import ROW_WORDS, piece_sums, tensor_digest
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import combined, parameter_digests, shard_digests, whole
+from syncline.bridges.receipt import parameter_digests, whole
 from syncline.errors import SyncError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.int64)
@@ -52,7 +53,7 @@ def split_tensors(draw) -> tuple[torch.Tensor, list[Shard]]:
 def test_digests_of_shards_add_up_to_the_digest_of_the_whole(case: tuple[torch.Tensor, list[Shard]]) -> None:
     tensor, shards = case
     expected = {"w": f"{str(tensor.dtype)[6:]}{list(tensor.shape)}:{tensor_digest(tensor):016x}"}
-    assert combined([shard_digests([("w", shard)]) for shard in shards]) == expected
+    assert combined([[("w", shard)] for shard in shards]) == expected
     assert parameter_digests([("w", tensor)]) == expected
 
 
@@ -63,8 +64,7 @@ def test_a_piece_digests_at_its_place_in_the_whole() -> None:
     piece = Shard(tensor[:, 2:4], tuple(tensor.shape), (0, 2))
     width = 4 * ROW_WORDS
     expected = sum(mixed(word, position) for word, position in ((11, 2), (12, 3), (13, width + 2), (14, width + 3)))
-    [answer] = shard_digests([("w", piece)])["w"]
-    assert int(answer.digest, 16) == expected % (1 << 64)
+    assert piece_sums([("w", piece)]).digests == [expected % (1 << 64)]
 
 
 def mixed(word: int, position: int) -> int:
@@ -78,37 +78,37 @@ def mixed(word: int, position: int) -> int:
 def test_the_same_bits_at_another_place_have_another_digest() -> None:
     tensor = torch.ones(4, 256)
     left, right = split(tensor, 2, 1)
-    [a], [b] = (shard_digests([("w", shard)])["w"] for shard in (left, right))
-    assert a.digest != b.digest
+    a, b = piece_sums([("w", left), ("w", right)]).digests
+    assert a != b
 
 
 def test_pieces_of_one_name_on_one_rank_are_all_counted() -> None:
     """A checkpoint that fuses q, k and v: every rank holds a piece of each."""
     tensor = random_tensor((12, 128), torch.float32)
     ranks = [[("qkv", Shard(tensor[r : r + 2], (12, 128), (r, 0))) for r in rows] for rows in ((0, 4, 8), (2, 6, 10))]
-    assert combined([shard_digests(pieces) for pieces in ranks]) == parameter_digests([("qkv", tensor)])
+    assert combined(ranks) == parameter_digests([("qkv", tensor)])
 
 
 def test_copies_are_counted_once_and_compared() -> None:
     norm = random_tensor((64,), torch.float32)
-    ranks = [shard_digests([("norm", Shard(norm, (64,), (0,), counted=rank == 0))]) for rank in range(2)]
+    ranks = [[("norm", Shard(norm, (64,), (0,), counted=rank == 0))] for rank in range(2)]
     assert combined(ranks) == parameter_digests([("norm", norm)])
     other = norm.clone()
     other.view(torch.int32)[3] ^= 1
-    ranks[1] = shard_digests([("norm", Shard(other, (64,), (0,), counted=False))])
+    ranks[1] = [("norm", Shard(other, (64,), (0,), counted=False))]
     with pytest.raises(SyncError, match="norm: ranks 0 and 1 hold different copies"):
         combined(ranks)
 
 
 def test_a_rank_that_lacks_a_parameter_is_named() -> None:
     copy = Shard(torch.ones(2), (2,), (0,), counted=False)
-    ranks = [shard_digests([("a", whole(torch.ones(2))), ("b", whole(torch.ones(2)))]), shard_digests([("a", copy)])]
+    ranks = [[("a", whole(torch.ones(2))), ("b", whole(torch.ones(2)))], [("a", copy)]]
     with pytest.raises(SyncError, match="b: rank 1 lacks it, rank 0 holds it"):
         combined(ranks)
 
 
 def test_a_rank_with_another_kind_is_named() -> None:
-    ranks = [shard_digests([("a", whole(torch.ones(2, dtype=dtype)))]) for dtype in (torch.float32, torch.bfloat16)]
+    ranks = [[("a", whole(torch.ones(2, dtype=dtype)))] for dtype in (torch.float32, torch.bfloat16)]
     with pytest.raises(SyncError, match=r"a: rank 1 holds it as bfloat16\[2\], rank 0 as float32\[2\]"):
         combined(ranks)
 
@@ -116,14 +116,14 @@ def test_a_rank_with_another_kind_is_named() -> None:
 def test_pieces_that_leave_a_hole_are_an_error() -> None:
     shards = split(torch.ones(6, 128), 3, 0)
     with pytest.raises(SyncError, match="2 ranks hold 512 of its 768 elements"):
-        combined([shard_digests([("w", shard)]) for shard in shards[:2]])
+        combined([[("w", shard)] for shard in shards[:2]])
 
 
 def test_a_border_inside_a_word_is_refused_by_parameter() -> None:
     """32 words of bfloat16 are 128 elements: 64 ranks would hold half a word each."""
     tensor = torch.ones(2, 128, dtype=torch.bfloat16)
     with pytest.raises(SyncError, match=r"down_proj: pieces of 2 of 128 elements end inside a word"):
-        shard_digests([("down_proj", split(tensor, 64, 1)[3])])
+        piece_sums([("down_proj", split(tensor, 64, 1)[3])])
 
 
 @pytest.mark.parametrize(
@@ -131,4 +131,4 @@ def test_a_border_inside_a_word_is_refused_by_parameter() -> None:
 )
 def test_a_piece_that_is_no_slice_of_the_whole_is_refused(shape: tuple[int, ...], start: tuple[int, ...]) -> None:
     with pytest.raises(SyncError, match=r"w: a piece .* is not a slice of"):
-        shard_digests([("w", Shard(torch.ones(2, 2), shape, start))])
+        piece_sums([("w", Shard(torch.ones(2, 2), shape, start))])

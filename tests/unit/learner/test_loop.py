@@ -12,14 +12,16 @@ from real_engine import make_tiny_model, run_values
 
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.config import RunConfig, resolve
+from syncline.errors import SyncError
 from syncline.learner.checkpoint import Checkpoints
 from syncline.learner.loop import Parts, train
 from syncline.learner.model import Scorer, load_model, trainable_parameters
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.parity import ParityReport
 from syncline.learner.step import Step
+from syncline.learner.versions import refuse_unproved
 from syncline.protocols import Receipt, SyncReport
-from syncline.testing import InMemoryTrajectories, ListMetricSink
+from syncline.testing import InMemoryTrajectories, ListMetricSink, make_group
 from syncline.trajectory.ledger import QueueLimits
 from syncline.trajectory.queue import TrajectoryQueue
 from syncline.trajectory.shares import Ask
@@ -176,6 +178,30 @@ def test_a_step_without_anything_to_learn_from_moves_nothing(model_path: Path, t
     assert all(torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))
     [(_, metrics)] = parts.sink.logged  # type: ignore[attr-defined]
     assert metrics["step/skipped"] == 1
+
+
+class CarelessSource(RecordingTrajectories):
+    """It hands out what it has, whatever is served."""
+
+    def next_batch(self, num_groups: int) -> list[RolloutGroup]:
+        return [make_group("made-up", i, policy_version=i) for i in range(num_groups)]
+
+
+def test_a_group_of_a_version_that_was_never_published_stops_the_run_before_the_loss(
+    model_path: Path, tmp_path: Path
+) -> None:
+    config = config_of(model_path, tmp_path, num_steps=2)
+    events: list[str] = []
+    parts = replace(parts_of(config, first_group=0, events=events), source=CarelessSource(events))
+    before = [p.detach().clone() for p in parts.model.parameters()]
+    with pytest.raises(SyncError, match=r"'made-up-1' of made-up holds tokens of policy version 1, .* alike is 0;"):
+        train(config, parts)
+    assert events == ["publish", "commit"], "no step was taken, and nothing was acknowledged"
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))
+
+
+def test_groups_of_earlier_versions_and_groups_without_tokens_are_proved() -> None:
+    refuse_unproved([make_group("e", 0, policy_version=3), make_group("e", 1, rewards=(None, None))], proved=3)
 
 
 class QueueAndEnvironment:

@@ -14,6 +14,7 @@ from pydantic import Field
 from syncline.engines.vllm.routes import Body, Route
 from syncline.engines.vllm.served import Served
 from syncline.errors import EngineError, SyncError
+from syncline.protocols import Receipt
 
 log = logging.getLogger("syncline.engine")
 
@@ -25,8 +26,9 @@ class JoinBody(Body):
 
 
 class ReceiveBody(Body):
+    expected: Receipt
     generation: str = Field(min_length=1)
-    policy_version: int = Field(ge=0)
+    resume: bool
     timeout_seconds: float = Field(gt=0)
 
 
@@ -59,8 +61,8 @@ def broadcast_routes(served: Served) -> APIRouter:
 
 async def _receive(served: Served, body: ReceiveBody) -> dict[str, Any]:
     served.need_paused("a broadcast")
-    served.refuse_backwards(body.policy_version)
-    served.tear(f"a broadcast of version {body.policy_version} broke off")
+    served.refuse_backwards(body.expected.policy_version)
+    served.tear(f"a broadcast of version {body.expected.policy_version} broke off")
     try:
         await served.each_rank("syncline_receive", body.generation, body.timeout_seconds)
     except SyncError as error:
@@ -69,5 +71,5 @@ async def _receive(served: Served, body: ReceiveBody) -> dict[str, Any]:
         raise
     started = time.perf_counter()
     await served.remeasure()
-    await served.name(body.policy_version)
-    return {**served.receipt(), "prove_seconds": time.perf_counter() - started}
+    receipt = await served.name(body.expected, resume=body.resume)
+    return {**receipt, "prove_seconds": time.perf_counter() - started}

@@ -21,7 +21,6 @@ OLDEST, NEWEST = (0, 26), (0, 33)
 class ServerParts:
     """The functions vLLM's own server is made of."""
 
-    build_engine_client: Callable[..., Any]
     build_app: Callable[..., Any]
     init_app_state: Callable[..., Any]
     serve_http: Callable[..., Any]
@@ -49,7 +48,6 @@ def server_parts() -> ServerParts:
     vllm_version()
     try:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
         from vllm.entrypoints.launchers.launcher import serve_http, setup_server
@@ -57,7 +55,6 @@ def server_parts() -> ServerParts:
         from vllm.entrypoints.launcher import serve_http  # pyright: ignore[reportMissingImports]
         from vllm.entrypoints.openai.api_server import (
             build_app,
-            build_async_engine_client,
             init_app_state,
             setup_server,
         )
@@ -66,7 +63,6 @@ def server_parts() -> ServerParts:
             validate_parsed_serve_args,
         )
     return ServerParts(
-        build_engine_client=build_async_engine_client,
         build_app=build_app,
         init_app_state=init_app_state,
         serve_http=serve_http,
@@ -82,15 +78,22 @@ async def name_weights(engine: Any, policy_version: int) -> None:
         await engine.update_weight_version(str(policy_version))
 
 
-async def pause(engine: Any, mode: str) -> None:
-    """Stops the engine core at a token boundary and drops every KV block: a prefix cache does not know the version of
-    the weights that filled it. `mode`: requests inside end by themselves
-    (`"drain"`), end aborted, or freeze (`"keep"`).
+async def pause(engine: Any, mode: str, *, reuse_kv: bool = False) -> None:
+    """Stops the engine core at a token boundary. `mode`: requests inside end by themselves (`"drain"`), end aborted, or
+    freeze (`"keep"`): with `reuse_kv` as they are, otherwise to be computed again from their first token.
 
     What `pause_generation` does, less the 20 ms it then sleeps to let outputs arrive: the gate knows when they have.
     """
+    freezes = mode == "keep" and engine.output_processor.has_unfinished_requests()
+    clear_cache = (freezes and not reuse_kv) or _caches_more_than_kv(engine)
     mode = "wait" if mode == "drain" else mode
-    await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=True)
+    await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+
+
+def _caches_more_than_kv(engine: Any) -> bool:
+    """KV blocks are told apart by the weights that filled them (`door.py`); images an encoder has seen, and blocks that
+    another process keeps, are not. Dropping everything is a walk over every block, in Python."""
+    return engine.model_config.is_multimodal_model or engine.vllm_config.kv_transfer_config is not None
 
 
 def can_freeze(*, seed: int | None) -> bool:

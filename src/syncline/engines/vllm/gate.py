@@ -26,6 +26,8 @@ class Visit:
 
     request_id: str
     entered_under: int
+    salt: str = ""
+    """Of the KV blocks that its prompt may use and fill: see `Gate.salt`."""
     can_freeze: bool = True
     """`False`: a pause that keeps requests lets this one end first."""
     is_submitted: bool = False
@@ -48,6 +50,7 @@ class Gate:
         self.is_open = True
         self.is_still = False
         """Nothing samples and nothing can begin to: weights and version may change."""
+        self._num_pauses = 0
         self._inside: set[Visit] = set()
         self._changed = asyncio.Condition()
 
@@ -55,12 +58,18 @@ class Gate:
     def num_inside(self) -> int:
         return len(self._inside)
 
+    @property
+    def salt(self) -> str:
+        """Another one after each pause, in which the weights may have changed: blocks filled under them are no other
+        request's to use."""
+        return f"syncline-{self._num_pauses}"
+
     @asynccontextmanager
     async def request(self, request_id: str, *, can_freeze: bool = True) -> AsyncIterator[Visit]:
         """Waits for the gate to be open."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.is_open)
-            visit = Visit(request_id, self.policy_version, can_freeze)
+            visit = Visit(request_id, self.policy_version, self.salt, can_freeze)
             self._inside.add(visit)
         try:
             yield visit
@@ -109,6 +118,7 @@ class Gate:
     def freeze(self) -> None:
         """The engine has stopped: from now on the gate is still."""
         self.is_still = True
+        self._num_pauses += 1
 
     def name(self, policy_version: int, sampled: Sampled) -> None:
         """What is sampled from now on is of `policy_version`; `sampled` is where requests inside stand."""

@@ -70,7 +70,7 @@ async def _sample(served: Served, body: GenerateBody, visit: Visit, adapter: Ada
     prompt = {"prompt_token_ids": list(body.prompt_token_ids)}
     lora_request = adapter.request() if adapter else None
     try:
-        collector = await served.engine.add_request(visit.request_id, prompt, _params(body), lora_request=lora_request)
+        collector = await served.engine.add_visit(visit, prompt, _params(body), lora_request=lora_request)
     except ValueError as error:
         raise EngineError(f"vLLM refused the request: {error}") from error
     await served.gate.submitted(visit)

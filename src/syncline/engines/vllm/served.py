@@ -1,14 +1,16 @@
 """The engine behind the routes, and what is proved of its weights."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from syncline.bridges.adapter import is_adapter_name
-from syncline.bridges.receipt import combined, model_digest
+from syncline.bridges.measure import Reading
+from syncline.bridges.receipt import Combination, Piece, combined, model_digest
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.adapters import Adapters
 from syncline.engines.vllm.gate import UNPUBLISHED, Gate
 from syncline.errors import EngineError, SyncError
+from syncline.protocols import Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Served:
     """Other processes may open its weights."""
     adapters: Adapters = field(default_factory=Adapters)
     parameters: dict[str, str] = field(default_factory=dict)
+    digest: str = ""
+    """Of `parameters`, which `hold` sets."""
     is_measured: bool = False
     """`parameters` tells what the engine holds now; not so once it was paused, when somebody may write the weights."""
     restart_from: Restart | None = None
@@ -37,10 +41,19 @@ class Served:
     """Of the learner's process group the workers are in; empty: in none."""
     torn: str | None = None
     """Why the weights are of no version: somebody began to replace them. Naming them ends it, nothing else does."""
+    layouts: list[str] = field(default_factory=list)
+    combination: Combination = field(default_factory=lambda: Combination([]))
+    """Of the pieces that the ranks measured last, which `layouts` tells."""
 
-    async def measured(self, method: str = "syncline_parameters", *args: Any) -> dict[str, str]:
+    async def measured(self, method: str = "syncline_measure", *args: Any) -> dict[str, str]:
         """What the next request would be sampled from: the weights, and the adapter that is current."""
-        measured = combined(await self.each_rank(method, *args))
+        readings = [Reading(*answer) for answer in await self.each_rank(method, *args)]
+        layouts = [reading.layout for reading in readings]
+        if layouts != self.layouts:
+            ranks = await self.each_rank("syncline_pieces")
+            self.combination = Combination([[Piece(*piece) for piece in pieces] for pieces in ranks])
+            self.layouts = layouts
+        measured = self.combination.digests([reading.digests for reading in readings])
         if current := self.adapters.current:
             measured |= combined(await self.each_rank("syncline_held", current.id))
         return measured
@@ -53,9 +66,12 @@ class Served:
             raise SyncError("\n".join(faults))
         return [answer["value"] for answer in answers]
 
-    async def remeasure(self, method: str = "syncline_parameters", *args: Any) -> None:
-        self.parameters = await self.measured(method, *args)
+    async def remeasure(self, method: str = "syncline_measure", *args: Any) -> None:
+        self.hold(await self.measured(method, *args))
         self.is_measured = True
+
+    def hold(self, parameters: dict[str, str]) -> None:
+        self.parameters, self.digest = parameters, model_digest(parameters)
 
     def base_parameters(self) -> dict[str, str]:
         return {name: digest for name, digest in self.parameters.items() if not is_adapter_name(name)}
@@ -63,7 +79,7 @@ class Served:
     def sample_from_current(self) -> None:
         """`parameters` are the base's and those of the adapter that new requests get."""
         current = self.adapters.current
-        self.parameters = self.base_parameters() | (current.parameters if current else {})
+        self.hold(self.base_parameters() | (current.parameters if current else {}))
 
     def refuse_backwards(self, policy_version: int) -> None:
         if policy_version < self.gate.policy_version:
@@ -71,7 +87,21 @@ class Served:
                 f"policy_version {policy_version} is older than {self.gate.policy_version}, which this engine served"
             )
 
-    async def refuse_unproved(self) -> None:
+    async def resume(self, expected: Receipt) -> None:
+        """Samples, if it holds exactly what is expected; raises `EngineError` otherwise."""
+        if self.torn:
+            raise EngineError(f"the weights are of no version; publish one instead of resuming: {self.torn}")
+        if self.held != expected:
+            raise EngineError(
+                f"asked to resume version {expected.policy_version} digest {expected.digest[:12]}, this engine holds "
+                f"version {self.held.policy_version} digest {self.held.digest[:12]}; publish instead of resuming"
+            )
+        if not self.gate.is_open:
+            await self._refuse_unproved()
+            await self.engine.resume_generation()
+            await self.gate.open()
+
+    async def _refuse_unproved(self) -> None:
         """Raises `EngineError` when the weights are no longer those of the version they were named with."""
         if self.is_measured:
             return
@@ -85,23 +115,30 @@ class Served:
     def tear(self, why: str) -> None:
         """Until they are named anew the weights have no version, and no digest that anybody measured."""
         self.torn = why
-        self.parameters = {name: f"{digest.partition(':')[0]}:torn" for name, digest in self.parameters.items()}
+        self.hold({name: f"{digest.partition(':')[0]}:torn" for name, digest in self.parameters.items()})
+
+    @property
+    def held(self) -> Receipt:
+        unnamed = self.torn or self.adapters.by_hand
+        return Receipt(UNPUBLISHED if unnamed else self.gate.policy_version, self.digest)
 
     def receipt(self) -> dict[str, Any]:
-        return {
-            "policy_version": UNPUBLISHED if self.torn or self.adapters.by_hand else self.gate.policy_version,
-            "digest": model_digest(self.parameters),
-            "paused": not self.gate.is_open,
-        }
+        return {**asdict(self.held), "paused": not self.gate.is_open}
 
     def need_paused(self, action: str) -> None:
         if not self.gate.is_still:
             raise EngineError(f"{action} needs a paused engine, and requests may be sampling; pause it first")
 
-    async def name(self, policy_version: int) -> dict[str, Any]:
-        """What was measured last is `policy_version`. The pause dropped every KV block, and none was filled since."""
-        self.refuse_backwards(policy_version)
-        await compat.name_weights(self.engine, policy_version)
-        self.gate.name(policy_version, await compat.sampled_tokens(self.engine))
+    async def name(self, expected: Receipt, *, resume: bool = False) -> dict[str, Any]:
+        """What was measured last is a new version, if it is what was expected; otherwise it is of none, and cannot be
+        resumed."""
+        self.refuse_backwards(expected.policy_version)
+        if self.digest != expected.digest:
+            self.torn = f"the weights are not those of version {expected.policy_version}, which was published"
+            return self.receipt()
+        await compat.name_weights(self.engine, expected.policy_version)
+        self.gate.name(expected.policy_version, await compat.sampled_tokens(self.engine))
         self.torn = None
+        if resume:
+            await self.resume(expected)
         return self.receipt()

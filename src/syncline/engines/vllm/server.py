@@ -22,6 +22,7 @@ from syncline.engines.vllm.adapter_routes import adapter_routes, by_hand_routes
 from syncline.engines.vllm.adapters import Adapters
 from syncline.engines.vllm.arguments import Start, engine_device, parse, set_environment
 from syncline.engines.vllm.broadcast_routes import broadcast_routes
+from syncline.engines.vllm.door import engine_behind
 from syncline.engines.vllm.gate import Gate
 from syncline.engines.vllm.plugin import refuse_unregistered
 from syncline.engines.vllm.routes import add_routes
@@ -64,11 +65,12 @@ async def _serve(
 ) -> tuple[Restart | None, str | None]:
     parts = compat.server_parts()
     died: list[str] = []
-    async with parts.build_engine_client(args) as engine:
+    gate = Gate(start.policy_version)
+    async with engine_behind(gate, args) as engine:
         app = parts.build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await parts.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         adapters = Adapters(args.max_loras if args.enable_lora else 0)
-        served = Served(engine, Gate(start.policy_version), about, shares=shares, adapters=adapters)
+        served = Served(engine, gate, about, shares=shares, adapters=adapters)
         if shares and not start.attach_to:
             await served.each_rank("syncline_share")
         if start.bridge_config:

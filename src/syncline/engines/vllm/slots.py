@@ -98,7 +98,7 @@ class AdapterExtension:
         return answer(lambda: about)
 
     def syncline_stage(self, adapter_id: int, adapter: dict[str, Any], drop: list[int]) -> dict[str, Any]:
-        """Drops adapters, loads one; name → digests (`receipt.Piece`) of what this rank's slot then holds.
+        """Drops adapters, loads one; what this rank's slot then holds, for `receipt.combined`.
 
         After a fault of any rank, `syncline_drop` makes them alike again."""
         layout = AdapterLayout(adapter["shapes"], adapter["dtype"])
@@ -139,14 +139,14 @@ class AdapterExtension:
     def _added(self, adapter_id: int, drop: list[int], fill: Callable[[Any], AdapterLayout]) -> dict[str, Any]:
         self.syncline_drop(drop)
 
-        def added() -> dict[str, list[Piece]]:
+        def added() -> list[tuple[Piece, int]]:
             layout = fill(compat.adapter_manager(self.model_runner))
             self._layouts = {**(self._layouts or {}), adapter_id: layout}
             return self._digests(adapter_id)
 
         return answer(added)
 
-    def _digests(self, adapter_id: int) -> dict[str, list[Piece]]:
+    def _digests(self, adapter_id: int) -> list[tuple[Piece, int]]:
         manager, layout = compat.adapter_manager(self.model_runner), (self._layouts or {})[adapter_id]
         return digested(read(manager, adaptable(manager), adapter_id, layout))
 

@@ -15,14 +15,21 @@ from syncline.engines.vllm import compat
 from syncline.engines.vllm.routes import Body, Route
 from syncline.engines.vllm.served import Restart, Served
 from syncline.errors import EngineError, EngineTimeout
+from syncline.protocols import Receipt
 
 
 class PauseBody(Body):
     mode: Literal["drain", "abort", "keep"]
     timeout_seconds: float = Field(gt=0)
+    reuse_kv: bool = False
 
 
-class WeightsBody(Body):
+class ReloadBody(Body):
+    path: str
+    expected: Receipt
+
+
+class RestartBody(Body):
     path: str
     policy_version: int = Field(ge=0)
 
@@ -31,8 +38,13 @@ class ExportBody(Body):
     fused: bool = False
 
 
+class ResumeBody(Body):
+    expected: Receipt
+
+
 class AdoptBody(Body):
-    policy_version: int = Field(ge=0)
+    expected: Receipt
+    resume: bool
 
 
 def pause_routes(served: Served) -> APIRouter:
@@ -61,22 +73,17 @@ def pause_routes(served: Served) -> APIRouter:
             "abort": served.gate.wait_until_submitted,
         }[body.mode]
         await wait(timeout_seconds=body.timeout_seconds)
-        await _within(body.timeout_seconds, compat.pause(served.engine, body.mode), "stop sampling")
+        pausing = compat.pause(served.engine, body.mode, reuse_kv=body.reuse_kv)
+        await _within(body.timeout_seconds, pausing, "stop sampling")
         if body.mode != "keep":
             await served.gate.wait_until_empty(timeout_seconds=body.timeout_seconds)
         served.gate.freeze()
         served.is_measured = False
-        return served.receipt()
+        return {**served.receipt(), "generation": served.generation}
 
     @router.post("/syncline/resume")
-    async def resume() -> dict[str, Any]:
-        if served.torn:
-            raise EngineError(f"the weights are of no version; publish one instead of resuming: {served.torn}")
-        if served.gate.is_open:
-            return served.receipt()
-        await served.refuse_unproved()
-        await served.engine.resume_generation()
-        await served.gate.open()
+    async def resume(body: ResumeBody) -> dict[str, Any]:
+        await served.resume(body.expected)
         return served.receipt()
 
     return router
@@ -93,21 +100,23 @@ def weight_routes(served: Served) -> APIRouter:
         return await served.each_rank("syncline_export", body.fused)
 
     @router.post("/syncline/reload")
-    async def reload(body: WeightsBody) -> dict[str, Any]:
+    async def reload(body: ReloadBody) -> dict[str, Any]:
         served.need_paused("reload")
         if served.adapters.num_slots:
             raise EngineError("an engine that serves adapters keeps its base; set bridge.name to lora or shared")
+        served.refuse_backwards(body.expected.policy_version)
         await served.remeasure("syncline_reload", body.path)
-        return await served.name(body.policy_version)
+        return await served.name(body.expected)
 
     @router.post("/syncline/adopt")
     async def adopt(body: AdoptBody) -> dict[str, Any]:
         served.need_paused("adopt")
+        served.refuse_backwards(body.expected.policy_version)
         await served.remeasure()
-        return await served.name(body.policy_version)
+        return await served.name(body.expected, resume=body.resume)
 
     @router.post("/syncline/restart", status_code=HTTPStatus.ACCEPTED)
-    async def restart(body: WeightsBody) -> dict[str, Any]:
+    async def restart(body: RestartBody) -> dict[str, Any]:
         served.need_paused("restart")
         served.restart_from = Restart(body.path, body.policy_version)
         asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)

@@ -7,7 +7,8 @@ from typing import Any
 from syncline.bridges.handles import export_views, move_to_memory_file
 from syncline.bridges.invitation import Invitation
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import shard_digests, whole
+from syncline.bridges.measure import Measure
+from syncline.bridges.receipt import whole
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.answer import answer
 from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
@@ -22,19 +23,22 @@ class WorkerExtension(AdapterExtension):
     get_model: Any
     rank: int
     _memory_file: tuple[str, int] | None = None
-    _named: tuple[tuple[int, ...], list[tuple[str, Shard]]] = ((), [])
-    """Where the parameters lay when they were named, and their pieces: naming them takes longer than a digest."""
+    _measure: Measure | None = None
     _broadcast: Member | None = None
 
-    def syncline_parameters(self) -> dict[str, Any]:
-        """Digests (`receipt.shard_digests`) of what the next forward pass will read."""
-        return answer(lambda: shard_digests(self._checkpoint_pieces()))
+    def syncline_measure(self) -> dict[str, Any]:
+        """What the next forward pass will read: a `measure.Reading` of this rank's pieces."""
+        return answer(lambda: self._own_measure().read(self.get_model()))
+
+    def syncline_pieces(self) -> dict[str, Any]:
+        """The `receipt.Piece`s that were measured last."""
+        return answer(lambda: self._own_measure().pieces)
 
     def syncline_reload(self, path: str) -> dict[str, Any]:
-        """Loads the checkpoint at `path` into the parameters' own storages; answers as `syncline_parameters`."""
+        """Loads the checkpoint at `path` into the parameters' own storages; answers as `syncline_measure`."""
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self.model_runner.reload_weights(weights_path=path)  # it warns of layers without weights; the digest says more
-        return self.syncline_parameters()
+        return self.syncline_measure()
 
     def syncline_share(self) -> dict[str, Any]:
         """Makes the parameters shareable: on a CPU they move, in place, into a memory file. Before anything samples."""
@@ -47,13 +51,9 @@ class WorkerExtension(AdapterExtension):
         version = compat.vllm_version()
         return answer(lambda: export_views(self._views(fused), memory_file=self._memory_file, vllm_version=version))
 
-    def _checkpoint_pieces(self) -> list[tuple[str, Shard]]:
-        """What `checkpoint_views` yields, named anew whenever a parameter has moved."""
-        model = self.get_model()
-        lie = tuple(parameter.data_ptr() for parameter in model.parameters())
-        if lie != self._named[0]:
-            self._named = (lie, list(checkpoint_views(model)))
-        return self._named[1]
+    def _own_measure(self) -> Measure:
+        self._measure = self._measure or Measure(checkpoint_views)
+        return self._measure
 
     def _views(self, fused: bool) -> Iterable[tuple[str, Shard]]:
         model = self.get_model()

@@ -1,0 +1,23 @@
+"""The last door before the loss: no token is trained on whose weights engine and learner have not proved alike.
+
+A `publish` returns only with a proof, versions grow by one, and a checkpoint holds none but proved ones. So what is
+proved is every version up to the one published last; a token of a later one was sampled by an engine that nobody
+synced, or by a life of the run that was lost. (That every sampled token has a version, the data type sees to.)
+"""
+
+from collections.abc import Iterable
+
+from syncline.errors import SyncError
+from syncline.types import RolloutGroup
+
+
+def refuse_unproved(groups: Iterable[RolloutGroup], *, proved: int) -> None:
+    """Raises `SyncError` naming the first group with a token of a version above `proved`."""
+    for group in groups:
+        newest = group.newest_policy_version
+        if newest is not None and newest > proved:
+            raise SyncError(
+                f"group {group.group_id!r} of {group.environment} holds tokens of policy version {newest}, and the "
+                f"last whose weights engine and learner proved alike is {proved}; none of it is trained on. An engine "
+                "that this run does not sync must not be sampled from: give its environment this run's --engine-url"
+            )
