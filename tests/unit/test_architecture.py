@@ -136,6 +136,8 @@ def test_public_names() -> None:
         "serve",
         "trajectories",
         "env",
+        "process",
+        "view",
         "train",
         "verify",
         "evaluate",
