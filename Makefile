@@ -6,7 +6,7 @@ GPU_TEST ?=
 PY := .venv/bin/python
 RUN_TESTS := $(PY) -m pytest
 
-.PHONY: help setup demo test families check bench gpu-test lock clean
+.PHONY: help setup environments demo test families check bench gpu-test lock clean
 
 help:
 	@echo "setup     .venv with syncline and vLLM (ENGINE=auto|cpu|cuda, PYTHON=python3)"
@@ -22,6 +22,10 @@ help:
 setup:
 	@$(PYTHON) scripts/setup.py --engine $(ENGINE)
 
+# The adapters' tests show them with the real libraries; one of these is compiled.
+environments:
+	@$(PYTHON) scripts/setup.py --engine $(ENGINE) --environments
+
 # Neither asks a model hub for anything.
 demo test families check gpu-test: export HF_HUB_OFFLINE = 1
 demo test families check gpu-test: export VLLM_NO_USAGE_STATS = 1
@@ -31,13 +35,13 @@ demo test families: export OMP_WAIT_POLICY = PASSIVE
 demo: setup
 	$(PY) recipes/demo/run.py --seeds $(SEEDS)
 
-test: setup
+test: environments
 	$(RUN_TESTS) -m "not gpu and not slow"
 
 families: setup
 	$(RUN_TESTS) tests/e2e/test_families.py
 
-check: setup
+check: environments
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright

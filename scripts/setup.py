@@ -1,7 +1,8 @@
 """`make setup`: a fresh checkout becomes `.venv` with syncline and one build of vLLM, from the lock.
 
 Written for any python3 of the last years, so that a too old one gets a sentence, not a syntax error. Once `.venv`
-matches the lock, nothing is asked of the network. `--lock` resolves the locks again (`make lock`).
+matches the lock, nothing is asked of the network. `--environments` adds the libraries that the adapters' tests show
+(one of them is compiled, so the demo does without). `--lock` resolves the locks again (`make lock`).
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ OLDEST_DRIVER = 580
 """NVIDIA's first driver for CUDA 13, which the locked torch is built for."""
 UV_RELEASE = "uv==0.13.8"
 EXTRAS = ("learner", "gsm8k", "report", "dev")
+ENVIRONMENTS = ("reasoning-gym", "trl", "verifiers")
+ENVIRONMENTS_STAMP = VENV / "syncline-environments"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("auto", "cpu", "cuda"), default="auto", help="which build of vLLM")
+    parser.add_argument(
+        "--environments", action="store_true", help="the libraries of requirements/environments.txt too"
+    )
     parser.add_argument("--lock", action="store_true", help="resolve requirements/*.txt again")
     arguments = parser.parse_args()
     check_python()
@@ -38,6 +44,8 @@ def main() -> None:
         lock()
     else:
         set_up(arguments.engine)
+        if arguments.environments:
+            add_environments()
 
 
 def set_up(engine: str) -> None:
@@ -53,6 +61,15 @@ def set_up(engine: str) -> None:
     run(UV, "pip", "install", "--python", PYTHON, "--no-deps", "--no-build-isolation", "--editable", ROOT)
     STAMP.write_text(project)
     print("ready: .venv", flush=True)
+
+
+def add_environments() -> None:
+    """On top of the lock, without touching what it names; a new `.venv` has no stamp, so it is done again there."""
+    wanted = digest(lock_file("environments"))
+    if ENVIRONMENTS_STAMP.is_file() and ENVIRONMENTS_STAMP.read_text() == wanted:
+        return
+    run(UV, "pip", "install", "--quiet", "--python", PYTHON, "--no-deps", "--requirements", lock_file("environments"))
+    ENVIRONMENTS_STAMP.write_text(wanted)
 
 
 def check_python() -> None:
@@ -112,8 +129,8 @@ def install_packages(build: str) -> None:
     if build == "cpu":
         check_libnuma()
     prepare_uv()
-    if STAMP.is_file():
-        STAMP.unlink()
+    for stamp in (STAMP, ENVIRONMENTS_STAMP):
+        stamp.unlink(missing_ok=True)
     run(UV, "pip", "sync", "--compile-bytecode", "--python", PYTHON, *torch_source(build), lock_file(build))
 
 
@@ -152,7 +169,7 @@ def find_links() -> list[str]:
 
 
 def lock() -> None:
-    """Writes requirements/cpu.txt and cuda.txt from pyproject.toml, each for every supported Python at once."""
+    """Writes requirements/*.txt from pyproject.toml, each for every supported Python at once."""
     prepare_uv()
     requirements = ROOT / "requirements"
     wishes = {
@@ -160,11 +177,26 @@ def lock() -> None:
         "cuda": ("--constraint", requirements / "cuda-constraints.txt"),
     }
     for build, options in wishes.items():
-        extras = [option for extra in (*EXTRAS, build) for option in ("--extra", extra)]
-        options = ("--override", requirements / "overrides.txt", *options)
-        how = ("--upgrade", "--universal", "--python-version", "3.11", "--custom-compile-command", "make lock")
-        out = ("--quiet", "--no-annotate", "--output-file", lock_file(build))
-        run(UV, "pip", "compile", *how, *extras, *options, *out, ROOT / "pyproject.toml")
+        resolve(build, (*EXTRAS, build), "--override", requirements / "overrides.txt", *options)
+    resolve("environments", ENVIRONMENTS, *wishes["cpu"], "--constraint", lock_file("cpu"))
+    keep_additions(lock_file("environments"), beside=lock_file("cpu"))
+
+
+def resolve(name: str, extras: tuple[str, ...], *options: str | Path) -> None:
+    wanted = [option for extra in extras for option in ("--extra", extra)]
+    how = ("--upgrade", "--universal", "--python-version", "3.11", "--custom-compile-command", "make lock")
+    out = ("--quiet", "--no-annotate", "--output-file", lock_file(name))
+    run(UV, "pip", "compile", *how, *wanted, *options, *out, ROOT / "pyproject.toml")
+
+
+def keep_additions(lock: Path, *, beside: Path) -> None:
+    """Leaves out what the other lock installs too: that one decides, the CUDA build's own as well."""
+    other = beside.read_text().splitlines()
+    always = {line.split("==")[0] for line in other if ";" not in line} | {"torch"}
+    added = [n for n in lock.read_text().splitlines() if n not in other and n.split("==")[0] not in always]
+    lock.write_text(
+        "# This file was made by `make lock`: what requirements/cpu.txt has not\n" + "\n".join(added) + "\n"
+    )
 
 
 def output_of(*command: str) -> str:

@@ -25,8 +25,13 @@ class Generate(Protocol):
 class Policy(Protocol):
     """What an environment sees of the model: messages in, rollout-ready completions out."""
 
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Prompt tokens of a conversation, generation prompt included."""
+    def encode(self, messages: Sequence[Message], *, after: Sequence[int] = ()) -> tuple[int, ...]:
+        """Prompt tokens of a conversation, generation prompt included.
+
+        `after` are the tokens of the same conversation up to now, as they were given and sampled. The prompt begins
+        with exactly these wherever they read as the messages are rendered; where they do not (a template that leaves
+        earlier thoughts out), it is rendered anew.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:

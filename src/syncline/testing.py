@@ -13,6 +13,8 @@ from syncline.errors import TrajectoryError
 from syncline.protocols import Permit
 from syncline.types import (
     Completion,
+    FinishReason,
+    Message,
     Rollout,
     RolloutGroup,
     RolloutStatus,
@@ -169,6 +171,26 @@ class FakeGenerate:
         self.calls.append((tuple(prompt_token_ids), sampling, num_completions))
         await asyncio.sleep(0)
         return [self._respond(prompt_token_ids, sampling, i) for i in range(num_completions)]
+
+
+class ScriptedPolicy:
+    """`Policy` from a function: `respond(seen)` is what the model says after all it sees. A token is a character."""
+
+    def __init__(self, respond: Callable[[str], str]) -> None:
+        self._respond = respond
+
+    def encode(self, messages: Sequence[Message], *, after: Sequence[int] = ()) -> tuple[int, ...]:
+        del after  # the messages, one after the other, are always the tokens so far and what is new
+        return tuple(ord(character) for message in messages for character in message.content)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+    async def sample(self, prompt_token_ids: Sequence[int], *, num_completions: int) -> list[Completion]:
+        await asyncio.sleep(0)
+        said = [tuple(map(ord, self._respond(self.decode(prompt_token_ids)))) for _ in range(num_completions)]
+        spans = [(VersionSpan(0, 0, len(ids)),) if ids else () for ids in said]
+        return [Completion(ids, (-1.0,) * len(ids), v, FinishReason.STOP) for ids, v in zip(said, spans, strict=True)]
 
 
 class ListMetricSink:

@@ -149,15 +149,32 @@ class TrainingSample:
 
     @classmethod
     def from_completion(cls, prompt_token_ids: tuple[int, ...], completion: Completion) -> "TrainingSample":
-        """The single-turn sample: the prompt, then what was sampled. The one way tokens enter a sample."""
-        prompt = len(prompt_token_ids)
+        """A prompt, then what was sampled. With `extended` the one way tokens enter a sample."""
+        return cls._joined((), (), (), (), given=prompt_token_ids, completion=completion)
+
+    def extended(self, given: tuple[int, ...], completion: Completion) -> "TrainingSample":
+        """The next turn: `given` tokens that nobody sampled, then what was. What is here already stays as it is."""
+        own = (self.token_ids, self.loss_mask, self.logprobs, self.versions)
+        return self._joined(*own, given=given, completion=completion)
+
+    @classmethod
+    def _joined(
+        cls,
+        token_ids: tuple[int, ...],
+        loss_mask: tuple[bool, ...],
+        logprobs: tuple[float, ...],
+        versions: tuple[VersionSpan, ...],
+        *,
+        given: tuple[int, ...],
+        completion: Completion,
+    ) -> "TrainingSample":
+        start = len(token_ids) + len(given)
         return cls(
-            token_ids=(*prompt_token_ids, *completion.token_ids),
-            loss_mask=(False,) * prompt + (True,) * len(completion.token_ids),
-            logprobs=(0.0,) * prompt + completion.logprobs,
-            versions=tuple(
-                VersionSpan(s.policy_version, s.start + prompt, s.end + prompt) for s in completion.versions
-            ),
+            token_ids=(*token_ids, *given, *completion.token_ids),
+            loss_mask=loss_mask + (False,) * len(given) + (True,) * len(completion.token_ids),
+            logprobs=logprobs + (0.0,) * len(given) + completion.logprobs,
+            versions=versions
+            + tuple(VersionSpan(s.policy_version, s.start + start, s.end + start) for s in completion.versions),
         )
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import importlib
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import yaml
 from syncline.config import load, resolve
 from syncline.config.schema import Environment
 from syncline.envs.registry import build_environment
-from syncline.types import Completion, FinishReason, Message, VersionSpan
+from syncline.testing import ScriptedPolicy
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
@@ -20,24 +19,6 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob
 
 def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
-
-
-class Speller:
-    """A `Policy` whose tokens are characters and whose answer is always the same."""
-
-    def __init__(self, answer: str) -> None:
-        self.answer = tuple(map(ord, answer))
-
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        return tuple(ord(character) for message in messages for character in message.content)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return "".join(map(chr, token_ids))
-
-    async def sample(self, prompt_token_ids: Sequence[int], *, num_completions: int) -> list[Completion]:
-        length = len(self.answer)
-        answer = Completion(self.answer, (-1.0,) * length, (VersionSpan(0, 0, length),), FinishReason.STOP)
-        return [answer] * num_completions
 
 
 def test_run_in_the_readme_is_a_valid_configuration() -> None:
@@ -59,10 +40,10 @@ def test_environment_in_the_guide_can_be_trained_on(tmp_path: Path, monkeypatch:
     (config,) = yaml.safe_load(blocks(guide, "yaml")[0])["environments"]
     environment = build_environment(Environment(**config), position=0, seed=3)
     task = environment.task(0)
-    rewards = [
-        [rollout.reward for rollout in asyncio.run(environment.rollouts(task, 2, Speller(answer)))]
-        for answer in (task[::-1], "wrong")
-    ]
+    rewards = []
+    for answer in (task[::-1], "wrong"):
+        rollouts = asyncio.run(environment.rollouts(task, 2, ScriptedPolicy(lambda seen, said=answer: said)))
+        rewards.append([rollout.reward for rollout in rollouts])
     assert len(task) == 6 and rewards == [[1.0, 1.0], [0.0, 0.0]]
 
 

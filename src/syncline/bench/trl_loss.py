@@ -67,7 +67,8 @@ def _scored(trainer: Any, model: Any, batch: dict[str, Any]) -> torch.Tensor:
 def _trainer(model: Any, load: Load, rows: int, num_batches: int, *, recompute: bool, liger: bool, device: Any) -> Any:
     from datasets import Dataset  # pyright: ignore[reportMissingImports]  (TRL's)
     from datasets.table import InMemoryTable  # pyright: ignore[reportMissingImports]
-    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl.trainer.grpo_config import GRPOConfig  # pyright: ignore[reportMissingImports]
+    from trl.trainer.grpo_trainer import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
     prompts = Dataset(InMemoryTable.from_pydict({"prompt": ["1"] * 64}), fingerprint="prompts")
     args = GRPOConfig(

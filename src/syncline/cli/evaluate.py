@@ -1,4 +1,7 @@
-"""`syncline evaluate FILE`: accuracy on the environments' held-out tasks, against a running engine."""
+"""`syncline evaluate FILE`: accuracy on the environments' held-out tasks, against a running engine.
+
+What was evaluated is named by digest, asked before and after: weights that move under an evaluation are an error.
+"""
 
 import argparse
 import asyncio
@@ -9,14 +12,15 @@ from statistics import fmean
 from typing import Any
 
 from syncline.config import RunConfig, load
-from syncline.errors import ConfigError
+from syncline.errors import ConfigError, SyncError
+from syncline.protocols import Receipt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="the run's YAML file; evaluation.num_tasks says how many tasks")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", required=True)
-    parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
+    parser.add_argument("--out", type=Path, required=True, help="where the JSON goes; a folder: one file a digest")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,33 +31,58 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.file, args.overrides)
     if config.evaluation.num_tasks == 0:
         raise ConfigError(["evaluation.num_tasks: 0 evaluates nothing; set it to the tasks of each environment"])
-    result = asyncio.run(_evaluate(config, engine_urls=args.engine_urls))
-    write_atomically(args.out, json.dumps(result, indent=2) + "\n")
+    receipt = _receipt(config, args.engine_urls)
+    model = {"path": config.model.path, **asdict(receipt)}
+    result = {"model": model, **asyncio.run(_evaluate(config, engine_urls=args.engine_urls))}
+    if (after := _receipt(config, args.engine_urls)) != receipt:
+        raise SyncError(f"the weights moved under the evaluation, from {receipt} to {after}; evaluate again")
+    out = args.out / f"{receipt.digest.replace(':', '-')}.json" if args.out.is_dir() else args.out
+    write_atomically(out, json.dumps(result, indent=2) + "\n")
     for one in result["environments"]:
-        interval = " [{:.3f}, {:.3f}]".format(*one["interval"]) if one["interval"] else ""
-        print(f"held-out {one['environment']}: accuracy {one['accuracy']:.3f}{interval} on {one['num_scored']} tasks")
+        print("\n".join(_told(one)))
     return 0
 
 
+def _told(one: dict[str, Any]) -> list[str]:
+    interval = " [{:.3f}, {:.3f}]".format(*one["interval"]) if one["interval"] else ""
+    rows = [("accuracy", one["accuracy"], interval)]
+    for name, found in (("pass", one["pass_at"]), ("maj", one["majority_at"])):
+        rows += [(f"{name}@{k}", at["rate"], " [{:.3f}, {:.3f}]".format(*at["interval"])) for k, at in found.items()]
+    shown = rows if one["num_samples"] > 1 else rows[:1]
+    where = f"held-out {one['environment']}"
+    return [f"{where}: {name} {rate:.3f}{interval} on {one['num_tasks']} tasks" for name, rate, interval in shown]
+
+
+def _receipt(config: RunConfig, engine_urls: list[str]) -> Receipt:
+    """What every one of the engines holds. Raises `SyncError` when they differ."""
+    from syncline.engines.client import EngineController
+
+    receipts: dict[Receipt, str] = {}
+    for url in engine_urls:
+        engine = EngineController(url, start_timeout_seconds=config.engine.start_timeout_seconds)
+        engine.wait_until_ready(timeout_seconds=config.engine.start_timeout_seconds)
+        receipts[engine.receipt()] = engine.name
+        engine.close()
+    if len(receipts) > 1:
+        raise SyncError(f"the engines hold different weights: {receipts}")
+    return next(iter(receipts))
+
+
 async def _evaluate(config: RunConfig, *, engine_urls: list[str]) -> dict[str, Any]:
-    from syncline.engines.pool import EnginePool
+    from syncline.cli.sampling import open_policy
     from syncline.envs.evaluate import evaluate
     from syncline.envs.registry import build_environment
-    from syncline.envs.rendering import ChatPolicy, load_tokenizer
-    from syncline.types import SamplingParams
 
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    sampling = SamplingParams(config.sampling.max_tokens, temperature=config.evaluation.temperature)
-    timeout = config.engine.request_timeout_seconds
-    async with EnginePool(engine_urls, timeout_seconds=timeout, unpublished_version=0) as engine:
-        policy = ChatPolicy(tokenizer, engine, sampling, max_length=config.model.max_length)
+    asked = config.evaluation
+    async with open_policy(config, engine_urls, temperature=asked.temperature, unpublished_version=0) as policy:
         found = [
             await evaluate(
                 build_environment(own, position=i, seed=config.run.seed),
                 policy,
-                num_tasks=config.evaluation.num_tasks,
+                num_tasks=asked.num_tasks,
+                num_samples=asked.num_samples,
                 name=own.name or own.task,
-                timeout_seconds=timeout,
+                timeout_seconds=config.engine.request_timeout_seconds,
                 concurrency=own.concurrency,
             )
             for i, own in enumerate(config.environments)

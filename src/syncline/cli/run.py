@@ -75,7 +75,8 @@ def _sum_up(path: Path) -> dict[str, Any]:
 
 
 def _closing(summary: dict[str, Any], folder: Path) -> str:
-    from syncline.observe.report import REPORT_FILE, number
+    from syncline.observe.page import number
+    from syncline.observe.report import REPORT_FILE
     from syncline.observe.summary import SUMMARY_FILE
 
     lines = [

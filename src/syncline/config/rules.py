@@ -122,6 +122,15 @@ def _memory(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.num_samples > 1 and evaluation.temperature == 0:
+        yield (
+            f"evaluation.num_samples: {evaluation.num_samples} attempts at temperature 0 are one and the same; set "
+            "evaluation.temperature above 0, or num_samples to 1"
+        )
+
+
 def _environments(config: RunConfig) -> Iterator[str]:
     names = [e.name or e.task for e in config.environments]
     for i, name in enumerate(names):
@@ -307,6 +316,7 @@ _RULES = (
     _loss,
     _schedule,
     _memory,
+    _evaluation,
     _environments,
     _devices,
     _ranks,

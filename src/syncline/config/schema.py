@@ -272,6 +272,8 @@ class Evaluation(Section):
 
     num_tasks: NonNegativeInt = 0
     """Per environment; 0: no evaluation."""
+    num_samples: PositiveInt = 1
+    """Attempts at each task, for pass@k and maj@k; more than one needs a temperature."""
     temperature: NonNegativeFloat = 0.0
 
 

@@ -1,17 +1,20 @@
-"""Accuracy on held-out tasks: what training is for, with the interval that says how sure the number is."""
+"""Accuracy on held-out tasks: what training is for, with the interval that says how sure the number is.
+
+Every number comes from one set of attempts, `num_samples` at each task. Intervals treat the tasks as the trials.
+"""
 
 import asyncio
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from syncline.envs.estimators import majority_at, pass_at, sizes, wilson
 from syncline.errors import EngineTimeout, SynclineError
 from syncline.protocols import Environment, Policy
 from syncline.types import Rollout, RolloutStatus
 
-Z_95 = 1.959964
-"""Standard normal quantile of a two-sided 95 % interval."""
+Attempts = Sequence[Sequence[Rollout]]
+"""By task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +24,25 @@ class LevelResult:
 
 
 @dataclass(frozen=True, slots=True)
+class AtK:
+    """A rate of k samples a task, over the tasks that have k scored ones."""
+
+    rate: float
+    interval: tuple[float, float]
+    num_tasks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One evaluation, JSON-able with `dataclasses.asdict`. Rates and means are over the scored tasks."""
+    """One evaluation, JSON-able with `dataclasses.asdict`. Rates and means are over the scored attempts."""
 
     environment: str
     split: str
     num_tasks: int
+    num_samples: int
+    """Attempts at each task."""
     num_scored: int
-    """The other attempts ended in an error or were aborted; `first_error` says how."""
+    """Attempts; the others ended in an error or were aborted, and `first_error` says how."""
     first_error: str | None
     reward: float
     accuracy: float
@@ -42,6 +56,10 @@ class Evaluation:
     """Mean of the part `format`; absent where the environment has no such part."""
     levels: Mapping[str, LevelResult]
     """By the task's `level`; empty where tasks have none."""
+    pass_at: Mapping[str, AtK]
+    """By k, that one of k attempts is right; empty where the reward is not a yes or no."""
+    majority_at: Mapping[str, AtK]
+    """By k, that the most frequent answer is right; empty where the environment has no `answer(task, text)`."""
 
 
 async def evaluate(
@@ -51,59 +69,84 @@ async def evaluate(
     num_tasks: int,
     name: str,
     timeout_seconds: float,
+    num_samples: int = 1,
     split: str = "heldout",
     concurrency: int = 64,
 ) -> Evaluation:
-    """One attempt at each of the tasks 0 to `num_tasks` - 1.
+    """`num_samples` attempts at each of the tasks 0 to `num_tasks` - 1, `concurrency` tasks at once.
 
     Raises `EngineTimeout` at the deadline, and `SynclineError` when not one attempt could be scored.
     """
     tasks = [environment.task(index, split=split) for index in range(num_tasks)]
     slots = asyncio.Semaphore(concurrency)
 
-    async def attempt(task: Any) -> Rollout:
+    async def attempt(task: Any) -> Sequence[Rollout]:
         async with slots:
-            return (await environment.rollouts(task, 1, policy))[0]
+            return await environment.rollouts(task, num_samples, policy)
 
     try:
         async with asyncio.timeout(timeout_seconds):
-            rollouts = await asyncio.gather(*(attempt(task) for task in tasks))
+            attempts = await asyncio.gather(*(attempt(task) for task in tasks))
     except TimeoutError as error:
         raise EngineTimeout(f"{num_tasks} {split} tasks of {name!r} were not done in {timeout_seconds:g} s") from error
-    return summarize(tasks, rollouts, name=name, split=split)
+    return summarize(tasks, attempts, name=name, split=split, answer=getattr(environment, "answer", None))
 
 
-def summarize(tasks: Sequence[Any], rollouts: Sequence[Rollout], *, name: str, split: str) -> Evaluation:
-    """The numbers of one rollout a task."""
-    scored = [(task, rollout) for task, rollout in zip(tasks, rollouts, strict=True) if rollout.reward is not None]
-    first_error = next((r.error or str(r.status) for r in rollouts if r.reward is None), None)
+def summarize(
+    tasks: Sequence[Any],
+    attempts: Attempts,
+    *,
+    name: str,
+    split: str,
+    answer: Callable[[Any, str], str | None] | None = None,
+) -> Evaluation:
+    """The numbers of the attempts at each task. `answer` reads an attempt's final answer off its last message."""
+    everything = [rollout for own in attempts for rollout in own]
+    first_error = next((r.error or str(r.status) for r in everything if r.reward is None), None)
+    pairs = [(task, [r for r in own if r.reward is not None]) for task, own in zip(tasks, attempts, strict=True)]
+    scored = [(task, own) for task, own in pairs if own]
     if not scored:
-        raise SynclineError(f"none of {len(rollouts)} {split} tasks of {name!r} could be scored: {first_error}")
-    kept = [rollout for _, rollout in scored]
-    hits = [_accuracy(rollout) for rollout in kept]
+        raise SynclineError(f"none of {len(everything)} {split} attempts at {name!r} could be scored: {first_error}")
+    kept = [rollout for _, own in scored for rollout in own]
+    hits = [[_accuracy(rollout) for rollout in own] for _, own in scored]
+    rates = [_mean(own) for own in hits]
     formats = [r.reward_parts["format"] for r in kept if "format" in r.reward_parts]
+    is_binary = {hit for own in hits for hit in own} <= {0.0, 1.0}
     return Evaluation(
         environment=name,
         split=split,
-        num_tasks=len(rollouts),
+        num_tasks=len(tasks),
+        num_samples=max(map(len, attempts)),
         num_scored=len(kept),
         first_error=first_error,
         reward=_mean([r.reward for r in kept if r.reward is not None]),
-        accuracy=_mean(hits),
-        interval=wilson(int(sum(hits)), len(hits)) if set(hits) <= {0.0, 1.0} else None,
+        accuracy=_mean(rates),
+        interval=wilson(sum(rates), len(rates)) if is_binary else None,
         mean_length=_mean([sum(s.num_sampled for s in r.samples) for r in kept]),
         truncated_rate=_mean([r.status is RolloutStatus.TRUNCATED for r in kept]),
         format_rate=_mean(formats) if formats else None,
-        levels=_by_level([(getattr(task, "level", None), hit) for (task, _), hit in zip(scored, hits, strict=True)]),
+        levels=_by_level([(getattr(task, "level", None), rate) for (task, _), rate in zip(scored, rates, strict=True)]),
+        pass_at=_at_each_k(hits, lambda i, k: pass_at(int(sum(hits[i])), len(hits[i]), k=k)) if is_binary else {},
+        majority_at=_majorities(scored, hits, answer) if is_binary and answer else {},
     )
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Score interval of a proportion at 95 % (Wilson 1927, JASA 22, eq. for p̂ ± z): never outside [0, 1]."""
-    share, z2 = successes / trials, Z_95**2
-    center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return max(0.0, center - half), min(1.0, center + half)
+def _majorities(
+    scored: Sequence[tuple[Any, Sequence[Rollout]]],
+    hits: Sequence[Sequence[float]],
+    answer: Callable[[Any, str], str | None],
+) -> dict[str, AtK]:
+    answers = [[answer(task, r.messages[-1].content) for r in own] for task, own in scored]
+    return _at_each_k(hits, lambda i, k: majority_at(answers[i], [hit == 1.0 for hit in hits[i]], k=k))
+
+
+def _at_each_k(hits: Sequence[Sequence[float]], rate: Callable[[int, int], float]) -> dict[str, AtK]:
+    """`rate(i, k)` is task i's; a task with fewer than k scored attempts says nothing about k."""
+    found: dict[str, AtK] = {}
+    for k in sizes(max(map(len, hits))):
+        rates = [rate(i, k) for i, own in enumerate(hits) if len(own) >= k]
+        found[str(k)] = AtK(_mean(rates), wilson(sum(rates), len(rates)), len(rates))
+    return found
 
 
 def _accuracy(rollout: Rollout) -> float:
@@ -113,9 +156,9 @@ def _accuracy(rollout: Rollout) -> float:
     return float(rollout.reward or 0.0)
 
 
-def _by_level(hits: Sequence[tuple[str | None, float]]) -> dict[str, LevelResult]:
-    labels = sorted({str(level) for level, _ in hits if level is not None})
-    chosen = {label: [hit for level, hit in hits if str(level) == label] for label in labels}
+def _by_level(rates: Sequence[tuple[str | None, float]]) -> dict[str, LevelResult]:
+    labels = sorted({str(level) for level, _ in rates if level is not None})
+    chosen = {label: [rate for level, rate in rates if str(level) == label] for label in labels}
     return {label: LevelResult(len(values), _mean(values)) for label, values in chosen.items()}
 
 

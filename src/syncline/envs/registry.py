@@ -12,6 +12,10 @@ from syncline.protocols import Environment
 BUILT_IN = {
     "arithmetic": "syncline.envs.tasks.arithmetic:Arithmetic",
     "gsm8k": "syncline.envs.tasks.gsm8k:Gsm8k",
+    "judged": "syncline.envs.tasks.judged:Judged",
+    "reasoning_gym": "syncline.envs.adapters.reasoning_gym:ReasoningGym",
+    "trl_rewards": "syncline.envs.adapters.trl_rewards:TrlRewards",
+    "verifiers": "syncline.envs.adapters.verifiers:Verifiers",
 }
 _METHODS = ("task", "rollouts")
 

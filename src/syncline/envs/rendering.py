@@ -20,6 +20,10 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError([f"model.tokenizer: {path!r} has no tokenizer that loads; {remedy} ({error})"]) from error
 
 
+class NoRoom(ValueError):
+    """A prompt as long as the model's context, or longer."""
+
+
 class ChatPolicy:
     """A tokenizer, a `Generate` and the run's `SamplingParams`, as one `Policy`.
 
@@ -34,21 +38,44 @@ class ChatPolicy:
         self._max_length = max_length
         """Prompt and completion together, in tokens."""
 
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Prompt tokens. Raises `ValueError` for an empty prompt and for one that leaves no room for an answer."""
-        if self._tokenizer.chat_template:
-            chat = [{"role": m.role, "content": m.content} for m in messages]
-            ids = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = self._tokenizer.encode("".join(m.content for m in messages))
+    def encode(self, messages: Sequence[Message], *, after: Sequence[int] = ()) -> tuple[int, ...]:
+        """Prompt tokens. Raises `ValueError` for an empty prompt, `NoRoom` for one that leaves none for an answer."""
+        ids = self._rendered(messages) if not after else self._continued(messages, tuple(after))
         if not ids:
             raise ValueError("the prompt has no tokens; give it some text")
         if len(ids) >= self._max_length:
-            raise ValueError(
+            raise NoRoom(
                 f"the prompt has {len(ids)} tokens and model.max_length = {self._max_length} leaves no room for a "
                 "completion; raise model.max_length or leave such tasks out"
             )
         return tuple(ids)
+
+    def _rendered(self, messages: Sequence[Message]) -> list[int]:
+        if self._tokenizer.chat_template:
+            chat = [{"role": m.role, "content": m.content} for m in messages]
+            return self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        return self._tokenizer.encode("".join(m.content for m in messages))
+
+    def _continued(self, messages: Sequence[Message], after: tuple[int, ...]) -> Sequence[int]:
+        """`after` and the tokens of what the rendered text has beyond it; a new rendering where the text is another.
+
+        Texts are compared, not tokens: what was sampled need not be what the tokenizer makes of its text.
+        """
+        if not self._tokenizer.chat_template:
+            return self._continued_plainly(messages, after)
+        chat = [{"role": m.role, "content": m.content} for m in messages]
+        text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        so_far = self._tokenizer.decode(list(after), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if not text.startswith(so_far):
+            return self._rendered(messages)
+        return (*after, *self._tokenizer.encode(text[len(so_far) :], add_special_tokens=False))
+
+    def _continued_plainly(self, messages: Sequence[Message], after: tuple[int, ...]) -> Sequence[int]:
+        """Without a template nothing separates messages but what the model itself sampled to end its answer."""
+        text, so_far = "".join(m.content for m in messages), self.decode(after)
+        if not text.startswith(so_far):
+            return self._rendered(messages)
+        return (*after, *self._tokenizer.encode(text[len(so_far) :], add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from syncline.protocols import MetricSink
-from syncline.types import Rollout, RolloutGroup
+from syncline.types import Message, Rollout, RolloutGroup
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -79,12 +79,13 @@ class MultiSink:
 
 def group_for_people(group: RolloutGroup, advantages: Sequence[float]) -> dict[str, Any]:
     """What a person wants to see of a group: the prompt once, then each attempt, with one advantage a rollout."""
-    messages = next((rollout.messages for rollout in group.rollouts if rollout.messages), ())
+    messages = max((rollout.messages for rollout in group.rollouts), key=len)
+    prompt = messages[: _num_given(messages)]
     return {
         "group_id": group.group_id,
         "environment": group.environment,
         "task_index": group.task_index,
-        "prompt": [{"role": m.role, "content": m.content} for m in messages[:-1]],
+        "prompt": [{"role": m.role, "content": m.content} for m in prompt],
         "rollouts": [
             _rollout_for_people(rollout, advantage)
             for rollout, advantage in zip(group.rollouts, advantages, strict=True)
@@ -94,7 +95,7 @@ def group_for_people(group: RolloutGroup, advantages: Sequence[float]) -> dict[s
 
 def _rollout_for_people(rollout: Rollout, advantage: float) -> dict[str, Any]:
     return {
-        "completion": rollout.messages[-1].content if rollout.messages else None,
+        "completion": _said(rollout.messages[_num_given(rollout.messages) :]),
         "reward": rollout.reward,
         "advantage": advantage if math.isfinite(advantage) else None,
         "status": rollout.status.value,
@@ -103,6 +104,18 @@ def _rollout_for_people(rollout: Rollout, advantage: float) -> dict[str, Any]:
         "versions": sorted({v.policy_version for sample in rollout.samples for v in sample.versions}),
         "error": rollout.error,
     }
+
+
+def _num_given(messages: Sequence[Message]) -> int:
+    """Messages before the model's first."""
+    return next((i for i, message in enumerate(messages) if message.role == "assistant"), len(messages))
+
+
+def _said(messages: Sequence[Message]) -> str | None:
+    """An attempt as one text; the speakers are named where there is more than one turn."""
+    if len(messages) < 2:
+        return messages[0].content if messages else None
+    return "\n\n".join(f"[{message.role}]\n{message.content}" for message in messages)
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -8,17 +8,19 @@ from dataclasses import asdict
 import pytest
 from character_tokenizer import CharacterTokenizer, completion
 
-from syncline.envs.evaluate import LevelResult, evaluate, summarize, wilson
+from syncline.envs.estimators import wilson
+from syncline.envs.evaluate import AtK, LevelResult, evaluate, summarize
 from syncline.envs.rendering import ChatPolicy
 from syncline.envs.tasks.arithmetic import Arithmetic, ArithmeticTask, split_of
 from syncline.errors import EngineTimeout, SynclineError
 from syncline.testing import FakeGenerate, make_group
-from syncline.types import Completion, FinishReason, Rollout, RolloutStatus, SamplingParams, TrainingSample
+from syncline.types import Completion, FinishReason, Message, Rollout, RolloutStatus, SamplingParams, TrainingSample
 
 
 def rollout(reward: float, text: str, *, length: bool = False, **parts: float) -> Rollout:
     sample = TrainingSample.from_completion((61,), completion(text))
-    return Rollout((sample,), reward, RolloutStatus.TRUNCATED if length else RolloutStatus.COMPLETED, parts)
+    status = RolloutStatus.TRUNCATED if length else RolloutStatus.COMPLETED
+    return Rollout((sample,), reward, status, parts, (Message("assistant", text),))
 
 
 def task(level: str) -> ArithmeticTask:
@@ -37,7 +39,7 @@ def test_numbers_of_five_tasks_of_which_one_failed():
         rollout(1.1, "12", correct=1.0, format=1.0),
     ]
     tasks = [task("easy"), task("hard"), task("hard"), task("hard"), task("easy")]
-    result = summarize(tasks, rollouts, name="sums", split="heldout")
+    result = summarize(tasks, [[r] for r in rollouts], name="sums", split="heldout")
     assert (result.num_tasks, result.num_scored, result.first_error) == (5, 4, "score raised KeyError: 'x'")
     assert result.reward == pytest.approx(2.3 / 4)
     assert result.accuracy == 0.5
@@ -48,22 +50,30 @@ def test_numbers_of_five_tasks_of_which_one_failed():
 
 
 def test_graded_reward_without_parts_has_a_mean_and_no_interval():
-    result = summarize(["a", "b"], [rollout(0.25, "x"), rollout(0.75, "y")], name="graded", split="heldout")
+    result = summarize(["a", "b"], [[rollout(0.25, "x")], [rollout(0.75, "y")]], name="graded", split="heldout")
     assert (result.accuracy, result.interval, result.format_rate, result.levels) == (0.5, None, None, {})
 
 
 def test_nothing_scored_is_an_error_not_a_zero():
-    with pytest.raises(SynclineError, match=r"none of 2 heldout tasks of 'sums'.*KeyError"):
-        summarize([task("a")] * 2, [FAILED, FAILED], name="sums", split="heldout")
+    with pytest.raises(SynclineError, match=r"none of 2 heldout attempts at 'sums'.*KeyError"):
+        summarize([task("a")] * 2, [[FAILED], [FAILED]], name="sums", split="heldout")
 
 
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_interval(successes: int, trials: int, low: float, high: float):
-    """The last two: Newcombe 1998, Statistics in Medicine 17, table I, method 3."""
-    assert wilson(successes, trials) == pytest.approx((low, high), abs=1e-4)
+def test_one_set_of_samples_gives_pass_and_majority_at_every_k():
+    """Task one: 2 of 4 right, the wrong ones differ. Task two: never right. Task three lost half of its attempts."""
+    said = [["7", "7", "8", "9"], ["1", "2", "2", "3"], ["7", "7"]]
+    attempts = [[rollout(0.0, t, correct=float(t == "7")) for t in own] for own in said]
+    attempts[2] += [FAILED, FAILED]
+    result = summarize(["x", "y", "z"], attempts, name="sums", split="heldout", answer=lambda task, text: text or None)
+    assert (result.num_samples, result.num_scored, result.accuracy) == (4, 10, pytest.approx((0.5 + 0 + 1) / 3))
+    assert {k: (at.rate, at.num_tasks) for k, at in result.pass_at.items()} == {
+        "1": (pytest.approx((0.5 + 0 + 1) / 3), 3),
+        "2": (pytest.approx((5 / 6 + 0 + 1) / 3), 3),
+        "4": (pytest.approx(0.5), 2),
+    }
+    assert result.majority_at["4"] == AtK(0.5, wilson(1, 2), 2)
+    assert result.majority_at["1"].rate == pytest.approx(result.accuracy)
+    assert json.loads(json.dumps(asdict(result)))["pass_at"]["2"]["num_tasks"] == 3
 
 
 def test_evaluates_heldout_tasks_one_attempt_each():

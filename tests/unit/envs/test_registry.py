@@ -76,7 +76,7 @@ def test_import_path_is_built_with_its_args():
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        ("arithmetics", "'arithmetics' is not a built-in (arithmetic, gsm8k); use one of these, or an import path"),
+        ("arithmetics", "'arithmetics' is not a built-in (arithmetic, gsm8k, judged, "),
         ("own_environments:", "'own_environments:' is not a built-in"),
         ("no_such_module:Thing", "module 'no_such_module' does not import (No module named 'no_such_module'); install"),
         ("own_broken:Thing", "module 'own_broken' does not import (No module named 'a_package_nobody_has')"),

@@ -7,7 +7,8 @@ import pytest
 from character_tokenizer import CharacterTokenizer, completion
 
 from syncline.envs.rendering import ChatPolicy
-from syncline.envs.single_turn import Score, SingleTurn, check_weights, weighted_score
+from syncline.envs.scoring import Score, check_weights, weighted_score
+from syncline.envs.single_turn import SingleTurn
 from syncline.errors import ConfigError, EngineError, EngineTimeout
 from syncline.testing import FakeGenerate
 from syncline.types import Completion, FinishReason, Message, Rollout, RolloutStatus, SamplingParams

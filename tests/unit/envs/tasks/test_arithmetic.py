@@ -4,8 +4,9 @@ from itertools import product
 
 import pytest
 
-from syncline.envs.single_turn import Score
-from syncline.envs.tasks.arithmetic import HELDOUT_ONE_IN, Arithmetic, ArithmeticTask, split_of
+from syncline.envs.scoring import Score
+from syncline.envs.single_turn import HELDOUT_ONE_IN
+from syncline.envs.tasks.arithmetic import Arithmetic, ArithmeticTask, split_of
 from syncline.errors import ConfigError
 from syncline.types import Message
 

@@ -1,5 +1,6 @@
 """Real rows, answers in every dress, and the faults a file can have, each named by file and line."""
 
+import asyncio
 import json
 import sys
 import threading
@@ -7,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from character_tokenizer import CharacterTokenizer, completion
 
+from syncline.envs.rendering import ChatPolicy
 from syncline.envs.tasks.gsm8k import Gsm8k, WordProblem
 from syncline.errors import ConfigError
+from syncline.testing import FakeGenerate
+from syncline.types import SamplingParams
 
 ROWS = Path(__file__).parents[3] / "golden" / "gsm8k_rows.jsonl"
 GOOD = '{"question": "How many?", "answer": "One and one. #### 2"}'
@@ -26,8 +31,8 @@ def write(path: Path, *lines: str) -> str:
 
 
 def test_rows_are_read_with_their_integers(gsm8k: Gsm8k):
-    assert [row.answer for row in gsm8k.train] == ["72", "10", "5", "42", "1080"]
-    assert gsm8k.train[0].question.startswith("Natalia sold clips to 48 of her friends")
+    assert [row.answer for row in gsm8k.rows.train] == ["72", "10", "5", "42", "1080"]
+    assert gsm8k.rows.train[0].question.startswith("Natalia sold clips to 48 of her friends")
 
 
 def test_every_epoch_has_every_row_in_an_order_of_its_own(gsm8k: Gsm8k):
@@ -83,6 +88,34 @@ def test_length_part_falls_from_max_chars_to_twice_that(num_chars: int, part: fl
     assert score.reward == pytest.approx(0.4 * part)
 
 
+@pytest.mark.parametrize(
+    ("answer", "correct"),
+    [("1,080", 1.0), ("\\$1080.00", 1.0), ("1080.5", 0.0), ("\\frac{2160}{2}", 0.0), ("1080 dollars", 0.0), ("x", 0.0)],
+)
+def test_exact_checker_knows_decimal_numbers_and_needs_no_package(
+    monkeypatch: pytest.MonkeyPatch, answer: str, correct: float
+):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    gsm8k = Gsm8k(path=str(ROWS), checker="exact")
+    assert gsm8k.score(WordProblem("?", "1080"), f"\\boxed{{{answer}}}").parts["correct"] == correct
+
+
+def test_equal_numbers_are_one_answer_and_none_is_none(gsm8k: Gsm8k):
+    problem = WordProblem("?", "1")
+    votes = [gsm8k.answer(problem, f"\\boxed{{{text}}}") for text in ("1,080", "\\$1080.00", "1080.", "1081", "x", "")]
+    assert len(set(votes[:3])) == 1 and len(set(votes)) == 4 and votes[-1] is None
+    assert gsm8k.answer(problem, "1080") is None
+
+
+def test_answers_after_calling_a_calculator():
+    gsm8k = Gsm8k(path=str(ROWS), tools=["calculator"], checker="exact")
+    said = ['<tool_call>{"name": "calculator", "arguments": {"expression": "36/2"}}</tool_call>', "\\boxed{18}"]
+    generate = FakeGenerate(lambda prompt, sampling, i: completion(said.pop(0)))
+    policy = ChatPolicy(CharacterTokenizer(), generate, SamplingParams(max_tokens=200), max_length=9000)
+    [rollout] = asyncio.run(gsm8k.rollouts(WordProblem("?", "18"), 1, policy))
+    assert (rollout.reward, rollout.messages[2].content) == (1.0, "<tool_response>\n18.0\n</tool_response>")
+
+
 def test_scores_outside_the_main_thread(gsm8k: Gsm8k):
     """math-verify's own time limits are signals, which raise there."""
     scores: list[float] = []
@@ -125,7 +158,7 @@ def test_heldout_is_the_test_file_once_through_and_disjoint(tmp_path: Path):
     other = json.dumps({"question": "And now?", "answer": "#### -3"})
     gsm8k = Gsm8k(path=train, heldout_path=write(tmp_path / "test.jsonl", other))
     assert gsm8k.task(0, split="heldout") == WordProblem("And now?", "-3")
-    with pytest.raises(ConfigError, match=r"evaluation\.num_tasks: gsm8k has 1 held-out"):
+    with pytest.raises(ConfigError, match=r"evaluation\.num_tasks: there are 1 held-out"):
         gsm8k.task(1, split="heldout")
     leaking = Gsm8k(path=train, heldout_path=write(tmp_path / "leak.jsonl", other, GOOD))
     with pytest.raises(ConfigError, match=r"1 questions are training rows too, such as 'How many\?'"):
@@ -142,6 +175,7 @@ def test_heldout_without_a_file_says_what_to_give(gsm8k: Gsm8k):
     [
         ({"answer_format": "bold"}, "answer_format: 'bold' is not one of boxed, hashes"),
         ({"max_chars": 0}, "max_chars: 0"),
+        ({"checker": "eyes"}, "checker: 'eyes' is not one of math-verify, exact"),
         ({"weights": {"style": 1.0}}, "weights.*correct, format, length"),
         ({"path": None, "heldout_path": "x"}, "heldout_path: 'x' is given without path"),
     ],
