@@ -24,7 +24,7 @@ import torch
 
 from syncline.bridges.buckets import Entry, plan
 from syncline.bridges.collective import CLOSE_SECONDS, Deadline, Group, in_thread, listen, say_last
-from syncline.bridges.fleet import Fleet
+from syncline.bridges.fleet import Fleet, refuse_other_model
 from syncline.bridges.gather import Export, Others, gathered
 from syncline.bridges.handles import device_name
 from syncline.bridges.invitation import Invitation, manifest_of
@@ -79,8 +79,10 @@ class BroadcastBridge:
             yield
 
     def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with self._fleet.paused_on_failure():
-            return self._publish(model, policy_version)
+        return self._fleet.publishing(lambda: self._publish(model, policy_version), admit=self._admit)
+
+    def _admit(self, engine: EngineControl) -> None:
+        refuse_other_model(engine, {entry.name: entry.kind for entry in self._manifest})
 
     def close(self) -> None:
         self._leave("the learner closed its bridge")
@@ -200,11 +202,18 @@ class BroadcastBridge:
             yield answers
         except SynclineError as error:
             wait_for(answers, timeout=LAST_WORDS_SECONDS)
+            self._refuse_lost(answers)
             lines = [f"{doing} failed: {error}"]
             for engine, answer in zip(self._fleet.engines, answers, strict=True):
                 fault = answer.exception() if answer.done() else "has not answered"
                 lines += [f"{engine.name}: {fault}"] if fault else []
             raise SyncError("\n".join(lines)) from error
+
+
+    def _refuse_lost(self, answers: Sequence["Future[Any]"]) -> None:
+        """Raises `Lost` where that is why the others failed too: a collective call ends for all or for none."""
+        asked = zip(self._fleet.engines, answers, strict=True)
+        self._fleet.refuse_lost({engine: fault for engine, one in asked if one.done() and (fault := one.exception())})
 
 
 def _raise_first_fault(answers: Sequence["Future[Any]"]) -> None:

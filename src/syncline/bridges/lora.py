@@ -54,20 +54,24 @@ class LoraBridge:
         self._shares_base = shares_base
         self._base_digests: dict[str, str] = {}
         self._carrier: Carrier | None = None
+        self._device = torch.device("cpu")
+        self._carrier_ways: list[Way] = []
+        """One an engine, in the order of `self._fleet.all`."""
 
     def attach(self, model: Any) -> None:
         """Proves the base, refuses modules an engine cannot adapt, by name, and opens the way to every engine."""
         self._fleet.wait_until_ready()
         base = dict(self._base(model))
         self._base_digests = parameter_digests(base.items())
-        self._refuse_other_base()
+        self._fleet.each(self._refuse_other_base)
         layers = dict(self._layers(model))
         engines = self._fleet.each(lambda engine: engine.adapters())
         layout = self._refuse_unheld(layers, engines)
-        device = next(iter(layers.values())).a.device
-        self._carrier = Carrier(layout, self._ways(engines, device), device=device, folder=self._folder)
+        self._device = next(iter(layers.values())).a.device
+        self._carrier_ways = self._ways(engines, self._device)
+        self._carrier = Carrier(layout, self._carrier_ways, device=self._device, folder=self._folder)
         if self._shares_base:
-            self._share(base, device)
+            self._share(base, self._device)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -76,8 +80,7 @@ class LoraBridge:
             yield
 
     def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with self._fleet.paused_on_failure():
-            return self._publish(model, policy_version)
+        return self._fleet.publishing(lambda: self._publish(model, policy_version), admit=self._admit)
 
     def close(self) -> None:
         if self._carrier is not None:
@@ -108,17 +111,17 @@ class LoraBridge:
 
     def _stage(self, adapter: Mapping[str, str], carrier: Carrier, *, policy_version: int) -> None:
         """Every engine holds the new adapter beside the old one, and has proved it."""
-        sources = dict(zip(self._fleet.engines, carrier.send(policy_version), strict=True))
+        sources = dict(zip(self._fleet.all, carrier.send(policy_version), strict=True))
         wire, timeout = carrier.layout.wire(), self._config.timeout_seconds
 
-        def stage(engine: EngineControl) -> Mapping[str, str]:
+        def stage(engine: EngineControl) -> None:
             wanted = wire | {"source": sources[engine]}
-            return engine.stage(wanted, policy_version=policy_version, timeout_seconds=timeout)
-
-        for engine, held in zip(self._fleet.engines, self._fleet.each(stage), strict=True):
+            held = engine.stage(wanted, policy_version=policy_version, timeout_seconds=timeout)
             if faults := differences(adapter, held):
                 lines = "\n".join(faults)
                 raise SyncError(f"engine {engine.name} loaded another adapter for version {policy_version}:\n{lines}")
+
+        self._fleet.each(stage)
 
     def _switch(self, expected: Receipt, digests: Mapping[str, str]) -> float:
         """Every engine samples from the staged adapter. Returns the seconds for which none sampled."""
@@ -143,12 +146,18 @@ class LoraBridge:
             )
         return ways
 
-    def _refuse_other_base(self) -> None:
-        for engine, parameters in zip(self._fleet.engines, self._fleet.each(lambda e: e.parameters()), strict=True):
-            served = {name: digest for name, digest in parameters.items() if not is_adapter_name(name)}
-            if faults := differences(self._base_digests, served):
-                lines = "\n".join(faults)
-                raise SyncError(f"engine {engine.name} serves another base than the learner adapts:\n{lines}")
+    def _admit(self, engine: EngineControl) -> None:
+        """Raises `SyncError` unless it came back as it was: the base, and the way the adapter reaches it."""
+        self._refuse_other_base(engine)
+        way, held = self._carrier_ways[self._fleet.all.index(engine)], engine.adapters()
+        if way != "files" and way_to(held["whereabouts"], self._device) != way:
+            raise SyncError(f"engine {engine.name} came back elsewhere, where the learner's memory does not reach")
+
+    def _refuse_other_base(self, engine: EngineControl) -> None:
+        served = {name: digest for name, digest in engine.parameters().items() if not is_adapter_name(name)}
+        if faults := differences(self._base_digests, served):
+            lines = "\n".join(faults)
+            raise SyncError(f"engine {engine.name} serves another base than the learner adapts:\n{lines}")
 
     def _share(self, base: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
         """The learner's base becomes the first engine's memory, which the others have too."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from syncline.bridges.fleet import Fleet
+from syncline.bridges.fleet import Fleet, refuse_other_model
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
 from syncline.bridges.stopwatch import Stopwatch
@@ -53,10 +53,12 @@ class RestartBridge:
         self._saved = saved or export
         self._folder = folder
         self._assets = assets
+        self._kinds: dict[str, str] = {}
 
     def attach(self, model: Any) -> None:
         self._fleet.wait_until_ready()
-        self._fleet.refuse_other_model({name: kind_of(tensor) for name, tensor in self._export(model)})
+        self._kinds = {name: kind_of(tensor) for name, tensor in self._export(model)}
+        self._fleet.refuse_other_model(self._kinds)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -65,8 +67,9 @@ class RestartBridge:
             yield
 
     def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with self._fleet.paused_on_failure():
-            return self._publish(model, policy_version)
+        return self._fleet.publishing(
+            lambda: self._publish(model, policy_version), admit=lambda engine: refuse_other_model(engine, self._kinds)
+        )
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
