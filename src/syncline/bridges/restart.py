@@ -26,6 +26,7 @@ from syncline.config.schema import Bridge
 from syncline.protocols import EngineControl, Receipt, SyncReport
 
 SHARD_BYTES = 4 << 30
+PARTIAL = ".partial"
 Export = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 
 
@@ -120,7 +121,8 @@ class RestartBridge:
 
     def _forget_versions_before(self, policy_version: int) -> None:
         for path in self._folder.glob("version-*"):
-            if int(path.name.removeprefix("version-")) < policy_version:
+            half_written = path.suffix == PARTIAL  # by a learner that was killed
+            if half_written or int(path.name.removeprefix("version-")) < policy_version:
                 shutil.rmtree(path)
 
 
@@ -134,7 +136,7 @@ def write_weights(named: Iterable[tuple[str, torch.Tensor]], path: Path, *, asse
 
     Written beside and renamed, so `path` is either whole or absent.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     copy_assets(assets, partial)
