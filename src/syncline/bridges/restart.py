@@ -11,13 +11,13 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from syncline.bridges.copies import CopyingBridge
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
@@ -30,7 +30,7 @@ PARTIAL = ".partial"
 Export = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 
 
-class RestartBridge:
+class RestartBridge(CopyingBridge):
     """See the module. `export(model)` yields the parameters under their own names, adapters merged, and `saved(model)`
     as files name and cut them (by default alike); `folder` is where versions are written; `assets` is a folder with the
     config and tokenizer files to copy along. With several ranks both yield wholes on each of them, together; rank 0
@@ -58,16 +58,6 @@ class RestartBridge:
     def attach(self, model: Any) -> None:
         self._fleet.wait_until_ready()
         self._fleet.refuse_other_model({name: kind_of(tensor) for name, tensor in self._export(model)})
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """The engine reads its own copy, so it may go on sampling while the learner's weights change."""
-        with self._fleet.paused_on_failure():
-            yield
-
-    def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with self._fleet.paused_on_failure():
-            return self._publish(model, policy_version)
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
