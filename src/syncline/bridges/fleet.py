@@ -183,7 +183,7 @@ class Fleet:
                 faults = "\n".join(differences(digests, engine.parameters()))
                 version = f"version {receipt.policy_version}" if receipt.policy_version >= 0 else "no version,"
                 raise SyncError(
-                    f"engine {engine.name} holds {version} digest {receipt.digest[:12]} after "
+                    f"{engine.name} holds {version} digest {receipt.digest[:12]} after "
                     f"a publish of version {expected.policy_version} digest {expected.digest[:12]}:\n{faults}"
                 )
 
@@ -192,7 +192,7 @@ def refuse_other_model(engine: EngineControl, learner: Mapping[str, str]) -> Non
     served = {name: digest.partition(":")[0] for name, digest in engine.parameters().items()}
     if faults := differences(learner, served):
         lines = "\n".join(faults)
-        raise SyncError(f"engine {engine.name} serves another model than the learner trains:\n{lines}")
+        raise SyncError(f"{engine.name} serves another model than the learner trains:\n{lines}")
 
 
 def _is_gone(engine: EngineControl, fault: BaseException) -> bool:

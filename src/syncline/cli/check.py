@@ -4,6 +4,7 @@ import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 
+from syncline.cli.files import add_file, file_of
 from syncline.config import RunConfig, load
 from syncline.envs.registry import BUILT_IN
 from syncline.errors import ConfigError
@@ -13,13 +14,12 @@ from syncline.launch.run_folder import config_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="fields set over the file's")
+    add_file(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Leases the ports for a moment, so that a taken one is found here; a port of 0 gets another number in the run."""
-    config = load_checked(args.file, args.overrides)
+    config = load_checked(*file_of(args))
     machine = Machine.here()
     with lease_ports(wanted_ports(config)) as ports:
         specs = plan(config, ports=ports, machine=machine)

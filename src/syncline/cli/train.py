@@ -9,9 +9,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syncline.cli.bridge import build_bridge, connect_engines
+from syncline.cli.bridge import await_servers, build_bridge, connect_engines
+from syncline.cli.files import add_file, file_of
 from syncline.cli.ranks import is_rank, run_ranks
 from syncline.config import RunConfig, load
+from syncline.errors import ConfigError
+from syncline.launch.plan import url
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +30,16 @@ log = logging.getLogger("syncline.train")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="the run's YAML file; checkpoints in its run.dir are resumed from")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", default=[])
-    parser.add_argument("--trajectories-url", required=True)
+    add_file(parser, help="the run's YAML file; checkpoints in its run.dir are resumed from")
+    parser.add_argument(
+        "--engine-url",
+        dest="engine_urls",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="default: from engine.servers, or engine.port",
+    )
+    parser.add_argument("--trajectories-url", metavar="URL", help="default: from trajectory.port")
     parser.add_argument(
         "--bridge-config",
         metavar="PATH",
@@ -45,14 +54,15 @@ def run(args: argparse.Namespace) -> int:
     from syncline.learner.model import learner_device
     from syncline.observe.logs import set_up_logging
 
-    config = load(args.file, args.overrides)
+    config = load(*file_of(args))
+    trajectories_url = args.trajectories_url or _trajectories_url(config)
     if config.learner.tensor_parallel_size > 1 and not is_rank():
         return run_ranks(config.learner.tensor_parallel_size, sys.argv[1:])
     device = rank_device(learner_device(config.learner.device))
     with joined_ranks(device, timeout_seconds=_longest_wait(config)) as ranks:
         set_up_logging(logging.INFO if ranks.is_first else logging.WARNING)
         engines = connect_engines(config, args.engine_urls, args.bridge_config, device=device, ranks=ranks)
-        with assemble(config, ranks, device=device, engines=engines, trajectories_url=args.trajectories_url) as parts:
+        with assemble(config, ranks, device=device, engines=engines, trajectories_url=trajectories_url) as parts:
             state = train(config, parts)
     log.info(
         "finished: step %d, policy version %d, %d tokens trained",
@@ -61,6 +71,13 @@ def run(args: argparse.Namespace) -> int:
         state.trained_tokens,
     )
     return 0
+
+
+def _trajectories_url(config: RunConfig) -> str:
+    if config.trajectory.port == 0:
+        remedy = "set it for server and learner alike, or give --trajectories-url"
+        raise ConfigError([f"trajectory.port: 0 is another port at each start; {remedy}"])
+    return url(config.trajectory.host, config.trajectory.port)
 
 
 def _longest_wait(config: RunConfig) -> float:
@@ -101,7 +118,7 @@ def assemble(
     with ExitStack() as stack:
         for engine in engines:
             stack.callback(engine.close)
-            engine.wait_until_ready(timeout_seconds=config.engine.start_timeout_seconds)
+        await_servers(config, engines)
         bridge = build_bridge(config, engines, assets, ranks=ranks)
         stack.callback(bridge.close)
         bridge.attach(model)

@@ -268,6 +268,9 @@ class Bridge(Section):
     adapter_transfer: Literal["auto", "memory", "files"] = "auto"
     """How an adapter reaches an engine: memory on the learner's own host, files elsewhere."""
     timeout_seconds: PositiveFloat = 300.0
+    host: str | None = None
+    """This machine's address as engines on other hosts reach it, where a `broadcast` meets. Who reaches it may join:
+    name one of a private network. Absent: engine.host."""
     min_engines: PositiveInt | None = None
     """Fewest engines that a publish must reach: with so many left the run goes on without those that died, and takes
     them back, proved, when they answer again. Absent: every one."""

@@ -34,8 +34,7 @@ def _listed(config: RunConfig) -> Iterator[str]:
         elif engine.device != "cpu" and len(set(server.devices)) != server.tensor_parallel_size:
             yield (
                 f"engine.servers.{i}.devices: {list(server.devices)} names {len(set(server.devices))} GPUs for "
-                f"tensor_parallel_size = {server.tensor_parallel_size}; name one for each rank, or set engine.device to "
-                "cpu"
+                f"tensor_parallel_size = {server.tensor_parallel_size}; name one a rank, or set engine.device to cpu"
             )
     held = Counter(device for server in engine.servers for device in set(server.devices))
     if twice := sorted(device for device, times in held.items() if times > 1):
@@ -47,7 +46,8 @@ def _listed(config: RunConfig) -> Iterator[str]:
 
 def _elsewhere(field: str, url: str, devices: tuple[int, ...]) -> Iterator[str]:
     parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or not parts.netloc.rpartition(":")[2].isdigit():
+    has_port = parts.netloc.rpartition(":")[2].isdigit()
+    if not (parts.scheme == "http" and parts.hostname and has_port) or parts.path.strip("/"):
         yield f"{field}.url: {url!r} is no engine's address; write it as http://host:port"
     if devices:
         yield f"{field}.devices: {list(devices)} are of an engine that runs already; leave them out, or leave url out"
@@ -61,6 +61,6 @@ def _losses(config: RunConfig) -> Iterator[str]:
         yield f"bridge.min_engines: {least} is above the {there} engines there are; lower it"
     if least < there and config.bridge.name == "shared":
         yield (
-            f"bridge.min_engines: {least} lets engines go, and with bridge.name = 'shared' one that does not answer may "
-            "read weights while they change; leave it out, or set bridge.name to broadcast, lora or restart"
+            f"bridge.min_engines: {least} lets engines go, and with bridge.name = 'shared' one that does not answer "
+            "may read weights while they change; leave it out, or set bridge.name to broadcast, lora or restart"
         )

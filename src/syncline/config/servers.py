@@ -18,4 +18,6 @@ def servers(config: RunConfig) -> tuple[Server, ...]:
 
 def all_devices(config: RunConfig) -> tuple[int, ...]:
     """GPUs of the engines that the run starts."""
-    return tuple(device for server in config.engine.servers for device in server.devices) or config.engine.devices
+    if config.engine.servers:
+        return tuple(device for server in config.engine.servers for device in server.devices)
+    return config.engine.devices

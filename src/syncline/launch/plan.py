@@ -16,7 +16,7 @@ from pathlib import Path
 
 from syncline.config.rules import gpus_held_twice
 from syncline.config.schema import RunConfig, Server
-from syncline.config.servers import servers
+from syncline.config.servers import all_devices, servers
 from syncline.errors import ConfigError, EngineTimeout, SynclineError, TrajectoryError
 from syncline.observe.files import AFTER_FILE, BEFORE_FILE, CONFIG_FILE
 from syncline.observe.logs import log_path
@@ -110,9 +110,12 @@ def _port_field(replica: int) -> str:
     return f"engine.port + {replica}" if replica else "engine.port"
 
 
-def plan_servers(config: RunConfig, *, ports: Mapping[str, int], machine: Machine) -> tuple[ProcessSpec, ...]:
-    """The engines alone, for a learner that is started apart. Raises `ConfigError` for GPUs not there."""
-    return _Planner(config, ports, machine, sections=("engine",)).engines()
+def plan_servers(
+    config: RunConfig, *, ports: Mapping[str, int], machine: Machine, folder: Path
+) -> tuple[ProcessSpec, ...]:
+    """The engines alone, in a folder of their own, for a learner that is started apart. Raises `ConfigError` for GPUs
+    not there."""
+    return _Planner(config, ports, machine, sections=("engine",), folder=folder).engines()
 
 
 def plan(config: RunConfig, *, ports: Mapping[str, int], machine: Machine) -> tuple[ProcessSpec, ...]:
@@ -138,10 +141,11 @@ class _Planner:
         machine: Machine,
         *,
         sections: tuple[str, ...] = ("engine", "learner"),
+        folder: Path | None = None,
     ) -> None:
         self._config = config
         self._machine = machine
-        self._folder = Path(config.run.dir)
+        self._folder = folder or Path(config.run.dir)
         self._file = str(self._folder / CONFIG_FILE)
         self._servers = servers(config)
         self._engine_ports = [
@@ -153,7 +157,7 @@ class _Planner:
         ]
         self._trajectory_port = ports.get("trajectory.port", 0)
         self._trajectories_url = url(config.trajectory.host, self._trajectory_port)
-        self._gpus = _assigned_gpus(config, machine, sections)
+        self._gpus = _visible_gpus(config, machine, sections)
         self._threads = shared_threads(config, machine.num_cores)
 
     def trajectories(self) -> ProcessSpec:
@@ -181,7 +185,7 @@ class _Planner:
         """The first is `engine`, the others `engine-1` and so on; with `shared` these attach to the first's weights."""
         port, timeout = self._engine_ports[replica], self._config.engine.start_timeout_seconds
         server = self._servers[replica]
-        devices = tuple(self._gpus[index] for index in server.devices) if self._gpus else ()
+        devices = self._seen("engine", server.devices)
         attached = replica > 0 and self._config.bridge.name == "shared"
         name = _engine_name(replica)
         options = ["--attach-to", self._engine_urls[0]] if attached else []
@@ -232,7 +236,7 @@ class _Planner:
 
     def learner(self, *, starts_after: tuple[str, ...]) -> ProcessSpec:
         """One process; with several ranks it starts them itself, and they end with it."""
-        devices = tuple(self._gpus[index] for index in self._config.learner.devices) if self._gpus else ()
+        devices = self._seen("learner", self._config.learner.devices)
         ranks = self._config.learner.tensor_parallel_size
         return ProcessSpec(
             name="learner",
@@ -256,6 +260,9 @@ class _Planner:
             starts_after=(after,) if after == "learner" else self._engine_names(),
             creates=out if after == "engine" else None,
         )
+
+    def _seen(self, section: str, devices: tuple[int, ...]) -> tuple[str, ...]:
+        return tuple(self._gpus[section][index] for index in devices) if self._gpus[section] else ()
 
     def _argv(self, verb: str, *options: str) -> tuple[str, ...]:
         return (self._machine.python, "-m", "syncline", verb, self._file, *options)
@@ -289,27 +296,30 @@ def shared_threads(config: RunConfig, num_cores: int) -> dict[str, int]:
     return {name: getattr(config, name).num_threads or share for name, share in shares.items()}
 
 
-def _assigned_gpus(config: RunConfig, machine: Machine) -> dict[str, tuple[str, ...]]:
-    """Indices of the configuration → the names CUDA has for them here; none on a CPU."""
+def _visible_gpus(config: RunConfig, machine: Machine, sections: tuple[str, ...]) -> Mapping[str, Mapping[int, str]]:
+    """Of each section, indices of the configuration → the names CUDA has for them here; none on a CPU."""
     faults: list[str] = []
-    assigned: dict[str, tuple[str, ...]] = {}
-    for section in ("engine", "learner"):
-        part = getattr(config, section)
-        on_gpu = part.device == "cuda" or (part.device == "auto" and machine.gpus)
-        wanted = part.devices if on_gpu else ()
-        assigned[section] = tuple(machine.gpus[i] for i in wanted if i < len(machine.gpus))
+    visible: dict[str, dict[int, str]] = {}
+    for section in sections:
+        if section == "engine" and all(server.url for server in servers(config)):
+            visible[section] = {}
+            continue
+        device = getattr(config, section).device
+        wanted = all_devices(config) if section == "engine" else config.learner.devices
+        on_gpu = device == "cuda" or (device == "auto" and machine.gpus)
+        visible[section] = {i: machine.gpus[i] for i in wanted if on_gpu and i < len(machine.gpus)}
         if on_gpu and not machine.gpus:
             faults.append(f"{section}.device: 'cuda', but this machine shows no NVIDIA GPU; set it to cpu or auto")
-        elif len(assigned[section]) < len(wanted):
+        elif on_gpu and len(visible[section]) < len(set(wanted)):
             faults.append(
                 f"{section}.devices: {list(wanted)} is not among this machine's {len(machine.gpus)} GPUs; "
                 f"use indices below {len(machine.gpus)}"
             )
-    if assigned["engine"] and assigned["learner"]:
+    if all(visible.get(section) for section in ("engine", "learner")):
         faults += gpus_held_twice(config)
     if faults:
         raise ConfigError(faults)
-    return assigned
+    return visible
 
 
 def _environment(*, devices: tuple[str, ...], num_threads: int) -> dict[str, str]:
