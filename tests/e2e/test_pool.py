@@ -1,5 +1,5 @@
-"""Two engines and a learner started apart, over `broadcast`: one is killed, the run goes on; it comes back, is proved, and
-samples again."""
+"""Two engines and a learner started apart, over `broadcast`: one is killed, the run goes on; it comes back, is proved,
+and samples again."""
 
 import json
 import os
@@ -118,9 +118,8 @@ def test_servers_fail_at_once_when_a_port_is_taken_and_name_its_holder(values: d
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values))
     port = values["engine"]["port"] + 1
-    code = (
-        f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); print('up', flush=True); time.sleep(99)"
-    )
+    listen = f"s = socket.create_server(('127.0.0.1', {port}))"
+    code = f"import socket, time; {listen}; print('up', flush=True); time.sleep(99)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()

@@ -262,9 +262,8 @@ def _sampling(found: Translation, given: _Given) -> Iterator[str]:
 def _batch(found: Translation, given: _Given) -> Iterator[str]:
     """Completions of a step and of a micro-batch → groups and tokens."""
     group = found.values.get("run", {}).get("rollouts_per_group", 8)
-    total, sampled = (
-        given.take(path, None) for path in ("training.effective_batch_size", "rlhf.generation_batch_size")
-    )
+    total = given.take("training.effective_batch_size", None)
+    sampled = given.take("rlhf.generation_batch_size", None)
     per_device = given.take("training.per_device_train_batch_size", 1)
     if (accumulated := given.take("training.gradient_accumulation_steps", None)) is not None:
         yield (
@@ -361,9 +360,8 @@ def _rewards(found: Translation, given: _Given) -> Iterator[str]:
 def _leave_out(found: Translation, given: _Given) -> None:
     """What is left: keys that change nothing here are told, others refused."""
     for path, value in given.left.items():
-        why = keys.NEEDLESS.get(path) or next(
-            (w for p, w in keys.NEEDLESS_SECTIONS.items() if path.startswith(p)), None
-        )
+        sections = (told for section, told in keys.NEEDLESS_SECTIONS.items() if path.startswith(section))
+        why = keys.NEEDLESS.get(path) or next(sections, None)
         if path in keys.REFUSED:
             if value not in (None, False, [], {}):
                 found.faults.append(f"{path}: {value!r} {keys.REFUSED[path]}; leave it out")
