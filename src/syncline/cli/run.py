@@ -12,6 +12,7 @@ from syncline.cli.check import load_checked
 from syncline.cli.files import add_file, file_of
 from syncline.config import RunConfig
 from syncline.config.schema import Engine
+from syncline.config.server_rules import OF_A_START
 from syncline.errors import ConfigError, SynclineError
 from syncline.launch.plan import Machine, plan, wanted_ports
 from syncline.launch.ports import lease_ports
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _apart(config: RunConfig) -> list[str]:
     """What a run is told of engines that others started, as fields of its configuration."""
-    fields = {name: Engine.model_fields[name].default for name in ("num_replicas", "tensor_parallel_size", "devices")}
+    started_with = ("num_replicas", "tensor_parallel_size", "devices", *OF_A_START)
+    fields = {name: Engine.model_fields[name].get_default(call_default_factory=True) for name in started_with}
     values = fields | {"servers": [{"url": url} for url in known_urls(config)]}
     return [f"engine.{name}={json.dumps(value)}" for name, value in values.items()]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from syncline.config.engine_options import engine_options
 from syncline.config.schema import RunConfig
 from syncline.config.server_rules import server_rules
 from syncline.config.servers import all_devices, servers
@@ -216,7 +217,7 @@ def _bridge(config: RunConfig) -> Iterator[str]:
         if config.engine.extra.get(option):
             yield (
                 f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "
-                "bridge.name = 'shared' trains in place; leave it out, or use restart"
+                f"bridge.name = 'shared' trains in place; leave it out{_or_restart(option)}"
             )
 
 
@@ -234,8 +235,13 @@ def _broadcast(config: RunConfig) -> Iterator[str]:
         if config.engine.extra.get(option):
             yield (
                 f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "
-                "bridge.name = 'broadcast' writes in place; leave it out, or use restart"
+                f"bridge.name = 'broadcast' writes in place; leave it out{_or_restart(option)}"
             )
+
+
+def _or_restart(option: str) -> str:
+    """A reload fills memory that was moved, but proves no weights that were repacked."""
+    return "" if option == "quantization" else ", or use restart"
 
 
 def gpus_held_twice(config: RunConfig) -> Iterator[str]:
@@ -323,6 +329,7 @@ _RULES = (
     _environments,
     _devices,
     server_rules,
+    engine_options,
     _ranks,
     _in_flight,
     _bridge,

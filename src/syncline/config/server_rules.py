@@ -2,12 +2,24 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 from syncline.config.schema import Engine, RunConfig
 from syncline.config.servers import servers
 
 _SAID_ONE_BY_ONE = ("num_replicas", "tensor_parallel_size", "devices")
+OF_A_START = (
+    "port",
+    "gpu_memory_utilization",
+    "kv_cache_bytes",
+    "max_num_seqs",
+    "enforce_eager",
+    "num_threads",
+    "max_restarts",
+    "extra",
+)
+"""Settings that an engine gets when it is started."""
 
 
 def server_rules(config: RunConfig) -> Iterator[str]:
@@ -20,9 +32,16 @@ def server_rules(config: RunConfig) -> Iterator[str]:
 def _listed(config: RunConfig) -> Iterator[str]:
     engine = config.engine
     for field in _SAID_ONE_BY_ONE:
-        if (value := getattr(engine, field)) != Engine.model_fields[field].default:
+        if (value := getattr(engine, field)) != _default(field):
             value = list(value) if isinstance(value, tuple) else value
             yield f"engine.{field}: {value} is said twice, because engine.servers lists every engine; leave one out"
+    if all(server.url for server in engine.servers):
+        for field in OF_A_START:
+            if (value := getattr(engine, field)) != _default(field):
+                yield (
+                    f"engine.{field}: {value!r} is for engines that are started, and those of engine.servers run "
+                    "already and would ignore it; give it to their `syncline serve`"
+                )
     if config.bridge.name == "shared":
         yield (
             "engine.servers: lists engines apart, and bridge.name = 'shared' has one copy of the weights for all; use "
@@ -64,3 +83,7 @@ def _losses(config: RunConfig) -> Iterator[str]:
             f"bridge.min_engines: {least} lets engines go, and with bridge.name = 'shared' one that does not answer "
             "may read weights while they change; leave it out, or set bridge.name to broadcast, lora or restart"
         )
+
+
+def _default(field: str) -> Any:
+    return Engine.model_fields[field].get_default(call_default_factory=True)
