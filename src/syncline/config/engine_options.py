@@ -4,6 +4,7 @@ proof of the weights stands on, or that a bridge cannot serve."""
 from collections.abc import Iterator
 
 from syncline.config.schema import RunConfig
+from syncline.config.servers import num_stages
 
 OWN_FIELDS = {
     "model": "model.path",
@@ -34,10 +35,10 @@ def engine_options(config: RunConfig) -> Iterator[str]:
     for option in PROOF:
         if option in extra:
             yield f"engine.extra.{option}: {extra[option]!r} is what proofs and log-probabilities rest on; leave it out"
-    if (stages := extra.get("pipeline_parallel_size", 1)) != 1:
+    if num_stages(config) > 1 and (bridge == "shared" or (config.model.lora and bridge == "lora")):
         yield (
-            f"engine.extra.pipeline_parallel_size: {stages} gives ranks different layers, and no bridge proves an "
-            "engine of which a rank lacks any; leave it out, and split layers by engine.tensor_parallel_size"
+            f"engine.extra.pipeline_parallel_size: {num_stages(config)} gives ranks different layers, which bridge.name "
+            f"= {bridge!r} does not serve; leave it out, or set bridge.name to broadcast or restart"
         )
     if bridge == "restart" and extra.get("quantization"):
         yield (

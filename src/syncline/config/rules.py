@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from syncline.config.engine_options import engine_options
 from syncline.config.schema import RunConfig
 from syncline.config.server_rules import server_rules
-from syncline.config.servers import all_devices, servers
+from syncline.config.servers import all_devices, num_stages, servers
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENGINE_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -149,11 +149,12 @@ def _environments(config: RunConfig) -> Iterator[str]:
 
 def _devices(config: RunConfig) -> Iterator[str]:
     engine, learner = config.engine, config.learner
-    wanted = engine.tensor_parallel_size * (1 if config.bridge.name == "shared" else engine.num_replicas)
+    ranks = engine.tensor_parallel_size * num_stages(config)
+    wanted = ranks * (1 if config.bridge.name == "shared" else engine.num_replicas)
     if engine.device != "cpu" and not engine.servers and len(set(engine.devices)) != wanted:
         yield (
             f"engine.devices: {list(engine.devices)} names {len(set(engine.devices))} GPUs, and {engine.num_replicas} "
-            f"replicas of {engine.tensor_parallel_size} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
+            f"replicas of {ranks} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
             "name that many, or set engine.device to cpu"
         )
     if learner.device != "cpu" and len(set(learner.devices)) != learner.tensor_parallel_size:

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from syncline.config.schema import Engine, RunConfig
-from syncline.config.servers import servers
+from syncline.config.servers import num_stages, servers
 
 _SAID_ONE_BY_ONE = ("num_replicas", "tensor_parallel_size", "devices")
 OF_A_START = (
@@ -50,7 +50,7 @@ def _listed(config: RunConfig) -> Iterator[str]:
     for i, server in enumerate(engine.servers):
         if server.url is not None:
             yield from _elsewhere(f"engine.servers.{i}", server.url, server.devices)
-        elif engine.device != "cpu" and len(set(server.devices)) != server.tensor_parallel_size:
+        elif engine.device != "cpu" and len(set(server.devices)) != server.tensor_parallel_size * num_stages(config):
             yield (
                 f"engine.servers.{i}.devices: {list(server.devices)} names {len(set(server.devices))} GPUs for "
                 f"tensor_parallel_size = {server.tensor_parallel_size}; name one a rank, or set engine.device to cpu"

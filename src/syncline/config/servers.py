@@ -8,12 +8,17 @@ def servers(config: RunConfig) -> tuple[Server, ...]:
     engine = config.engine
     if engine.servers:
         return engine.servers
-    size = 0 if config.bridge.name == "shared" else engine.tensor_parallel_size
-    width = len(engine.devices) if config.bridge.name == "shared" else engine.tensor_parallel_size
+    size = engine.tensor_parallel_size * num_stages(config)
+    apart = 0 if config.bridge.name == "shared" else size
     return tuple(
-        Server(devices=engine.devices[i * size : i * size + width], tensor_parallel_size=engine.tensor_parallel_size)
+        Server(devices=engine.devices[i * apart : i * apart + size], tensor_parallel_size=engine.tensor_parallel_size)
         for i in range(engine.num_replicas)
     )
+
+
+def num_stages(config: RunConfig) -> int:
+    """Of vLLM's pipeline parallelism, which every engine has alike: each has as many ranks as layers are cut in."""
+    return int(config.engine.extra.get("pipeline_parallel_size", 1))
 
 
 def all_devices(config: RunConfig) -> tuple[int, ...]:

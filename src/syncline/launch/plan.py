@@ -16,7 +16,7 @@ from pathlib import Path
 
 from syncline.config.rules import gpus_held_twice
 from syncline.config.schema import RunConfig, Server
-from syncline.config.servers import all_devices, servers
+from syncline.config.servers import all_devices, num_stages, servers
 from syncline.errors import ConfigError, EngineTimeout, SynclineError, TrajectoryError
 from syncline.observe.files import AFTER_FILE, BEFORE_FILE, CONFIG_FILE
 from syncline.observe.logs import log_path
@@ -189,7 +189,7 @@ class _Planner:
         attached = replica > 0 and self._config.bridge.name == "shared"
         name = _engine_name(replica)
         options = ["--attach-to", self._engine_urls[0]] if attached else []
-        threads = max(1, self._threads["engine"] // server.tensor_parallel_size)
+        threads = max(1, self._threads["engine"] // (server.tensor_parallel_size * num_stages(self._config)))
         return ProcessSpec(
             name=name,
             argv=self._argv(

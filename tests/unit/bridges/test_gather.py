@@ -28,7 +28,7 @@ def export(model: torch.nn.Module) -> Any:
 
 
 def learner(rank: int, folder: str) -> None:
-    """One rank: two versions that arrive, the second as changes alone; one that one engine dies of, and the other takes;
+    """One rank: two versions that arrive, the second as changes alone; one of which an engine dies, the other takes;
     then one that this does not take either."""
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
