@@ -118,7 +118,7 @@ def assemble(
     with ExitStack() as stack:
         for engine in engines:
             stack.callback(engine.close)
-        await_servers(config, engines)
+        ranks.from_first(lambda: await_servers(config, engines))
         bridge = build_bridge(config, engines, assets, ranks=ranks)
         stack.callback(bridge.close)
         bridge.attach(model)

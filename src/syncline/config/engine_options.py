@@ -37,8 +37,8 @@ def engine_options(config: RunConfig) -> Iterator[str]:
             yield f"engine.extra.{option}: {extra[option]!r} is what proofs and log-probabilities rest on; leave it out"
     if num_stages(config) > 1 and (bridge == "shared" or (config.model.lora and bridge == "lora")):
         yield (
-            f"engine.extra.pipeline_parallel_size: {num_stages(config)} gives ranks different layers, which bridge.name "
-            f"= {bridge!r} does not serve; leave it out, or set bridge.name to broadcast or restart"
+            f"engine.extra.pipeline_parallel_size: {num_stages(config)} gives ranks different layers, which "
+            f"bridge.name = {bridge!r} does not serve; leave it out, or set bridge.name to broadcast or restart"
         )
     if bridge == "restart" and extra.get("quantization"):
         yield (

@@ -53,9 +53,9 @@ def learner_parts(config: RunConfig, shape: Shape, *, num_gpus: int = 1, counts_
     gradient = 4.0 if lora or learner.gradients == "float32" else 2.0
     if learner.optimizer.in_backward:
         gradient = 0.0
-    weights = 2 * shape.parameters + (4 * trained if lora else 0)
     parts = [
-        Part("weights", weights / num_gpus, "2 B · parameters" + (" + 4 B · adapter" if lora else "")),
+        Part("weights", 2 * shape.parameters / num_gpus, "2 B · parameters"),
+        Part("adapter", (4 * trained if lora else 0) / num_gpus, "4 B · adapter"),
         Part("optimizer", (low + moments) * trained / num_gpus, f"{low + moments:g} B · trained (docs/learner.md)"),
         Part("gradients", gradient * trained / num_gpus, f"{gradient:g} B · trained"),
         *activation_parts(config, shape),

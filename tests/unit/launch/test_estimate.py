@@ -65,8 +65,9 @@ def test_a_7b_with_every_parameter_trained_in_80_gb() -> None:
 def test_a_32b_adapter_in_80_gb() -> None:
     learner = {"token_budget": 4096, "recomputation": {"what": "full"}}
     parts = learner_parts(config(learner=learner, model={"lora": {"rank": 32}}), shape("qwen2.5-32b"))
-    measured = {"weights": 66.7, "optimizer": 2.1, "gradients": 1.1}
-    assert {p.name: p.num_bytes / 1e9 for p in parts if p.name in measured} == pytest.approx(measured, rel=0.05)
+    found = {part.name: part.num_bytes / 1e9 for part in parts}
+    assert found["weights"] + found["adapter"] == pytest.approx(66.7, rel=0.02)
+    assert (found["optimizer"], found["gradients"]) == pytest.approx((2.1, 1.1), rel=0.05)
     assert total(parts) / 1e9 == pytest.approx(76.4, rel=0.02)
 
 
