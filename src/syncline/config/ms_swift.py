@@ -27,6 +27,8 @@ class Translation:
     origins: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    is_apart: bool = False
+    """The engines are servers, whose settings stand apart."""
 
     def set(self, ours: str, value: Any, path: str) -> None:
         here = self.values
@@ -102,9 +104,10 @@ def _server(found: Translation, given: _Given) -> Iterator[str]:
     if mode not in ("server", "colocate"):
         yield f"rlhf.vllm_mode: {mode!r} is unknown; set it to server or colocate"
         return
-    section = SERVER if mode == "server" else "rlhf"
+    found.is_apart = mode == "server"
+    section = SERVER if found.is_apart else "rlhf"
     yield from _misplaced(given, mode)
-    if mode == "server":
+    if found.is_apart:
         yield from _address(found, given)
     for name, ours in keys.ENGINE.items():
         if (value := given.take(f"{section}.{name}")) is not _MISSING:
@@ -114,7 +117,7 @@ def _server(found: Translation, given: _Given) -> Iterator[str]:
     yield from _own_options(found, given, section)
     yield from _lengths(found, given, section)
     ranks = [found.values.get("engine", {}).get(name, 1) for name in ("tensor_parallel_size", "num_replicas")]
-    if mode == "server" and all(isinstance(size, int) for size in ranks):
+    if found.is_apart and all(isinstance(size, int) for size in ranks):
         size = math.prod(ranks)
         found.set("engine.devices", list(range(size)), f"{SERVER}.vllm_tensor_parallel_size × vllm_data_parallel_size")
         found.set("learner.devices", [size], "rlhf.vllm_mode")
@@ -218,8 +221,7 @@ def _model(found: Translation, given: _Given) -> Iterator[str]:
 
 
 def _adapter(found: Translation, given: _Given) -> Iterator[str]:
-    kind, mode = given.take("tuner.train_type", "lora"), "server" if "port" in found.values.get("engine", {}) else ""
-    section = SERVER if mode else "rlhf"
+    kind, section = given.take("tuner.train_type", "lora"), SERVER if found.is_apart else "rlhf"
     serves, largest = (given.take(f"{section}.{name}", None) for name in ("vllm_enable_lora", "vllm_max_lora_rank"))
     dora = given.take("tuner.use_dora", False)
     targets, pattern = given.take("tuner.target_modules", None), given.take("tuner.target_regex", None)
@@ -248,7 +250,7 @@ def _adapter(found: Translation, given: _Given) -> Iterator[str]:
     if largest is not None and not (serves and _whole(largest) and largest >= (ranks["lora_rank"] or 8)):
         yield f"{section}.vllm_max_lora_rank: {largest!r} is set from tuner.lora_rank; leave it out"
     apart, together = "lora" if serves else "broadcast", "restart" if kind == "lora" and dora else "shared"
-    found.set("bridge.name", apart if mode else together, "rlhf.vllm_mode")
+    found.set("bridge.name", apart if found.is_apart else together, "rlhf.vllm_mode")
 
 
 def _sampling(found: Translation, given: _Given) -> Iterator[str]:
