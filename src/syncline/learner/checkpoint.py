@@ -24,7 +24,7 @@ from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.restart import copy_assets
 from syncline.bridges.saved import tensors_as_in_memory
 from syncline.errors import CheckpointError
-from syncline.learner.model import saved_parameters
+from syncline.learner.model import saved_parameters, trainable_parameters
 from syncline.learner.pieces import read_pieces, write_pieces
 from syncline.learner.places import cut, shard, wholes
 
@@ -71,7 +71,7 @@ class Checkpoints:
         }
         path = self.folder / f"{PREFIX}{state.step:06d}"
         partial = self.ranks.from_first(lambda: self._new(path.with_name(path.name + ".partial")))
-        own = _shards_of_state(optimizer.state_dict(), shards)
+        own = _shards_of_state(optimizer, model)
         self.ranks.together(lambda: self._write_own(own, partial))
         told = json.dumps(asdict(state) | {"digest": digest})
         self.ranks.from_first(lambda: self._write(path, partial, files, model=model, state=told))
@@ -86,10 +86,9 @@ class Checkpoints:
             values = json.loads((path / "state.json").read_text())
             digest = values.pop("digest")
             state = TrainState(**values)
-            shards = {name: shard(tensor) for name, tensor in _trained(model).items()}
             adapter = load_file(path / _weights_name(model)).items() if _is_adapted(model) else None
-            _restore(model, adapter or tensors_as_in_memory(path, shards.keys()), path)
-            own = _shards_of_state(optimizer.state_dict(), shards)
+            _restore(model, adapter or tensors_as_in_memory(path, _trained(model).keys()), path)
+            own = _shards_of_state(optimizer, model)
             optimizer.load_state_dict(read_pieces(own, path, "optimizer"))
             _set_random_state(load_file(path / "rng.safetensors"), self.ranks)
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -155,10 +154,11 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-def _shards_of_state(state: Mapping[str, torch.Tensor], shards: Mapping[str, Shard]) -> dict[str, Shard]:
+def _shards_of_state(optimizer: Any, model: nn.Module) -> dict[str, Shard]:
     """The optimizer's tensors have their parameters' places; what belongs to no parameter is its own whole."""
+    shards = {name: shard(parameter) for name, parameter in trainable_parameters(model)}
     placed: dict[str, Shard] = {}
-    for name, tensor in state.items():
+    for name, tensor in optimizer.state_dict().items():
         parameter = shards.get(name.rpartition(".")[0])
         placed[name] = _beside(parameter, tensor) if parameter else shard(tensor)
     return placed
