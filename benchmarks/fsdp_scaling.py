@@ -2,8 +2,9 @@
 
     python benchmarks/fsdp_scaling.py --shape qwen2.5-7b --ranks 1 2 4
 
-Every rank has as many tokens, whatever their number (weak scaling), in whole optimizer steps of the product's own `Step`.
-One rank is the learner without FSDP. A CPU does the shape `tiny`: `--shape tiny --ranks 1 2 --rollouts 8 --completion 32`.
+Every rank has as many tokens, whatever their number (weak scaling), in whole optimizer steps of the product's own
+`Step`. One rank is the learner without FSDP. A CPU does the shape `tiny`: `--shape tiny --ranks 1 2 --rollouts 8
+--completion 32`.
 """
 
 import argparse
@@ -54,8 +55,8 @@ def _measured(args: argparse.Namespace, ranks: Any, device: Any) -> dict[str, An
     """The shortest of the steps after the first, which compiles and allocates."""
     from syncline.bench.learning import LOSS, Load
     from syncline.learner.advantages import group_advantages
-    from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
     from syncline.learner.model import checkpoint_wholes, trainable_parameters
+    from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
 
     sizes = {"prompt": args.prompt, "num_rollouts": args.rollouts * ranks.world_size, "rollouts_per_group": 4}
     if args.shortest:
@@ -68,8 +69,10 @@ def _measured(args: argparse.Namespace, ranks: Any, device: Any) -> dict[str, An
     optimizer = SplitMasterAdamW(trainable_parameters(model), step.config.optimizer, ranks=ranks)
     advantages = group_advantages(load.groups, LOSS.scale_advantages)
     learning, gathering, reports = [], [], []
-    for number in range(args.steps + 1):
-        learning.append(_timed(lambda: reports.append(_stepped(step, model, load, advantages, optimizer)), device, ranks))
+    for _ in range(args.steps + 1):
+        learning.append(
+            _timed(lambda: reports.append(_stepped(step, model, load, advantages, optimizer)), device, ranks)
+        )
         gathering.append(_timed(lambda: deque(checkpoint_wholes(model, ranks), maxlen=0), device, ranks))
     return {
         "ranks": ranks.world_size,
@@ -142,8 +145,10 @@ def _peak(device: Any) -> int:
 
 def _print(args: argparse.Namespace, readings: list[dict[str, Any]]) -> None:
     print(f"\n{args.shape}, micro-batches of {args.token_budget} tokens, recomputed: {args.recompute}\n")
-    print("| ranks | tokens a step | micro-batches a rank | step s | trained tokens/s | scaling | TFLOP/s a rank | gather s "
-          "| peak GB by rank |\n|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| ranks | tokens a step | micro-batches a rank | step s | trained tokens/s | scaling | TFLOP/s a rank "
+        "| gather s | peak GB by rank |\n|---|---|---|---|---|---|---|---|---|"
+    )
     one = readings[0]["tokens"] / readings[0]["seconds"] / readings[0]["ranks"]
     for r in readings:
         rate = r["tokens"] / r["seconds"]
@@ -152,8 +157,10 @@ def _print(args: argparse.Namespace, readings: list[dict[str, Any]]) -> None:
             f"| {r['ranks']} | {r['tokens']} | {r['microbatches']} | {r['seconds']:.2f} | {rate:.0f} "
             f"| {rate / r['ranks'] / one:.2f} | {flops:.1f} | {r['gathering_seconds']:.2f} | {' '.join(r['peaks'])} |"
         )
-    print(f"\nscaling: tokens/s a rank, over those of {readings[0]['ranks']}. gather: all parameters, one by one, as a "
-          "publish does.")
+    print(
+        f"\nscaling: tokens/s a rank, over those of {readings[0]['ranks']}. gather: all parameters, one by one, as a "
+        "publish does."
+    )
 
 
 def _arguments() -> argparse.Namespace:

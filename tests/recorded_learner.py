@@ -1,7 +1,7 @@
 """The real learner on recorded rollouts: everything `syncline train` builds, but that its bridge leads nowhere.
 
-python -m recorded_learner CONFIG TRAJECTORIES_URL [HANGS_AT]: HANGS_AT is a version whose publish never ends, so that the
-learner, or a rank of it, can be killed when the step has changed weights that no checkpoint holds.
+python -m recorded_learner CONFIG TRAJECTORIES_URL [HANGS_AT]: HANGS_AT is a version whose publish never ends, so that
+the learner, or a rank of it, can be killed when the step has changed weights that no checkpoint holds.
 """
 
 import os

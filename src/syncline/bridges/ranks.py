@@ -1,9 +1,10 @@
 """The processes that train one model together, as one of them sees it: who it is, and what it says to the others.
 
-Every rank runs the same loop over the same groups; ranks that split the data take a share of them each in `pack`. Rank 0 alone speaks to the outside world (engines, trajectories,
-metrics, disk); what it is answered there, or how it fails there, `from_first` brings to all. Who waits: every other
-rank, for rank 0. Who unblocks: rank 0's next word, or its end, which breaks the connections. Objects travel over gloo,
-so that a waiting rank leaves its GPU to the engine; tensors on GPUs over NCCL.
+Every rank runs the same loop over the same groups; where ranks split the data, `pack` gives each its share. Rank 0
+alone speaks to the outside world (engines, trajectories, metrics, disk); what it is answered there, or how it fails
+there, `from_first` brings to all. Who waits: every other rank, for rank 0. Who unblocks: rank 0's next word, or its
+end, which breaks the connections. Objects travel over gloo, so that a waiting rank leaves its GPU to the engine;
+tensors on GPUs over NCCL.
 """
 
 import sys

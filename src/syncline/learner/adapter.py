@@ -23,8 +23,10 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Each adapted layer by its name in the checkpoint, gathered where ranks have parts of it. Raises `SyncError` naming
-    what is trained beside them."""
+    """Each adapted layer by its name in the checkpoint, gathered where ranks have parts.
+
+    Raises `SyncError` naming what is trained beside them.
+    """
     layers = {name: layer for name, module in causal_lm(model).named_modules() if (layer := _plain_lora(module))}
     pairs = {id(tensor) for layer in layers.values() for tensor in (layer.a, layer.b)}
     others = [name for name, parameter in trainable_parameters(model) if id(parameter) not in pairs]

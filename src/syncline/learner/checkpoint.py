@@ -1,10 +1,11 @@
 """Checkpoints: whole or absent, resumable to the bit, and loadable as a Hugging Face model.
 
 A checkpoint is a folder `step-000123` with the weights (or the adapter) in safetensors, `optimizer.safetensors`
-(moments and the low 16 bits of split masters; of several ranks, a file each), `rng.safetensors` and `state.json`. Weights are named and cut as the
-family's files are (`saved_parameters`), whatever transformers makes of them in memory. It is written beside, synced to
-disk and renamed, so a folder without `.partial` is complete; the newest is the one to resume from. Weights are whole in
-it, and of the rest is known which piece of what it is (`pieces.py`): any number of ranks can resume.
+(moments and the low 16 bits of split masters; of several ranks, a file each), `rng.safetensors` and `state.json`.
+Weights are named and cut as the family's files are (`saved_parameters`), whatever transformers makes of them in memory.
+It is written beside, synced to disk and renamed, so a folder without `.partial` is complete; the newest is the one to
+resume from. Weights are whole in it, and of the rest is known which piece of what it is (`pieces.py`): any number of
+ranks can resume.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""FSDP2 (`torch.distributed.fsdp.fully_shard`): ranks that see different tokens and keep a part of every parameter each.
+"""FSDP2 (torch's `fully_shard`): ranks that see different tokens and keep a part of every parameter each.
 
 A layer's parameters are gathered before it computes and freed after it; its gradient is summed over the ranks and left
 in parts, on the parameters' own parts. Embedding, last norm and head are the root's, gathered for the whole of a
@@ -43,8 +43,10 @@ def shard_over(root: Any, ranks: Ranks, *, sum_in: torch.dtype | None) -> None:
 
 
 def with_parameters(root: Any, compute: Callable[[], T]) -> T:
-    """`compute()`, which applies `root`'s modules; of a sharded model as FSDP's forward pass, whose outputs, a tensor or
-    a tuple of them, carry the hooks of its backward pass."""
+    """`compute()`, which applies `root`'s modules; of a sharded model as FSDP's forward pass.
+
+    The outputs, a tensor or a tuple of them, carry the hooks of its backward pass.
+    """
     if not isinstance(root, FSDPModule):
         return compute()
     outputs = root.with_root_gathered(compute)  # pyright: ignore[reportCallIssue]

@@ -1,8 +1,8 @@
 """A learner of several processes: how they meet, and how parts that one of them has serve all.
 
-The ranks are a torchrun start's, of one host or of several. Every collective has a deadline, and a rank that ends breaks
-its connections, which ends the others: nobody waits for the dead. Whoever gives up says so in the store where the ranks
-met; who is silent there is who was waited for.
+The ranks are a torchrun start's, of one host or of several. Every collective has a deadline, and a rank that ends
+breaks its connections, which ends the others: nobody waits for the dead. Whoever gives up says so in the store where
+the ranks met; who is silent there is who was waited for.
 """
 
 import os
@@ -47,9 +47,7 @@ def rank_device(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def joined_ranks(
-    device: torch.device, *, timeout_seconds: float, dimension: str = TENSOR_PARALLEL
-) -> Iterator[Ranks]:
+def joined_ranks(device: torch.device, *, timeout_seconds: float, dimension: str = TENSOR_PARALLEL) -> Iterator[Ranks]:
     """The ranks of a torchrun start (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`), or the one rank without.
 
     `device` is this rank's, `dimension` what the ranks split. Raises `TrainingError` naming the ranks that are lost or

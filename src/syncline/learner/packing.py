@@ -1,8 +1,8 @@
 """Rollout groups to micro-batches: sequences end to end, nothing padded, never more than `token_budget` tokens.
 
 What every token weighs in the loss is settled here, once, from counts of the whole batch. So the gradients of the
-micro-batches add up to the gradient of one big batch, whatever the budget. Ranks that split the data make the same plan,
-and each fills its own part of it.
+micro-batches add up to the gradient of one big batch, whatever the budget. Ranks that split the data make the same
+plan, and each fills its own part of it.
 """
 
 import heapq

@@ -29,8 +29,7 @@ def write_pieces(shards: Mapping[str, Shard], folder: Path, stem: str, ranks: Ra
 
 
 def read_pieces(own: Mapping[str, Shard], folder: Path, stem: str) -> dict[str, torch.Tensor]:
-    """For each of `own` that was saved, a tensor on the CPU with its piece. What was saved and is nobody's is there too,
-    empty.
+    """For each of `own` that was saved, a tensor on the CPU with its piece; what is nobody's is there too, empty.
 
     Raises `OSError` without files, `ValueError` naming what is saved in another shape or not in full.
     """
@@ -51,7 +50,9 @@ def read_pieces(own: Mapping[str, Shard], folder: Path, stem: str) -> dict[str, 
                 target = found.setdefault(name, torch.empty_like(own[name].tensor, device="cpu"))
                 missing[name] -= _copy_overlap(target, own[name].start, saved, start)
     if short := [name for name in found if missing.get(name, 0) > 0]:
-        raise ValueError(f"{short[0]} is not there in full ({len(short)} tensors are not): a rank's {stem} file is gone")
+        raise ValueError(
+            f"{short[0]} is not there in full ({len(short)} tensors are not): a rank's {stem} file is gone"
+        )
     return found
 
 

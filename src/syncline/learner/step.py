@@ -184,7 +184,9 @@ def _on_cpu(tally: T) -> T:
     moved: dict[str, Any] = {}
     for field in fields(tally):  # pyright: ignore[reportArgumentType]
         value = getattr(tally, field.name)
-        moved[field.name] = value.cpu() if isinstance(value, Tensor) else _on_cpu(value) if is_dataclass(value) else value
+        moved[field.name] = (
+            value.cpu() if isinstance(value, Tensor) else _on_cpu(value) if is_dataclass(value) else value
+        )
     return replace(tally, **moved)  # pyright: ignore[reportArgumentType]
 
 

@@ -1,7 +1,6 @@
 """Ranks that split the data have the gradient, the metrics and the weights of one process, for every loss."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +15,13 @@ from syncline.learner.advantages import group_advantages
 from syncline.learner.model import (
     Reference,
     Scorer,
-    causal_lm,
     checkpoint_parameters,
     checkpoint_wholes,
     load_model,
     trainable_parameters,
 )
 from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
-from syncline.learner.packing import Share, pack
+from syncline.learner.packing import pack
 from syncline.learner.places import gathered
 from syncline.learner.step import Step
 from syncline.observe.metrics import Metrics

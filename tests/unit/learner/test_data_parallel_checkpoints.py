@@ -151,7 +151,7 @@ def test_a_file_of_a_rank_that_is_gone_is_named(places: tuple[str, str], two: An
     lost = saved / "optimizer-00001-of-00002.safetensors"
     kept = lost.rename(tmp_path / lost.name)
     try:
-        with pytest.raises(CheckpointError, match="is not there in full .* a rank's optimizer file is gone"):
+        with pytest.raises(CheckpointError, match=r"is not there in full .* a rank's optimizer file is gone"):
             Run(ONE_RANK, path, KINDS["float32"], resume=saved)
     finally:
         kept.rename(lost)
