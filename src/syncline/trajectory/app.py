@@ -25,7 +25,9 @@ from syncline.trajectory import atropos_run, wire
 from syncline.trajectory.atropos import BODIES, HOLD_SECONDS, AtroposWire, add_atropos_routes, as_rollout_group
 from syncline.trajectory.atropos_wire import Registration
 from syncline.trajectory.guard import Guard, read_json
+from syncline.trajectory.live import add_live_routes
 from syncline.trajectory.openapi import describe, takes
+from syncline.trajectory.prometheus import add_metrics_route
 from syncline.trajectory.queue import PutOutcome, Refused, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import queue_status, why_no_permit, why_waiting
@@ -126,6 +128,8 @@ def build_app(
     _add_environment_routes(app, store)
     _add_learner_routes(app, store)
     add_atropos_routes(app, AtroposWire(store, app.state.turns, own, hold_seconds))
+    add_live_routes(app, store, own)
+    add_metrics_route(app, store)
     describe(app, [*BODIES, *_BODIES])
     return app
 

@@ -24,6 +24,8 @@ TOKEN_VARIABLE = "SYNCLINE_TRAJECTORY_TOKEN"
 _SAME = ("same-origin", "none")
 _OPEN = ("/health",)
 """What needs no token: whether it runs."""
+_CHALLENGES = ("Bearer", 'Basic realm="syncline, the token is the password"')
+"""A header each, since browsers, which ask a person for the second, do not take both from one."""
 
 
 def is_loopback(host: str) -> bool:
@@ -66,11 +68,12 @@ class Guard:
             and needs_token
             and not hmac.compare_digest(_presented(headers), self._token.encode())
         ):
-            return JSONResponse(
-                {"error": "send the run's token: Authorization: Bearer TOKEN, or http://syncline:TOKEN@host:port"},
-                401,
-                {"WWW-Authenticate": "Bearer"},
+            answer = JSONResponse(
+                {"error": "send the run's token: Authorization: Bearer TOKEN, or http://syncline:TOKEN@host:port"}, 401
             )
+            for challenge in _CHALLENGES:
+                answer.headers.append("WWW-Authenticate", challenge)
+            return answer
         return None
 
 

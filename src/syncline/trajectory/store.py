@@ -120,8 +120,12 @@ class TrajectoryStore:
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether so many more may be stored. Call inside `transaction`."""
+        return self.stored_bytes() + num_bytes <= self._max_bytes
+
+    def stored_bytes(self) -> int:
+        """On disk and in use. Call inside `transaction`."""
         page, count, free = (self._pragma(name) for name in ("page_size", "page_count", "freelist_count"))
-        return page * (count - free) + num_bytes <= self._max_bytes
+        return page * (count - free)
 
     def keep(self, permit_id: str, body: bytes) -> None:
         """The group's JSON, as it came. Call inside `transaction`."""
