@@ -14,7 +14,7 @@ from syncline.trajectory.ledger import QueueLimits
 from syncline.trajectory.queue import PutOutcome, Refused
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import queue_status
-from syncline.trajectory.store import TrajectoryStore
+from syncline.trajectory.store import TrajectoryStore, pack
 from syncline.trajectory.tickets import TicketState
 
 LIMITS = QueueLimits(groups_per_step=2, rollouts_per_group=2, max_staleness=1, lease_seconds=100.0)
@@ -41,7 +41,7 @@ def grant(store, num_permits):
 def put(store, ticket, **group):
     group = make_group("math", ticket.task_index, **group)
     with store.transaction() as queue:
-        return store.put(queue, group, ticket.permit_id, body=wire.encode_group(group))
+        return store.put(queue, group, ticket.permit_id, packed=pack(wire.encode_group(group)))
 
 
 def start(store, *, policy_version=0, step=0):
