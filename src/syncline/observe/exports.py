@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class Export(Protocol):
     """A run in one of these libraries: what wandb's and trackio's are already."""
 
-    def log(self, metrics: dict[str, Any], step: int | None = None) -> Any: ...
+    def log(self, metrics: dict[str, Any], /, step: int | None = None) -> Any: ...
     def finish(self) -> Any: ...
 
 
@@ -98,7 +98,7 @@ def _open(name: str, observe: Observe, folder: Path, resumed_step: int) -> Expor
 
 
 def _tensorboard(project: str, group: str, start: str, folder: Path) -> Export:
-    from tensorboard.summary import Writer
+    from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
 
     return _TensorBoard(Writer(str(folder / "tensorboard" / start)))
 
@@ -107,7 +107,7 @@ class _TensorBoard:
     def __init__(self, writer: Any) -> None:
         self._writer = writer
 
-    def log(self, metrics: dict[str, Any], step: int | None = None) -> None:
+    def log(self, metrics: dict[str, Any], /, step: int | None = None) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -117,14 +117,14 @@ class _TensorBoard:
 
 
 def _wandb(project: str, group: str, start: str, folder: Path) -> Export:
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     settings = wandb.Settings(console="off")
     return wandb.init(project=project, group=group, name=f"{group} {start}", dir=str(folder), settings=settings)
 
 
 def _trackio(project: str, group: str, start: str, folder: Path) -> Export:
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports]
 
     quiet: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
     return trackio.init(project, name=f"{group} {start}", group=group, resume="allow", **quiet)
