@@ -210,9 +210,10 @@ async def drive(way: Wire, traffic: Traffic, pid: int) -> Seen:
     return seen
 
 
-async def measure(name: str, url: str, traffic: Traffic, pid: int) -> Seen:
+async def measure(name: str, url: str, traffic: Traffic, pid: int, *, plain: bool) -> Seen:
+    accept = {"Accept-Encoding": "identity" if plain else "gzip"}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, headers=accept) as http:
         return await drive((OwnTraffic if name == "own" else AtroposTraffic)(http, traffic), traffic, pid)
 
 
@@ -303,15 +304,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--batch-groups", type=int, default=16)
     parser.add_argument("--ahead", type=int, default=4, help="batches that may be queued")
+    parser.add_argument("--plain", action="store_true", help="the trainer does not accept gzip")
     args = vars(parser.parse_args())
-    servers, run_api = args.pop("servers"), args.pop("run_api")
+    servers, run_api, plain = args.pop("servers"), args.pop("run_api"), args.pop("plain")
     traffic = Traffic(**args)
     if traffic.groups % traffic.batch_groups:
         parser.error(f"--groups {traffic.groups} must be whole batches of --batch-groups {traffic.batch_groups}")
     print(f"{traffic}\n\n{HEAD}", flush=True)
+    rss = []
     for name in servers:
         with running(name, traffic, run_api) as (url, pid):
-            print(row(name, asyncio.run(measure(name, url, traffic, pid))), flush=True)
+            measured = asyncio.run(measure(name, url, traffic, pid, plain=plain))
+        rss.append(f"{name}: RSS in MiB, empty and after each tenth: {[size >> 20 for size in measured.rss]}")
+        print(row(name, measured), flush=True)
+    print("", *rss, sep="\n")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_the_page_follows_the_run_and_shows_what_it_said_as_text(url, tmp_path):
     assert "reward 0.75 ± 0.25" in text and "staleness 0.5 oldest 1" in text and "tokens / second 45" in text
     assert "of 4; 0 being sampled" in text and "No batch yet: no learner has started yet" in text
     assert "engine-1 vllm 0.32.0 cpu &lt;img" in text and "running 3 0.125 s 4,096" in text
-    assert page.count("<rect") == 3 * NUM_STEPS and "step 2: sync 0.25 s, of it the engine paused 0.125 s" in page
+    assert page.count("<rect") == 3 * NUM_STEPS and "step 2: sync 0.25 s, the engine paused 0.125 s" in page
     assert '<span data-v="2" title="logprob -2.5, version 2" style="--s: 0.5; --v: var(--c);"> five</span>' in page
     assert text.count("&lt;script&gt;") >= 4 and "2+2? &lt;img" in text
 

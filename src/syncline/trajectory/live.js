@@ -121,7 +121,7 @@ function drawTimeline() {
     let time = row.time - row["time/step_seconds"];
     for (const [part, colour] of [["wait", "--line"], ["learn", "--a"], ["sync", "--b"]]) {
       const seconds = row[`time/${part}_seconds`] ?? 0;
-      const pause = part === "sync" ? `, of it the engine paused ${shown(row["sync/pause_seconds"], "s")}` : "";
+      const pause = part === "sync" ? `, the engine paused ${shown(row["sync/pause_seconds"], "s")}` : "";
       svg.append(element("rect", { x: x(time), y: 4, height: 34, width: Math.max(0.5, x(time + seconds) - x(time)),
         fill: `var(${colour})` }, element("title", {}, `step ${row.step}: ${part} ${shown(seconds, "s")}${pause}`)));
       time += seconds;
@@ -150,7 +150,7 @@ function drawHead() {
     ["policy version", shown(status.policy_version), "served now"],
     ["queue", `${status.num_queued}`, `of ${status.capacity}; ${status.num_permits} being sampled`],
     ["staleness", shown(last["sample/staleness_mean"]), `oldest ${shown(last["sample/staleness_max"])}`],
-    ["whole sync", shown(last["time/sync_seconds"], "s"), `paused ${shown(last["sync/pause_seconds"], "s")}`],
+    ["last sync", shown(last["time/sync_seconds"], "s"), `paused ${shown(last["sync/pause_seconds"], "s")}`],
     ["tokens / second", shown(sampled && seconds ? sampled / seconds : null), "whole loop"],
     ["dropped as stale", shown(status.counters.stale), `${shown(status.counters.failed)} failed`],
   ];
@@ -236,7 +236,7 @@ function draw() {
   drawHead();
   chart("reward", [["reward", "reward"]], { band: "reward_std" });
   chart("staleness", [["sample/staleness_mean", "mean"], ["sample/staleness_max", "oldest"]]);
-  chart("sync", [["time/sync_seconds", "whole"], ["sync/pause_seconds", "of it, the engine paused"]], { width: 390 });
+  chart("sync", [["time/sync_seconds", "publishing"], ["sync/pause_seconds", "engine paused"]], { width: 390 });
   chart("waiting", [["queue/length", "groups"]], { width: 390 });
   chart("length", [["completions/mean_length", "mean"], ["completions/max_length", "longest"]], { width: 390 });
   drawTimeline();
