@@ -184,7 +184,7 @@ function drawEngines() {
   const named = run.processes.filter((name) => /^engine(-\d+)?$/.test(name));
   const names = named.length ? named : run.engine ? ["engine"] : [];
   table("engines", ["engine", "what", "process", "version", "last pause", "bytes moved"], names.map((name) =>
-    [name, what || "–", named.includes(name) ? "running" : "not started here", shown(last.policy_version),
+    [name, what || "–", named.includes(name) ? "running" : "–", shown(last.policy_version),
       shown(last["sync/pause_seconds"], "s"), shown(last["sync/bytes"])]));
   if (!names.length) fill("engines", element("tr", {}, element("td", {}, "The run's folder tells of no engine.")));
 }
