@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from syncline.cli.bridge import build_bridge, connect_engines
 from syncline.cli.ranks import is_rank, run_ranks
@@ -132,11 +132,15 @@ def assemble(
 def _outside(
     config: RunConfig, stack: ExitStack, *, trajectories_url: str, resumed_step: int
 ) -> tuple["MetricSink", "RolloutSource"]:
+    from syncline.observe.exports import ExportingSink, open_exports
     from syncline.observe.sinks import JsonlSink
     from syncline.trajectory.client import TrajectorySource
     from syncline.trajectory.guard import TOKEN_VARIABLE
 
-    sink = JsonlSink(Path(config.run.dir), resumed_step=resumed_step)
+    folder = Path(config.run.dir)
+    exports = open_exports(config.observe, folder, resumed_step=resumed_step)
+    own = JsonlSink(folder, resumed_step=resumed_step, decode=_tokenizer(config).decode)
+    sink = ExportingSink(own, exports)
     stack.callback(sink.close)
     source = TrajectorySource(
         trajectories_url,
@@ -164,14 +168,18 @@ def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device", r
     )
 
 
-def _gate(config: RunConfig, engine_urls: Sequence[str], ranks: "Ranks") -> "ParityGate":
+def _tokenizer(config: RunConfig) -> Any:
     from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+
+
+def _gate(config: RunConfig, engine_urls: Sequence[str], ranks: "Ranks") -> "ParityGate":
     from syncline.engines.pool import EnginePool
     from syncline.learner.model import Scorer
     from syncline.learner.parity import ParityGate
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+    tokenizer = _tokenizer(config)
     return ParityGate(
         config=config.parity,
         connect=lambda: EnginePool(engine_urls, timeout_seconds=config.engine.request_timeout_seconds),

@@ -280,6 +280,14 @@ class Evaluation(Section):
     temperature: NonNegativeFloat = 0.0
 
 
+class Observe(Section):
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go beside the run's own `metrics.jsonl`; each needs the package of its name. TensorBoard's files
+    are in `<run.dir>/tensorboard`; wandb and trackio take their own environment variables (`WANDB_MODE=offline`)."""
+    project: str = "syncline"
+    """In wandb and trackio; the group is named as the run's folder."""
+
+
 class RunConfig(Section):
     run: Run
     model: Model
@@ -291,3 +299,4 @@ class RunConfig(Section):
     bridge: Bridge = Bridge()
     parity: Parity = Parity()
     evaluation: Evaluation = Evaluation()
+    observe: Observe = Observe()

@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "learner.num_checkpoints",
     "bridge.timeout_seconds",
     "parity.interval",
+    "observe",
 )
 """Fields, or whole sections, that a resumed run may change: how long and on what it runs, not what it learns."""
 
