@@ -22,19 +22,21 @@ from syncline.bridges.carriers import Carrier, Way, way_to
 from syncline.bridges.copies import CopyingBridge
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, fingerprint_of, open_views
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import differences, model_digest, parameter_digests, whole
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError
 from syncline.protocols import EngineControl, Receipt, SyncReport
 
-Base = Callable[[Any], Iterable[tuple[str, torch.nn.Parameter]]]
+Base = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 Layers = Callable[[Any], Iterable[tuple[str, LoraLayer]]]
 
 
 class LoraBridge(CopyingBridge):
     """See the module. `base(model)` yields the frozen parameters under their checkpoint names, tied ones once;
-    `layers(model)` the adapted layers; `folder` is where versions are written for engines on other hosts."""
+    `layers(model)` the adapted layers; `folder` is where versions are written for engines on other hosts. With several
+    ranks both yield wholes on each of them, together; rank 0 alone holds what engines read."""
 
     def __init__(
         self,
@@ -45,8 +47,10 @@ class LoraBridge(CopyingBridge):
         layers: Layers,
         folder: Path,
         shares_base: bool = False,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        self._fleet = Fleet(engines, config)
+        self._fleet = Fleet(engines, config, ranks=ranks)
+        self._ranks = ranks
         self._config = config
         self._base = base
         self._layers = layers
@@ -55,23 +59,23 @@ class LoraBridge(CopyingBridge):
         self._base_digests: dict[str, str] = {}
         self._carrier: Carrier | None = None
         self._device = torch.device("cpu")
-        self._carrier_ways: list[Way] = []
+        self._ways: list[Way] = []
         """One an engine, in the order of `self._fleet.all`."""
 
     def attach(self, model: Any) -> None:
         """Proves the base, refuses modules an engine cannot adapt, by name, and opens the way to every engine."""
         self._fleet.wait_until_ready()
-        base = dict(self._base(model))
-        self._base_digests = parameter_digests(base.items())
+        self._base_digests = parameter_digests(self._base(model))
         self._fleet.each(self._refuse_other_base)
         layers = dict(self._layers(model))
         engines = self._fleet.each(lambda engine: engine.adapters())
         layout = self._refuse_unheld(layers, engines)
         self._device = next(iter(layers.values())).a.device
-        self._carrier_ways = self._ways(engines, self._device)
-        self._carrier = Carrier(layout, self._carrier_ways, device=self._device, folder=self._folder)
+        self._ways = self._ranks.from_first(lambda: self._ways_to(engines))
+        own = self._ways if self._ranks.is_first else []
+        self._carrier = Carrier(layout, own, device=self._device, folder=self._folder)
         if self._shares_base:
-            self._share(base, self._device)
+            self._share(dict(self._base(model)), self._device)
 
     def close(self) -> None:
         if self._carrier is not None:
@@ -102,7 +106,8 @@ class LoraBridge(CopyingBridge):
 
     def _stage(self, adapter: Mapping[str, str], carrier: Carrier, *, policy_version: int) -> None:
         """Every engine holds the new adapter beside the old one, and has proved it."""
-        sources = dict(zip(self._fleet.all, carrier.send(policy_version), strict=True))
+        sent = self._ranks.from_first(lambda: carrier.send(policy_version))
+        sources = dict(zip(self._fleet.all, sent, strict=True))
         wire, timeout = carrier.layout.wire(), self._config.timeout_seconds
 
         def stage(engine: EngineControl) -> None:
@@ -125,11 +130,11 @@ class LoraBridge(CopyingBridge):
         clock.lap("resume")
         return clock.total if "pause" in clock.parts else 0.0
 
-    def _ways(self, engines: Sequence[Mapping[str, Any]], device: torch.device) -> list[Way]:
+    def _ways_to(self, engines: Sequence[Mapping[str, Any]]) -> list[Way]:
         asked = self._config.adapter_transfer
         if asked == "files":
             return ["files"] * len(engines)
-        ways: list[Way] = [way_to(engine["whereabouts"], device) for engine in engines]
+        ways: list[Way] = [way_to(engine["whereabouts"], self._device) for engine in engines]
         if asked == "memory" and "files" in ways:
             raise SyncError(
                 f"{self._fleet.engines[ways.index('files')].name} shares no memory with the learner: it is on "
@@ -140,7 +145,7 @@ class LoraBridge(CopyingBridge):
     def _admit(self, engine: EngineControl) -> None:
         """Raises `SyncError` unless it came back as it was: the base, and the way the adapter reaches it."""
         self._refuse_other_base(engine)
-        way, held = self._carrier_ways[self._fleet.all.index(engine)], engine.adapters()
+        way, held = self._ways[self._fleet.all.index(engine)], engine.adapters()
         if way != "files" and way_to(held["whereabouts"], self._device) != way:
             raise SyncError(f"{engine.name} came back elsewhere, where the learner's memory does not reach")
 
@@ -150,7 +155,7 @@ class LoraBridge(CopyingBridge):
             lines = "\n".join(faults)
             raise SyncError(f"{engine.name} serves another base than the learner adapts:\n{lines}")
 
-    def _share(self, base: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
+    def _share(self, base: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """The learner's base becomes the first engine's memory, which the others have too."""
         engine = self._fleet.engines[0]
         memory, *others = engine.export()

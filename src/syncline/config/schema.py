@@ -219,6 +219,9 @@ class Learner(Section):
     """GPU indices, one a rank; ignored on a CPU."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks that train one model together, each with its part of every layer: one a GPU, or processes on a CPU."""
+    data_parallel_size: PositiveInt = 1
+    """Ranks that see other tokens each, and keep a part of every parameter, gradient and moment (FSDP). As above; more
+    than `devices` names when torchrun starts them on several hosts."""
     num_threads: NonNegativeInt = 0
     token_budget: PositiveInt = 8192
     """Tokens of a micro-batch; peak memory follows it, not the group."""
@@ -297,6 +300,14 @@ class Evaluation(Section):
     temperature: NonNegativeFloat = 0.0
 
 
+class Observe(Section):
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go beside the run's own `metrics.jsonl`; each needs the package of its name. TensorBoard's files
+    are in `<run.dir>/tensorboard`; wandb and trackio take their own environment variables (`WANDB_MODE=offline`)."""
+    project: str = "syncline"
+    """In wandb and trackio; the group is named as the run's folder."""
+
+
 class RunConfig(Section):
     run: Run
     model: Model
@@ -308,3 +319,4 @@ class RunConfig(Section):
     bridge: Bridge = Bridge()
     parity: Parity = Parity()
     evaluation: Evaluation = Evaluation()
+    observe: Observe = Observe()

@@ -49,6 +49,7 @@ class Ledger:
         self._settled: dict[str, Ticket] = {}
         self._deadlines: dict[str, float] = {}
         self._changed: dict[str, Ticket] = {}
+        self._forgotten: list[str] = []
         for name in weights:
             self.state.lines.setdefault(name, Line())
         for name in self.state.lines:
@@ -92,6 +93,11 @@ class Ledger:
         """Tickets changed since the last call."""
         changed, self._changed, self.dirty = list(self._changed.values()), {}, False
         return changed
+
+    def take_forgotten(self) -> list[str]:
+        """Permit ids of the tickets settled so long ago that nobody asks for them, since the last call."""
+        forgotten, self._forgotten = self._forgotten, []
+        return forgotten
 
     def issue(self, permit_id: str, environment: str, *, worker: str) -> Ticket:
         """A permit for the environment's next task index."""
@@ -153,4 +159,5 @@ class Ledger:
         if ticket.state in (TicketState.PERMITTED, TicketState.LEASED):
             self._deadlines[ticket.permit_id] = self.clock() + self.limits.lease_seconds
         if len(self._settled) > SETTLED_REMEMBERED:
-            del self._settled[next(iter(self._settled))]
+            self._forgotten.append(next(iter(self._settled)))
+            del self._settled[self._forgotten[-1]]

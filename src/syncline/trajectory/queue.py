@@ -102,13 +102,15 @@ class TrajectoryQueue:
         self.state.lines.setdefault(environment, Line(share=self.state.virtual_time))
         self.ledger.dirty = True
 
-    def grant(self, ask: Ask) -> list[Ticket]:
-        """The asker's fair part of the free capacity; when it gets any, its ask is answered and gone."""
+    def grant(self, ask: Ask, *, room: int | None = None) -> list[Ticket]:
+        """The asker's fair part of the free capacity; when it gets any, its ask is answered and gone. `room`: groups
+        that may still be stored."""
         self.expire()
         if self.asks.get(ask.key) is not ask or not self.learner_heard:
             return []
         tags = {name: self._start_tag(name) for name, _ in self.asks}
-        parts = allot(list(self.asks.values()), tags, weights=self.ledger.weights, free=self.ledger.num_free)
+        free = self.ledger.num_free if room is None else min(self.ledger.num_free, room)
+        parts = allot(list(self.asks.values()), tags, weights=self.ledger.weights, free=free)
         granted = [self._permit(ask) for _ in range(parts[ask.key])]
         if granted:
             self.withdraw(ask)
