@@ -10,6 +10,9 @@ done
 : "${config:?name the run: config=configs/rollout_servers.yaml}"
 words=(--config "$config")
 [[ -z ${server_gpus:-} ]] || words+=("engine.devices=[$server_gpus]")
-[[ -z ${train_gpus:-} ]] || words+=("learner.devices=[$train_gpus]")
+if [[ -n ${train_gpus:-} ]]; then
+  IFS=, read -ra gpus <<<"$train_gpus"
+  words+=("learner.devices=[$train_gpus]" "learner.data_parallel_size=${#gpus[@]}")
+fi
 [[ -z ${wait_timeout:-} ]] || words+=("engine.start_timeout_seconds=$wait_timeout")
 words+=("${overrides[@]}")

@@ -106,7 +106,7 @@ def test_the_proposed_split_fits_and_is_the_fastest_of_those() -> None:
     found = splits(run, shape("qwen2.5-7b"), num_gpus=8, gpu="h200")
     assert found == sorted(found, key=lambda split: split.step)
     assert all(total(split.learner) < 141e9 for split in found)
-    assert {split.bridge for split in found} == {"broadcast"}, "8-bit moments are not split over ranks"
+    assert {split.bridge for split in found} == {"broadcast"}, "8-bit moments are not split by layers"
     for split in found:
         engines, told = split.num_engines * split.engine_ranks, split.overrides()
         assert engines + split.learner_gpus <= 8

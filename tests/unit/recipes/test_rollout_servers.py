@@ -11,7 +11,7 @@ from syncline.config import load
 
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "recipes" / "rollout_servers"
-GPUS = ["engine.devices=[0,1]", "learner.devices=[2,3]"]
+GPUS = ["engine.devices=[0,1]", "learner.devices=[2,3]", "learner.data_parallel_size=2"]
 
 
 @pytest.fixture
