@@ -23,7 +23,7 @@ from syncline.trajectory import wire
 from syncline.trajectory.atropos_wire import EnvIdentifier, RegisterEnv, Registration, ScoredData, from_group, to_group
 from syncline.trajectory.guard import read_json
 from syncline.trajectory.openapi import takes
-from syncline.trajectory.queue import TrajectoryQueue
+from syncline.trajectory.queue import PutOutcome, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import why_no_permit
 from syncline.trajectory.store import TrajectoryStore
@@ -125,9 +125,12 @@ class _Upload:
         assert self._ask is not None
         if not self._store.has_room(len(self._body)):
             return False
-        ticket = queue.admit(self._ask, num_rollouts=len(self._group.tokens), digest=self._digest)
-        if ticket is None:
+        admitted = queue.admit(self._ask, rewards=self._group.scores, digest=self._digest)
+        if admitted is None:
             return False
+        ticket, outcome = admitted
+        if outcome is PutOutcome.REPLACED:
+            return True
         self._store.keep(ticket.permit_id, self._body)
         if self._group.env_id is not None:
             env = rules.find_env(queue, self._group.env_id)
