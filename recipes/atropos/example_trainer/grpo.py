@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from trainer_flags import OWN_ENGINE, parser, run_values
 from syncline.config import RunConfig, resolve
 from syncline.config.rules import LOOPBACK
 from syncline.errors import ConfigError, SynclineError
-from syncline.launch.plan import Machine, ProcessSpec, plan, url
+from syncline.launch.plan import Machine, ProcessSpec, plan, url, wanted_ports
 from syncline.launch.ports import lease_ports
 from syncline.launch.run_folder import LOCK_FILE, claim
 from syncline.launch.supervisor import Interrupted, Supervisor
@@ -41,31 +42,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     _name_the_last(config)
     if args.benchmark:
-        print("\n".join(_benchmark(config, args.weight_bridge_mode)))
+        print("\n".join(benchmark(config, args.weight_bridge_mode)))
     return 0
 
 
 def _train(config: RunConfig, args: argparse.Namespace) -> None:
     folder = Path(config.run.dir)
-    serves = not _is_served(config)
-    ports = {"trajectory.port": config.trajectory.port, "engine.port": config.engine.port}
-    ours = {name for name, wanted in (("trajectory.port", serves), ("engine.port", _has_engine(args))) if wanted}
-    wanted = {name: (config.trajectory.host, port) for name, port in ports.items() if name in ours}
-    specs = plan(config, ports=ports, machine=Machine.here())
-    started = [_placed(spec, config, args) for spec in specs if not spec.ports or set(spec.ports) & _values(wanted)]
+    serves = not is_served(config.trajectory.host, config.trajectory.port)
+    started = processes(config, args, Machine.here(), serves=serves)
+    ports = {port for spec in started for port in spec.ports}
+    wanted = {field: address for field, address in wanted_ports(config).items() if address[1] in ports}
     resume = (folder / LOCK_FILE).exists() and (folder / CONFIG_FILE).exists()
     with lease_ports(wanted), claim(config, resume=resume, overwrite=False) as claimed:
         print(f"[Trainer] Atropos API: {args.atropos_url}, {'served by this trainer' if serves else 'already there'}")
-        with Supervisor(started, folder=folder, show=_show, lock_fd=claimed.lock_fd) as supervisor:
+        with Supervisor(started, folder=folder, show=show, lock_fd=claimed.lock_fd) as supervisor:
             supervisor.run()
 
 
-def _has_engine(args: argparse.Namespace) -> bool:
-    return args.weight_bridge_mode in OWN_ENGINE
-
-
-def _values(wanted: dict[str, tuple[str, int]]) -> set[int]:
-    return {port for _, port in wanted.values()}
+def processes(
+    config: RunConfig, args: argparse.Namespace, machine: Machine, *, serves: bool
+) -> tuple[ProcessSpec, ...]:
+    """What this trainer starts: the learner, and of the servers those that are not there."""
+    ports = {"trajectory.port": config.trajectory.port, "engine.port": config.engine.port}
+    there = {"trajectories": not serves, "engine": args.weight_bridge_mode not in OWN_ENGINE}
+    specs = plan(config, ports=ports, machine=machine)
+    return tuple(_placed(spec, config, args) for spec in specs if not there.get(spec.name))
 
 
 def _placed(spec: ProcessSpec, config: RunConfig, args: argparse.Namespace) -> ProcessSpec:
@@ -83,14 +84,13 @@ def _placed(spec: ProcessSpec, config: RunConfig, args: argparse.Namespace) -> P
     return replace(spec, argv=argv, log=log, starts_after=())
 
 
-def _is_served(config: RunConfig) -> bool:
+def is_served(host: str, port: int) -> bool:
     """Whether a trajectory server of ours answers there. Raises `ConfigError` where another one does."""
-    host, port = config.trajectory.host, config.trajectory.port
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{url(host, port)}/health", timeout=10) as answer:
             ours = "wire_version" in json.load(answer)
-    except urllib.error.HTTPError:
+    except (urllib.error.HTTPError, ValueError):
         ours = False
     except OSError as error:
         if host in LOOPBACK:
@@ -99,14 +99,14 @@ def _is_served(config: RunConfig) -> bool:
     if not ours:
         raise ConfigError(
             [
-                f"--atropos-url: what answers on {host}:{port} is not syncline's trajectory server (Atropos' own run-api "
-                "keeps nothing that it accepts); stop it and start recipes/atropos/run-api, or leave it to this trainer"
+                f"--atropos-url: what answers on {host}:{port} is not syncline's trajectory server (Atropos' own keeps "
+                "nothing that it accepts); stop it and start recipes/atropos/run-api, or leave it to this trainer"
             ]
         )
     return True
 
 
-def _show(line: str) -> None:
+def show(line: str) -> None:
     """The learner's lines as it wrote them, the others under their names."""
     name, _, text = line.partition(" | ")
     print(text if name.strip() == "learner" else line, flush=True)
@@ -123,7 +123,7 @@ def _name_the_last(config: RunConfig) -> None:
     print(f"Final checkpoint: {final}")
 
 
-def _benchmark(config: RunConfig, mode: str) -> list[str]:
+def benchmark(config: RunConfig, mode: str) -> list[str]:
     steps = read_lines(Path(config.run.dir) / METRICS_FILE)
     told = [f"BENCHMARK SUMMARY ({mode})", f"  Steps: {len(steps)}"]
     for title, key in (

@@ -12,7 +12,7 @@ from dataclasses import replace
 from syncline.cli.train import add_arguments, learn
 from syncline.config import RunConfig, load
 from syncline.errors import SynclineError
-from syncline.learner.loop import Parts
+from syncline.learner.loop import Parts, publishes_after
 from syncline.observe.sinks import MultiSink
 from syncline.types import RolloutGroup
 
@@ -20,9 +20,8 @@ from syncline.types import RolloutGroup
 class PromisedLines:
     """`MetricSink` that prints."""
 
-    def __init__(self, config: RunConfig, *, policy_version: int) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._version = policy_version
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         print(f"Step {step}/{self._config.run.num_steps}")
@@ -33,7 +32,6 @@ class PromisedLines:
         if "reward" in metrics:
             print(f"    Reward: mean={metrics['reward']:.4f}, std={metrics['reward_std']:.4f}")
         print(self._synced(step, metrics), flush=True)
-        self._version = int(metrics["policy_version"])
 
     def log_rollouts(
         self, step: int, groups: Iterable[RolloutGroup], advantages: Mapping[str, Sequence[float]]
@@ -46,13 +44,10 @@ class PromisedLines:
         if bridge.name == "shared":
             done = "Nothing to learn, weights unchanged" if metrics.get("step/skipped") else "Weights updated in-place"
             return f"  [SINGLE-COPY] {done} - step {step}"
-        if version == self._version:
+        if not publishes_after(step, self._config):
             return f"  Next sync after step {min(step + -step % bridge.interval, self._config.run.num_steps)}"
-        took = f"policy version {version}, {metrics['time/sync_seconds']:.2f} s"
-        done = (
-            "[LORA] ✓ Hot-swapped adapter" if bridge.name == "lora" else "[LEGACY] ✓ vLLM restarted with the checkpoint"
-        )
-        return f"  {done}: {took}"
+        done = "[LORA] ✓ Hot-swapped adapter" if bridge.name == "lora" else "[LEGACY] ✓ vLLM restarted"
+        return f"  {done}: policy version {version}, {metrics['time/sync_seconds']:.2f} s"
 
 
 def main() -> int:
@@ -64,9 +59,8 @@ def main() -> int:
 
     def watch(parts: Parts) -> Parts:
         resumed = parts.checkpoints.newest_step()
-        print("\n".join(_set_up(config, parts, resumed, told=args.debug_loading)), flush=True)
-        lines = PromisedLines(config, policy_version=-(-resumed // config.bridge.interval))
-        return replace(parts, sink=MultiSink([parts.sink, lines]))
+        print("\n".join(set_up(config, parts, resumed, told=args.debug_loading)), flush=True)
+        return replace(parts, sink=MultiSink([parts.sink, PromisedLines(config)]))
 
     try:
         return learn(config, args, watch=watch)
@@ -75,20 +69,18 @@ def main() -> int:
         return error.exit_code
 
 
-def _set_up(config: RunConfig, parts: Parts, resumed: int, *, told: bool) -> list[str]:
+def set_up(config: RunConfig, parts: Parts, resumed: int, *, told: bool) -> list[str]:
     """The bridge has attached the model: with `shared` every parameter is a view of vLLM's by now, or it had raised."""
-    names = [name for name, _ in parts.model.named_parameters()]
+    named = list(parts.model.named_parameters())
     lines: list[str] = []
     if config.bridge.name == "shared":
-        lines.append(f"[Setup] ✓ Attached {len(names)} tensors to vLLM's shared memory")
+        lines.append(f"[Setup] ✓ Attached {len(named)} tensors to vLLM's shared memory")
         lines.append("[Setup] ✓ Single-copy mode active - using vLLM's tensors directly!")
     if config.model.lora:
         trained = [parameter.numel() for parameter in parts.model.parameters() if parameter.requires_grad]
         lines.append(f"[Setup] ✓ LoRA adapter: {sum(trained)} trainable parameters in {len(trained)} tensors")
     if told:
-        lines += [
-            f"[Setup]   {name} {list(p.shape)} {p.dtype} {p.device}" for name, p in parts.model.named_parameters()
-        ]
+        lines += [f"[Setup]   {name} {list(p.shape)} {p.dtype} {p.device}" for name, p in named]
     if resumed:
         lines.append(f"[Setup] ✓ Resuming after step {resumed}")
     return [*lines, f"[2/2] Starting training for {config.run.num_steps} steps"]

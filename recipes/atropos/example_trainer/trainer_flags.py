@@ -19,8 +19,8 @@ BRIDGES = {"none": "restart", "shared_vllm": "shared", "lora_only": "lora", "lor
 PARITY_STEPS = 20
 _ADAPTER_LAYERS = "use --weight-bridge-mode lora_only with --lora-layer-indices"
 _ONE_TRAINER = (
-    "two trainers would draw the same queue empty and move one engine to two policies; for a model over several GPUs use "
-    "`syncline train` with learner.tensor_parallel_size"
+    "two trainers would draw the same queue empty and move one engine to two policies; for a model over several GPUs "
+    "use `syncline train` with learner.tensor_parallel_size"
 )
 _DISTILLED = "distillation has no loss here, nor in the last version of the original; leave it out"
 ALWAYS_REFUSED: dict[str, tuple[Any, str]] = {
@@ -32,11 +32,11 @@ ALWAYS_REFUSED: dict[str, tuple[Any, str]] = {
     "init_method": ("env://", _ONE_TRAINER),
     "num_inference_nodes": (
         0,
-        "engines on other hosts are reached by `syncline run` with bridge.name = broadcast; give 0",
+        "give 0: engines on other hosts are for `syncline train` with --engine-url",
     ),
     "use_wandb": (
         False,
-        "metrics go to SAVE_PATH/metrics.jsonl, and `syncline report SAVE_PATH` draws them; leave it out",
+        "metrics are in SAVE_PATH/metrics.jsonl; `syncline report SAVE_PATH` draws them",
     ),
     "wandb_project": (None, "it needs --use-wandb, which is refused too"),
     "wandb_group": (None, "it needs --use-wandb, which is refused too"),
@@ -185,7 +185,7 @@ def run_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _learner(args: argparse.Namespace, interval: int) -> dict[str, Any]:
-    """The ratio is to the sampler's logprobs, as in the original; the clip is PPO's for both signs, which it was not."""
+    """The ratio is to the sampler's logprobs, as in the original; the clip is PPO's for both signs, unlike there."""
     asked = args.checkpoint_interval
     if asked is None:
         asked = 3 if args.weight_bridge_mode == "shared_vllm" else interval

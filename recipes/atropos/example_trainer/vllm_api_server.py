@@ -69,7 +69,7 @@ def run_values(args: argparse.Namespace, extra: Mapping[str, Any], *, shares: bo
         "sampling": {"max_tokens": 1},
         "environments": [],
         "engine": engine | {"extra": {"max_model_len": args.max_model_len, **extra}},
-        "learner": on,
+        "learner": {} if args.enable_lora else on,
         "bridge": {"name": "shared" if shares else "lora" if args.enable_lora else "restart"},
     }
 

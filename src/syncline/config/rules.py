@@ -134,8 +134,8 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
 def _environments(config: RunConfig) -> Iterator[str]:
     if not config.environments and config.evaluation.num_tasks:
         yield (
-            f"evaluation.num_tasks: {config.evaluation.num_tasks} are asked of environments = [], which has no held-out "
-            "tasks; name an environment, or set it to 0"
+            f"evaluation.num_tasks: {config.evaluation.num_tasks} are asked of environments = [], which has none; name "
+            "an environment, or set it to 0"
         )
     names = [e.name or e.task for e in config.environments]
     for i, name in enumerate(names):
@@ -238,7 +238,7 @@ def _published(config: RunConfig) -> Iterator[str]:
         if value % interval and value < config.run.num_steps:
             yield (
                 f"{field}: {value} falls between two publishes, which are every bridge.interval = {interval} steps; "
-                + ("make it a multiple")
+                "make it a multiple of that"
             )
 
 

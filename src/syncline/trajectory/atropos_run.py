@@ -64,8 +64,8 @@ def register(queue: TrajectoryQueue, asked: Registration) -> None:
     state = queue.state
     if state.learner not in ("", TRAINER):
         raise Refused(
-            f"this run's learner is {state.learner!r}, not a trainer of the Atropos wire; pull over POST /lease, or begin a run "
-            "of your own under http://host:port/runs/NAME where the server was started for no run"
+            f"this run's learner is {state.learner!r}, not a trainer of the Atropos wire; pull over POST /lease, or, "
+            "on a server that was started for no run, begin another under http://host:port/runs/NAME"
         )
     state.atropos.registration = asked
     version = max(state.policy_version, 0)

@@ -141,8 +141,8 @@ class TrajectoryQueue:
         return outcome
 
     def admit(self, ask: Ask, *, rewards: Sequence[float], digest: str) -> tuple[Ticket, PutOutcome] | None:
-        """Takes a group that came without a permit, over the Atropos wire, once it is its environment's turn: queues it,
-        or replaces it, as one that came with a permit."""
+        """Takes a group that came without a permit, over the Atropos wire, once it is its environment's turn: queues
+        it, or replaces it, as one that came with a permit."""
         for ticket in self.grant(ask):
             ticket.group_id, ticket.num_rollouts = ticket.permit_id, len(rewards)
             ticket.wire, ticket.digest = Wire.ATROPOS, digest

@@ -1,7 +1,7 @@
 """`/bridge/*`, as the server of Atropos' example trainer answers it: how the engine is, and pausing it by hand.
 
-A pause by hand is the bridges' own: requests inside end first, others wait at the gate. A resume by hand ends a pause by
-hand alone: an engine that a bridge has paused is for it to prove and resume.
+A pause by hand is the bridges' own: requests inside end first, others wait at the gate. A resume by hand ends a pause
+by hand alone: an engine that a bridge has paused is for it to prove and resume.
 """
 
 import time
