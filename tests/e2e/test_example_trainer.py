@@ -59,9 +59,9 @@ class Place:
         self.model = make_boxing_model(home / "model")
         self._tools = home / "bin"
         self._tools.mkdir()
-        (self._tools / "python").symlink_to(sys.executable)
-        (self._tools / "sleep").write_text(SLEEP)
-        (self._tools / "sleep").chmod(0o755)
+        for name, text in (("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'), ("sleep", SLEEP)):
+            (self._tools / name).write_text(text)
+            (self._tools / name).chmod(0o755)
         self._logdir = home / "atropos_test"
 
     def run(self, script: str) -> str:
@@ -70,8 +70,6 @@ class Place:
         script = script.replace("/tmp/atropos_test", str(self._logdir))
         assert "pkill" not in script
         environment = os.environ | {"HOME": str(self.home), "PATH": f"{self._tools}:{os.environ['PATH']}"}
-        for name in ("python",):
-            assert (self._tools / name).exists()
         shell = subprocess.Popen(
             ["bash", "-c", script + "\nkill $(jobs -p); wait\n"],
             cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
