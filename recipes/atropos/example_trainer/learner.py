@@ -27,8 +27,8 @@ class PromisedLines:
         print(f"Step {step}/{self._config.run.num_steps}")
         print(f"  Loss: {metrics['loss']:.4f}, Grad norm: {metrics.get('grad_norm', 0.0):.4f}")
         if "clip_ratio/region_mean" in metrics:
-            ratio = metrics["sampling/importance_sampling_ratio/mean"]
-            print(f"    GRPO: ratio={ratio:.4f}, clipped={100 * metrics['clip_ratio/region_mean']:.1f}%")
+            apart = metrics["sampling/sampling_logp_difference/mean"]
+            print(f"    GRPO: clipped={100 * metrics['clip_ratio/region_mean']:.1f}%, |logp - inference|={apart:.5f}")
         if "reward" in metrics:
             print(f"    Reward: mean={metrics['reward']:.4f}, std={metrics['reward_std']:.4f}")
         print(self._synced(step, metrics), flush=True)

@@ -100,13 +100,13 @@ def test_a_step_says_what_happened_in_it(learner, monkeypatch, capsys):
         "policy_version": 1,
         "reward": 0.25,
         "reward_std": 0.5,
-        "sampling/importance_sampling_ratio/mean": 1.0,
+        "sampling/sampling_logp_difference/mean": 0.0025,
         "clip_ratio/region_mean": 0.125,
     }
     assert run(learner, "--weight-bridge-mode shared_vllm", [metrics], capsys) == [
         "Step 1/10",
         "  Loss: 0.5000, Grad norm: 1.0000",
-        "    GRPO: ratio=1.0000, clipped=12.5%",
+        "    GRPO: clipped=12.5%, |logp - inference|=0.00250",
         "    Reward: mean=0.2500, std=0.5000",
         "  [SINGLE-COPY] Weights updated in-place - step 1",
     ]
