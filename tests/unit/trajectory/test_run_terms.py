@@ -111,3 +111,15 @@ def test_terms_hold_after_a_restart_of_the_server(tmp_path):
                 server.start(groups_per_step=5)
             assert server.http.get("/info").json()["batch_size"] == 6
             assert server.http.get("/status").json()["capacity"] == 5
+
+
+def test_groups_of_equal_scores_are_replaced_whoever_sends_them(server):
+    server.start(max_refills=1)
+    for mark, queued in ((1, 0), (2, 1)):
+        group = scored(mark, 3, scores=[1.0, 1.0, 1.0])
+        assert server.post("/scored_data", group) == {"status": "received"}
+        assert server.http.get("/status").json()["queue_size"] == queued
+    server.post("/scored_data", scored(3, 3))
+    assert server.lease() == 2
+    counters = server.http.get("/status").json()["counters"]
+    assert (counters["replaced"], counters["unreplaced"]) == (1, 1)
