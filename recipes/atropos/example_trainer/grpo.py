@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trainer_flags import OWN_ENGINE, parser, run_values
+from trainer_flags import OWN_ENGINE, address, parser, run_values
 
 from syncline.config import RunConfig, resolve
 from syncline.config.rules import LOOPBACK
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(config: RunConfig, args: argparse.Namespace) -> None:
     folder = Path(config.run.dir)
-    serves = not is_served(config.trajectory.host, config.trajectory.port)
+    serves = not is_served(*address(args.atropos_url))
     started = processes(config, args, Machine.here(), serves=serves)
     ports = {port for spec in started for port in spec.ports}
     wanted = {field: address for field, address in wanted_ports(config).items() if address[1] in ports}
@@ -66,18 +66,18 @@ def processes(
     ports = {"trajectory.port": config.trajectory.port, "engine.port": config.engine.port}
     there = {"trajectories": not serves, "engine": args.weight_bridge_mode not in OWN_ENGINE}
     specs = plan(config, ports=ports, machine=machine)
-    return tuple(_placed(spec, config, args) for spec in specs if not there.get(spec.name))
+    return tuple(_placed(spec, args) for spec in specs if not there.get(spec.name))
 
 
-def _placed(spec: ProcessSpec, config: RunConfig, args: argparse.Namespace) -> ProcessSpec:
+def _placed(spec: ProcessSpec, args: argparse.Namespace) -> ProcessSpec:
     """As this trainer starts it: its own learner, and logs where they were asked for."""
     log = Path(args.log_dir) / spec.log.name if args.log_dir else spec.log
     if spec.name != "learner":
         return replace(spec, log=log)
-    options = list(spec.argv[5:])
+    engine = ["--engine-url", url(LOOPBACK[0], args.vllm_port)]
     if args.weight_bridge_mode == "shared_vllm":
-        trajectories = url(config.trajectory.host, config.trajectory.port)
-        options = ["--bridge-config", args.vllm_config_path or "auto", "--trajectories-url", trajectories]
+        engine = ["--bridge-config", args.vllm_config_path or "auto"]
+    options = [*engine, "--trajectories-url", url(*address(args.atropos_url))]
     if args.debug_loading:
         options.append("--debug-loading")
     argv = (spec.argv[0], str(LEARNER), spec.argv[4], *options)

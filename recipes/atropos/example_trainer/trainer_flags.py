@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from syncline.config.rules import LOOPBACK
 from syncline.errors import ConfigError
 
 MODES = ("none", "shared_vllm", "lora_only", "lora_restart")
@@ -171,7 +172,7 @@ def run_values(args: argparse.Namespace) -> dict[str, Any]:
         "sampling": {"max_tokens": args.seq_len - 1},
         "environments": [],
         "engine": {"port": args.vllm_port, **_device(args)},
-        "trajectory": _address(args.atropos_url),
+        "trajectory": _listening(*address(args.atropos_url)),
         "learner": {**_device(args), **_learner(args, interval)},
         "bridge": {"name": BRIDGES[mode], "interval": interval},
         "parity": {"interval": interval * math.ceil(PARITY_STEPS / interval)},
@@ -244,9 +245,15 @@ def layer_indices(text: str) -> Sequence[int]:
     return found
 
 
-def _address(atropos_url: str) -> dict[str, Any]:
+def _listening(host: str, port: int) -> dict[str, Any]:
+    """Where a trajectory server would be started; none is on another machine."""
+    return {"host": host, "port": port} if host in LOOPBACK else {}
+
+
+def address(atropos_url: str) -> tuple[str, int]:
+    """Raises `ConfigError`."""
     parts = urlsplit(atropos_url)
     if parts.scheme != "http" or not parts.hostname:
         raise ConfigError([f"--atropos-url {atropos_url}: is no http://host:port"])
     host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
-    return {"host": host, "port": parts.port or 80}
+    return host, parts.port or 80

@@ -54,6 +54,12 @@ def test_the_learner_finds_the_engine_by_its_file_or_by_its_port(grpo):
     assert options == "--engine-url http://127.0.0.1:9100 --trajectories-url http://127.0.0.1:8000"
 
 
+def test_a_trajectory_server_on_another_machine_is_spoken_to_and_not_started(grpo):
+    line = "--weight-bridge-mode lora_only --atropos-url http://other:8100"
+    [learner] = started(grpo, line, serves=False).values()
+    assert " ".join(learner.argv[3:]) == "--engine-url http://127.0.0.1:9001 --trajectories-url http://other:8100"
+
+
 def test_logs_go_where_they_were_asked_for(grpo):
     for directory, line in (("there", "--log-dir there"), ("trained_model_checkpoints/logs", "")):
         assert {spec.log.parent for spec in started(grpo, line, serves=True).values()} == {Path(directory)}
