@@ -98,7 +98,7 @@ def find_bridge_file(
     patience_seconds: float = 0.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> BridgeFile:
-    """The first of `search_order`. Raises `SyncError` when there is none, and none came for `patience_seconds`, or it is
+    """The first of `search_order`. Raises `SyncError` when none came for `patience_seconds`, or it is
     not of an engine that shares this `model` (the learner's `model.path`) now, on this host, with the device and torch
     of this rank of the learner."""
     searched = search_order(explicit)
