@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer")
     p.add_argument("--dtype", choices=("bfloat16", "float32", "float16", "auto"), default="bfloat16")
     p.add_argument("--tensor-parallel-size", type=int, default=1)
-    p.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    p.add_argument("--gpu-memory-utilization", type=float, help="default: 0.9; 0.45 where a learner shares the GPU")
     p.add_argument("--max-model-len", type=int, default=-1, help="default: the model's own, as much as fits")
     p.add_argument("--enforce-eager", action="store_true")
     p.add_argument("--enable-lora", action="store_true")
@@ -57,7 +57,8 @@ def run_values(args: argparse.Namespace, extra: Mapping[str, Any], *, shares: bo
         raise ConfigError(faults)
     ranks = args.tensor_parallel_size
     on = {"tensor_parallel_size": ranks, "devices": list(range(ranks))}
-    engine = {"host": args.host, **on, "gpu_memory_utilization": args.gpu_memory_utilization}
+    used = args.gpu_memory_utilization or (0.45 if shares else 0.9)
+    engine = {"host": args.host, **on, "gpu_memory_utilization": used}
     if args.enforce_eager:
         engine["enforce_eager"] = True
     model: dict[str, Any] = {"path": args.model, "tokenizer": args.tokenizer, "dtype": args.dtype}

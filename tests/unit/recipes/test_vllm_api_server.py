@@ -47,6 +47,8 @@ def test_options_become_the_configuration(server):
     assert config_of(server, "", shares=True).bridge.name == "shared"
     assert config_of(server, "--enable-lora", shares=True).bridge.name == "shared"
     assert config_of(server, "").bridge.name == "restart"
+    assert config_of(server, "").engine.gpu_memory_utilization == 0.9
+    assert config_of(server, "", shares=True).engine.gpu_memory_utilization < 0.5, "the learner's part is the larger"
 
 
 def test_vllms_own_options_go_to_vllm(server):
