@@ -40,21 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from syncline.learner.distributed import num_ranks, refuse_other_number
+
     config = load(args.file, args.overrides)
-    if config.learner.tensor_parallel_size > 1 and not is_rank():
-        return run_ranks(config.learner.tensor_parallel_size, sys.argv[1:])
+    if num_ranks(config.learner) > 1 and not is_rank():
+        return run_ranks(num_ranks(config.learner), sys.argv[1:])
+    refuse_other_number(config.learner)
     return learn(config, args)
 
 
 def learn(config: RunConfig, args: argparse.Namespace, *, watch: "Callable[[Parts], Parts] | None" = None) -> int:
     """The learner, to its end. `watch` sees its parts before the first step, and may add to them."""
+    from syncline.bridges.ranks import DATA_PARALLEL, TENSOR_PARALLEL
     from syncline.learner.distributed import joined_ranks, rank_device
     from syncline.learner.loop import train
     from syncline.learner.model import learner_device
     from syncline.observe.logs import set_up_logging
 
     device = rank_device(learner_device(config.learner.device))
-    with joined_ranks(device, timeout_seconds=_longest_wait(config)) as ranks:
+    dimension = DATA_PARALLEL if config.learner.data_parallel_size > 1 else TENSOR_PARALLEL
+    with joined_ranks(device, timeout_seconds=_longest_wait(config), dimension=dimension) as ranks:
         set_up_logging(logging.INFO if ranks.is_first else logging.WARNING)
         engines = connect_engines(config, args.engine_urls, args.bridge_config, device=device, ranks=ranks)
         with assemble(config, ranks, device=device, engines=engines, trajectories_url=args.trajectories_url) as parts:
@@ -98,6 +103,7 @@ def assemble(
     folder = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
     if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to sum in one order
         torch.use_deterministic_algorithms(True)
     model = load_model(config.model, device=device, running=config.learner, ranks=ranks)
     if config.learner.gradients == "float32":
@@ -116,6 +122,8 @@ def assemble(
         sink, source = (None, None)
         if ranks.is_first:
             sink, source = _outside(config, stack, trajectories_url=trajectories_url, resumed_step=resumed_step)
+        if ranks.split_data:
+            torch.manual_seed(config.run.seed + ranks.rank)  # other tokens, other dropout
         yield Parts(
             model=model,
             optimizer=SplitMasterAdamW(trainable_parameters(model), config.learner.optimizer, ranks=ranks),
@@ -162,6 +170,7 @@ def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device", r
         device=device,
         max_completion_tokens=config.sampling.max_tokens,
         num_steps=config.run.num_steps,
+        ranks=ranks,
     )
 
 

@@ -205,6 +205,9 @@ class Learner(Section):
     """GPU indices, one a rank; ignored on a CPU."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks that train one model together, each with its part of every layer: one a GPU, or processes on a CPU."""
+    data_parallel_size: PositiveInt = 1
+    """Ranks that see other tokens each, and keep a part of every parameter, gradient and moment (FSDP). As above; more
+    than `devices` names when torchrun starts them on several hosts."""
     num_threads: NonNegativeInt = 0
     token_budget: PositiveInt = 8192
     """Tokens of a micro-batch; peak memory follows it, not the group."""
