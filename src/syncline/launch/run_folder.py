@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "engine.request_timeout_seconds",
     "trajectory",
     "learner.devices",
+    "learner.data_parallel_size",
     "learner.num_threads",
     "learner.checkpoint_interval",
     "learner.num_checkpoints",
