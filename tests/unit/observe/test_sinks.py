@@ -1,5 +1,6 @@
 """What is written of each step, and that a resumed run writes no step twice."""
 
+import json
 from itertools import count
 from pathlib import Path
 
