@@ -1,0 +1,198 @@
+"""The pipeline file: collect → pairs → DPO → evaluate → report, every field and its default, written once.
+
+As strict as a run's configuration: frozen, unknown keys refused, all faults reported together.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from syncline.config.load import read_values, resolve, validated
+from syncline.config.schema import Bridge, Engine, Model, RunConfig, Section
+from syncline.errors import ConfigError
+
+
+class OfflineRun(Section):
+    dir: str
+    """Everything the pipeline writes, a folder a stage: `runs/offline`."""
+    seed: NonNegativeInt = 0
+
+
+class Merge(Section):
+    """An adapter that `model.path` is to be merged with before anything else; what comes out is the model."""
+
+    adapter: str
+    """A PEFT folder: LoRA, rsLoRA or DoRA."""
+    tolerance: PositiveFloat | None = None
+    """Largest mean |Δ logprob| between the adapter beside its base and merged. Absent: 1e-4 in float32, 0.02 in
+    bfloat16."""
+    any_base_name: bool = False
+    """Take an adapter whose config names another base, as long as its shapes fit."""
+
+
+class Guard(Section):
+    """The log-probabilities of chosen answers, measured on the same pairs again and again: DPO can widen the margin by
+    making both answers unlikely, and then the policy forgets how to answer."""
+
+    interval: PositiveInt = 10
+    """Optimizer steps between two measurements."""
+    num_pairs: PositiveInt = 64
+    """Held-out ones where there are any."""
+    max_drop: PositiveFloat = 0.5
+    """Nats a token by which the mean may fall below where it began; further down training stops."""
+
+
+class Dpo(Section):
+    num_rounds: PositiveInt = 1
+    """Of collect, pairs and DPO; each begins with the policy the last one ended with, its own reference."""
+    losses: dict[str, float] = Field(default_factory=lambda: {"sigmoid": 1.0, "sft": 1.0}, min_length=1)
+    """TRL's names and weights. `sft` is the negative log-likelihood of the chosen answer."""
+    beta: PositiveFloat = 0.1
+    learning_rate: PositiveFloat = 1e-5
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    num_warmup_steps: NonNegativeInt = 0
+    num_epochs: PositiveFloat = 1.0
+    pairs_per_step: PositiveInt = 32
+    microbatch_pairs: PositiveInt = 4
+    """Divides `pairs_per_step`."""
+    max_grad_norm: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    recompute: bool = False
+    """Activations are computed again in the backward pass: less memory, more time."""
+    checkpoint_interval: PositiveInt = 20
+    """Optimizer steps between two checkpoints to resume from."""
+    guard: Guard = Guard()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: tuple[NonNegativeInt, ...] = (0,)
+
+
+class Questions(Section):
+    """A set to evaluate on: rows of `question` and `answer` from one of three places."""
+
+    name: str
+    path: str | None = None
+    """A JSON lines file."""
+    hub: str | None = None
+    """`name`, or `name:config`, on the Hugging Face hub."""
+    split: str = "test"
+    """Of the hub's data set."""
+    made: dict[str, Any] | None = None
+    """Held-out sums of the task `arithmetic`: its arguments, such as `{levels: [{digits: 2, terms: 2}]}`."""
+    num_questions: PositiveInt | None = None
+    """The first so many; absent: all there are, 256 where they are made."""
+
+
+class Eval(Section):
+    sets: Annotated[tuple[Questions, ...], Field(min_length=1)]
+    prompt: str = "{question}\n\nThink step by step, then end with a line `Answer: <number>`.\n\n"
+    """A message of the user's; `{question}` is filled in. Sampled answers should come from the same."""
+    system: str | None = None
+    """A message before it."""
+    answers: Literal["v2", "v8", "v11"] = "v2"
+    """How answers are read: as numbers, or as a version of Regime W did it."""
+    format: str = "Answer:|####"
+    """What an answer in the asked form matches, a regular expression."""
+    max_tokens: PositiveInt = 512
+    num_samples: NonNegativeInt = 0
+    """Attempts at each question beside the greedy one, for pass@k and maj@k."""
+    temperature: PositiveFloat = 0.7
+    """Of these."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    baseline: str | None = None
+    """A folder of another evaluation to compare with; absent: with the model before DPO."""
+    concurrency: PositiveInt = 256
+    """Questions in flight at once."""
+
+
+class Report(Section):
+    num_examples: NonNegativeInt = 12
+    """Questions shown with the answers before and after, those that changed first."""
+
+
+class OfflineConfig(Section):
+    run: OfflineRun
+    model: Model
+    """`model.lora` is what DPO trains."""
+    engine: Engine = Engine()
+    bridge: Bridge = Bridge(name="lora")
+    """How a round's adapter reaches the engines: `lora`, or merged by `restart`."""
+    merge: Merge | None = None
+    collect: dict[str, Any]
+    pairs: dict[str, Any]
+    dpo: Dpo = Dpo()
+    eval: Eval
+    report: Report = Report()
+
+
+def load_offline(path: str | Path, overrides: Sequence[str] = ()) -> OfflineConfig:
+    """Raises `ConfigError` with all faults."""
+    config = validated(OfflineConfig, read_values(path, overrides))
+    faults = [fault for rule in (_model, _dpo, _sets) for fault in rule(config)]
+    if faults:
+        raise ConfigError(faults)
+    engine_run(config, config.model.path)
+    return config
+
+
+def engine_run(config: OfflineConfig, model_path: str) -> RunConfig:
+    """What `syncline serve` starts the pipeline's engines from; the bridge's rules are a run's."""
+    environment = {"task": "arithmetic"}
+    """A run has one; nobody samples from it."""
+    longest = min(config.eval.max_tokens, config.model.max_length - 1)
+    values: dict[str, Any] = {
+        "run": {"dir": config.run.dir, "seed": config.run.seed, "num_steps": 1, "groups_per_step": 1},
+        "model": config.model.model_dump() | {"path": model_path},
+        "sampling": {"max_tokens": longest},
+        "environments": [environment],
+        "engine": config.engine.model_dump(),
+        "learner": {
+            "device": config.dpo.device,
+            "devices": config.dpo.devices,
+            "token_budget": max(8192, config.model.max_length),
+        },
+        "bridge": config.bridge.model_dump(),
+        "parity": {"max_tokens": 1},
+        "trajectory": {"lease_seconds": 2 * config.engine.request_timeout_seconds},
+    }
+    return resolve(values)
+
+
+def _model(config: OfflineConfig) -> Iterator[str]:
+    if config.model.lora is None:
+        yield "model.lora: absent, and DPO trains an adapter; add such as {rank: 16}"
+    elif config.model.lora.target_modules == "all-linear" or "lm_head" not in config.model.lora.target_modules:
+        pass
+    else:
+        yield "model.lora.target_modules: lm_head cannot be adapted by TRL's DPO; leave it out"
+    if config.bridge.name not in ("lora", "restart"):
+        yield f"bridge.name: {config.bridge.name!r} moves no adapter between rounds; use lora or restart"
+    if config.eval.max_tokens >= config.model.max_length:
+        yield (
+            f"eval.max_tokens: {config.eval.max_tokens} leaves no room for a prompt in model.max_length = "
+            f"{config.model.max_length}; lower the one or raise the other"
+        )
+
+
+def _dpo(config: OfflineConfig) -> Iterator[str]:
+    dpo = config.dpo
+    if dpo.pairs_per_step % dpo.microbatch_pairs:
+        yield f"dpo.microbatch_pairs: {dpo.microbatch_pairs} does not divide pairs_per_step = {dpo.pairs_per_step}"
+    for name, weight in dpo.losses.items():
+        if weight <= 0:
+            yield f"dpo.losses.{name}: {weight} must be > 0; leave a loss out instead"
+    if set(dpo.losses) == {"sft"}:
+        yield "dpo.losses: sft alone has no preference in it; add sigmoid, or another of TRL's losses"
+
+
+def _sets(config: OfflineConfig) -> Iterator[str]:
+    names = [own.name for own in config.eval.sets]
+    for i, own in enumerate(config.eval.sets):
+        if own.name in names[:i]:
+            yield f"eval.sets.{i}.name: {own.name!r} is taken by eval.sets.{names.index(own.name)}; give it another"
+        given = [field for field in ("path", "hub", "made") if getattr(own, field) is not None]
+        if len(given) != 1:
+            yield f"eval.sets.{i}: has {' and '.join(given) or 'no source'}; give exactly one of path, hub and made"
+    if "{question}" not in config.eval.prompt:
+        yield f"eval.prompt: {config.eval.prompt!r} has no {{question}} to fill in; add it"
