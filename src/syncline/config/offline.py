@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from syncline.config.load import read_values, resolve, validated
+from syncline.config.offline_collect import PROMPT, Collect, Pairs, Questions
 from syncline.config.schema import Bridge, Engine, Model, RunConfig, Section
 from syncline.errors import ConfigError
 
@@ -68,25 +69,9 @@ class Dpo(Section):
     devices: tuple[NonNegativeInt, ...] = (0,)
 
 
-class Questions(Section):
-    """A set to evaluate on: rows of `question` and `answer` from one of three places."""
-
-    name: str
-    path: str | None = None
-    """A JSON lines file."""
-    hub: str | None = None
-    """`name`, or `name:config`, on the Hugging Face hub."""
-    split: str = "test"
-    """Of the hub's data set."""
-    made: dict[str, Any] | None = None
-    """Held-out sums of the task `arithmetic`: its arguments, such as `{levels: [{digits: 2, terms: 2}]}`."""
-    num_questions: PositiveInt | None = None
-    """The first so many; absent: all there are, 256 where they are made."""
-
-
 class Eval(Section):
     sets: Annotated[tuple[Questions, ...], Field(min_length=1)]
-    prompt: str = "{question}\n\nThink step by step, then end with a line `Answer: <number>`.\n\n"
+    prompt: str = PROMPT
     """A message of the user's; `{question}` is filled in. Sampled answers should come from the same."""
     system: str | None = None
     """A message before it."""
@@ -119,8 +104,8 @@ class OfflineConfig(Section):
     bridge: Bridge = Bridge(name="lora")
     """How a round's adapter reaches the engines: `lora`, or merged by `restart`."""
     merge: Merge | None = None
-    collect: dict[str, Any]
-    pairs: dict[str, Any]
+    collect: Collect
+    pairs: Pairs = Pairs()
     dpo: Dpo = Dpo()
     eval: Eval
     report: Report = Report()
@@ -140,7 +125,7 @@ def engine_run(config: OfflineConfig, model_path: str) -> RunConfig:
     """What `syncline serve` starts the pipeline's engines from; the bridge's rules are a run's."""
     environment = {"task": "arithmetic"}
     """A run has one; nobody samples from it."""
-    longest = min(config.eval.max_tokens, config.model.max_length - 1)
+    longest = max(config.collect.max_tokens, config.eval.max_tokens)
     values: dict[str, Any] = {
         "run": {"dir": config.run.dir, "seed": config.run.seed, "num_steps": 1, "groups_per_step": 1},
         "model": config.model.model_dump() | {"path": model_path},
@@ -168,11 +153,12 @@ def _model(config: OfflineConfig) -> Iterator[str]:
         yield "model.lora.target_modules: lm_head cannot be adapted by TRL's DPO; leave it out"
     if config.bridge.name not in ("lora", "restart"):
         yield f"bridge.name: {config.bridge.name!r} moves no adapter between rounds; use lora or restart"
-    if config.eval.max_tokens >= config.model.max_length:
-        yield (
-            f"eval.max_tokens: {config.eval.max_tokens} leaves no room for a prompt in model.max_length = "
-            f"{config.model.max_length}; lower the one or raise the other"
-        )
+    for section in ("collect", "eval"):
+        if (asked := getattr(config, section).max_tokens) >= config.model.max_length:
+            yield (
+                f"{section}.max_tokens: {asked} leaves no room for a prompt in model.max_length = "
+                f"{config.model.max_length}; lower the one or raise the other"
+            )
 
 
 def _dpo(config: OfflineConfig) -> Iterator[str]:
@@ -187,12 +173,15 @@ def _dpo(config: OfflineConfig) -> Iterator[str]:
 
 
 def _sets(config: OfflineConfig) -> Iterator[str]:
+    sources = {f"eval.sets.{i}": own for i, own in enumerate(config.eval.sets)}
+    for where, own in {**sources, "collect.questions": config.collect.questions}.items():
+        given = [field for field in ("path", "hub", "made") if getattr(own, field) is not None]
+        if len(given) != 1:
+            yield f"{where}: has {' and '.join(given) or 'no source'}; give exactly one of path, hub and made"
     names = [own.name for own in config.eval.sets]
     for i, own in enumerate(config.eval.sets):
         if own.name in names[:i]:
             yield f"eval.sets.{i}.name: {own.name!r} is taken by eval.sets.{names.index(own.name)}; give it another"
-        given = [field for field in ("path", "hub", "made") if getattr(own, field) is not None]
-        if len(given) != 1:
-            yield f"eval.sets.{i}: has {' and '.join(given) or 'no source'}; give exactly one of path, hub and made"
-    if "{question}" not in config.eval.prompt:
-        yield f"eval.prompt: {config.eval.prompt!r} has no {{question}} to fill in; add it"
+    for section in ("collect", "eval"):
+        if "{question}" not in (prompt := getattr(config, section).prompt):
+            yield f"{section}.prompt: {prompt!r} has no {{question}} to fill in; add it"

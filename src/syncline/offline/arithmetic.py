@@ -1,7 +1,7 @@
-"""The equations a text states, as a program: checked step by step, and run again with one number of the question changed.
+"""The equations a text states, as a program: checked step by step, and run again with one number changed.
 
-`48 / 2 = 24`, `<<48+24=72>>72` and `$3 × 4 = $12` are equations. An operand that is an earlier equation's result is that
-result; one that is a number of the question is that number. So what a text would have answered had the question named
+`48 / 2 = 24`, `<<48+24=72>>72` and `$3 × 4 = $12` are equations. An operand that is an earlier equation's result is
+that result; one that is a number of the question is that number. So what a text would have answered had the question named
 another number can be worked out without sampling again: a counterfactual of this text's own reasoning.
 """
 
@@ -105,7 +105,7 @@ def counterfactual(question: str, rationale: str, answer: Fraction) -> Counterfa
             continue
         for new in (old + change for change in _CHANGES):
             changed = replay(program, answer, old=old, new=new)
-            if changed not in (None, answer) and _is_plausible(program, old, new):
+            if changed is not None and changed != answer and _is_plausible(program, old, new):
                 text = match.group().rstrip(",")
                 rest = question[match.start() + len(text) :]
                 told = question[: match.start()] + _written(new, like=text) + rest
