@@ -12,16 +12,17 @@ from syncline.config.offline import Eval
 from syncline.envs.estimators import majority_at, mcnemar, pass_at, sizes, wilson
 from syncline.offline.answers import ANSWER_RULES
 from syncline.offline.harness import exact_match, flexible_extract, strict_match
+from syncline.offline.questions import Question
+from syncline.offline.records import Attempt
 
 GREEDY, SAMPLED = "greedy", "sampled"
 
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """One answer, read. `solution` is its row's."""
+    """One answer, read. `solution` is its question's."""
 
     question_id: str
-    question: str
     solution: str
     arm: str
     text: str
@@ -33,26 +34,20 @@ class Marked:
     """An answer stands where the prompt asked for it."""
 
 
-def mark(asked: Eval, *, question: str, solution: str) -> Callable[..., Marked]:
-    rule, asked_form = ANSWER_RULES[asked.answers], re.compile(asked.format)
-    gold = rule.answer(solution)
-
-    def marked(*, question_id: str, arm: str, text: str, num_tokens: int, finish_reason: str) -> Marked:
-        answer = rule.answer(text)
-        return Marked(
-            question_id=question_id,
-            question=question,
-            solution=solution,
-            arm=arm,
-            text=text,
-            num_tokens=num_tokens,
-            is_truncated=finish_reason == "length",
-            answer=answer,
-            is_correct=gold != "" and answer == gold,
-            is_formatted=asked_form.search(text) is not None,
-        )
-
-    return marked
+def read_answer(asked: Eval, question: Question, attempt: Attempt) -> Marked:
+    rule = ANSWER_RULES[asked.answers]
+    gold, answer = rule.answer(question.solution), rule.answer(attempt.text)
+    return Marked(
+        question_id=question.question_id,
+        solution=question.solution,
+        arm=attempt.arm,
+        text=attempt.text,
+        num_tokens=attempt.num_tokens,
+        is_truncated=attempt.finish_reason == "length",
+        answer=answer,
+        is_correct=gold != "" and answer == gold,
+        is_formatted=re.search(asked.format, attempt.text) is not None,
+    )
 
 
 def summarise(answers: Sequence[Marked]) -> dict[str, Any]:

@@ -1,18 +1,23 @@
 """Marks of answers and of two models against each other, worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from syncline.config.offline import Eval
 from syncline.config.offline_collect import Questions
 from syncline.envs.estimators import mcnemar
-from syncline.offline.marks import GREEDY, SAMPLED, Marked, compare, mark, summarise
+from syncline.offline.marks import GREEDY, SAMPLED, Marked, compare, read_answer, summarise
+from syncline.offline.questions import Question
+from syncline.offline.records import Attempt
 
 ASKED = Eval(sets=(Questions(name="sums", made={}),), format="Answer:")
 
 
-def marked(question_id: str, text: str, *, arm: str = GREEDY, gold: str = "7", finish_reason: str = "stop") -> Marked:
-    read = mark(ASKED, question="3+4=", solution=f"3 + 4 = <<3+4=7>>7\n#### {gold}")
-    return read(question_id=question_id, arm=arm, text=text, num_tokens=len(text), finish_reason=finish_reason)
+def marked(question_id: str, text: str, *, arm: str = GREEDY, finish_reason: str = "stop") -> Marked:
+    question = Question("3+4=", "3 + 4 = <<3+4=7>>7\n#### 7")
+    attempt = Attempt.model_construct(arm=arm, text=text, num_tokens=len(text), finish_reason=finish_reason)
+    return replace(read_answer(ASKED, question, attempt), question_id=question_id)
 
 
 def test_rates_at_k_come_from_one_set_of_samples() -> None:
