@@ -73,8 +73,6 @@ class Eval(Section):
     sets: Annotated[tuple[Questions, ...], Field(min_length=1)]
     prompt: str = PROMPT
     """A message of the user's; `{question}` is filled in. Sampled answers should come from the same."""
-    system: str | None = None
-    """A message before it."""
     answers: Literal["v2", "v8", "v11"] = "v2"
     """How answers are read: as numbers, or as a version of Regime W did it."""
     format: str = "Answer:|####"
@@ -87,8 +85,10 @@ class Eval(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     baseline: str | None = None
     """A folder of another evaluation to compare with; absent: with the model before DPO."""
-    concurrency: PositiveInt = 256
-    """Questions in flight at once."""
+    concurrency: PositiveInt = 512
+    """Requests in flight at once on each engine."""
+    lost_after_seconds: PositiveFloat = 60.0
+    """An engine that does not answer for so long is given up; others do its work meanwhile."""
 
 
 class Report(Section):
