@@ -142,6 +142,7 @@ def test_public_names() -> None:
         "verify",
         "evaluate",
         "bench",
+        "collect",
         "report",
     }
 

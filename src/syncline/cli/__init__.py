@@ -22,6 +22,7 @@ VERBS = {
     "verify": "whether a running engine holds a checkpoint's weights",
     "evaluate": "accuracy on the environments' held-out tasks",
     "bench": "measure the bridges beside the link and TRL",
+    "collect": "rollouts of one policy, scored by Regime W, for preferences",
     "report": "write a run's report page again",
 }
 

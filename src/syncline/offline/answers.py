@@ -1,7 +1,7 @@
 """The final answer of a text, three ways: as the two versions of the original read it, to the letter, and as we do.
 
-`v8` and `v11` keep what they got wrong (`1,875` is 1 in `v8`; `well, it is 5` is a comma in `v11`): their scores are only
-comparable if the answers are. `v2` compares numbers.
+`v8` and `v11` keep what they got wrong (`1,875` is 1 in `v8`; `well, it is 5` is a comma in `v11`): their scores can
+only be compared if the answers are theirs. `v2` compares numbers.
 """
 
 import re

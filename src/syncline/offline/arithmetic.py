@@ -1,8 +1,8 @@
 """The equations a text states, as a program: checked step by step, and run again with one number changed.
 
 `48 / 2 = 24`, `<<48+24=72>>72` and `$3 × 4 = $12` are equations. An operand that is an earlier equation's result is
-that result; one that is a number of the question is that number. So what a text would have answered had the question named
-another number can be worked out without sampling again: a counterfactual of this text's own reasoning.
+that result; one that is a number of the question is that number. So what a text would have answered, had the question
+named another number, can be worked out without sampling again: a counterfactual of this text's own reasoning.
 """
 
 import ast

@@ -7,7 +7,7 @@ import httpx
 
 from syncline.engines.client import EngineClient
 from syncline.errors import EngineError
-from syncline.types import Completion, SamplingParams
+from syncline.types import Completion, FinishReason, SamplingParams
 
 HEALTH_TIMEOUT_SECONDS = 15.0
 LOAD_TIMEOUT_SECONDS = 300.0
@@ -30,7 +30,7 @@ class Replica(Protocol):
 
 
 class EngineReplica:
-    """A running `syncline serve`. Use as an async context manager; `adapter`, a PEFT folder, is loaded where it is not."""
+    """A running `syncline serve`. Use as an async context manager; `adapter`, a PEFT folder, is loaded if it is not."""
 
     def __init__(self, url: str, *, timeout_seconds: float, max_connections: int, adapter: str | None = None) -> None:
         self.name = url
@@ -53,6 +53,8 @@ class EngineReplica:
 
     async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         [completion] = await self._client.generate(prompt_token_ids, sampling)
+        if completion.finish_reason is FinishReason.ABORT:
+            raise EngineError(f"engine {self.name} broke off a completion")
         return completion
 
     async def _ask(

@@ -22,7 +22,7 @@ REVISIONS = {
     "eleven_arm_final_rev_321f030_to_HEAD": VERSIONS["v11"],
 }
 LONE_PROBE = ("eleven_arm_rev_101f64a_quality_old_weights", "single_correct_probe")
-"""That revision alone gave a lone right answer the quality 0.5 whatever its arm; in `v11` a probe is like itself: 0.8."""
+"""That revision alone gave a lone right answer the quality 0.5 whatever its arm; in `v11` a probe gets 0.8."""
 CASES = sorted(GOLDEN["seed_era_8_arms_rev_400aee9"])
 EXTRACTED = [("v8", row) for row in GOLDEN["answer_extraction"]["400aee9"]]
 EXTRACTED += [("v11", row) for row in GOLDEN["answer_extraction"]["321f030"]]
