@@ -143,6 +143,7 @@ def test_public_names() -> None:
         "evaluate",
         "bench",
         "collect",
+        "pairs",
         "report",
     }
 

@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": "accuracy on the environments' held-out tasks",
     "bench": "measure the bridges beside the link and TRL",
     "collect": "rollouts of one policy, scored by Regime W, for preferences",
+    "pairs": "preferences from rollouts: right over wrong, coherent over less so",
     "report": "write a run's report page again",
 }
 
