@@ -9,8 +9,6 @@ from typing import Any
 from syncline.config.offline import OfflineConfig, load_offline
 from syncline.errors import ConfigError
 
-PAIRS_FILE, HELDOUT_FILE, REPORT_FILE = OUTPUTS = ("pairs.jsonl", "pairs_heldout.jsonl", "pairs_report.json")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="the pipeline's YAML file")
@@ -19,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from syncline.offline.pairs import PAIRS_FILE
+
     config = load_offline(args.file, args.overrides)
     done = pairs_stage(config, args.rollouts or _collected(Path(config.run.dir)))
     print(json.dumps(done.facts, indent=2))
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 def pairs_stage(config: OfflineConfig, rollouts: Path, *, model: str | None = None) -> Any:
     """The finished stage. `model`: the digest that the rollouts must be of. Raises `ConfigError` for zero pairs."""
     from syncline.observe.files import write_atomically
-    from syncline.offline.pairs import make_pairs, record, report
+    from syncline.offline.pairs import HELDOUT_FILE, PAIRS_FILE, REPORT_FILE, make_pairs, record, report
     from syncline.offline.records import Trajectory, read_trajectories
     from syncline.offline.stage import Notes, Stage, file_digest, run_stage
 
@@ -49,7 +49,8 @@ def pairs_stage(config: OfflineConfig, rollouts: Path, *, model: str | None = No
         notes.facts |= report(found)
         write_atomically(notes.folder / REPORT_FILE, json.dumps(notes.facts, indent=2) + "\n")
 
-    return run_stage(Path(config.run.dir), Stage("pairs", asked.model_dump(mode="json"), inputs), work, outputs=OUTPUTS)
+    outputs = (PAIRS_FILE, HELDOUT_FILE, REPORT_FILE)
+    return run_stage(Path(config.run.dir), Stage("pairs", asked.model_dump(mode="json"), inputs), work, outputs=outputs)
 
 
 def _collected(run_dir: Path) -> Path:

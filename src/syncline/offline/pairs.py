@@ -18,6 +18,7 @@ from syncline.errors import ConfigError
 from syncline.offline.records import Trajectory
 from syncline.offline.regime_w import jaccard
 
+PAIRS_FILE, HELDOUT_FILE, REPORT_FILE = "pairs.jsonl", "pairs_heldout.jsonl", "pairs_report.json"
 BALANCED = (0.35, 0.65)
 """Share of pairs whose chosen answer is the longer one; outside of it, length alone is a good guess."""
 
