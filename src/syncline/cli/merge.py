@@ -1,7 +1,12 @@
 """`syncline merge --base B --adapter A --out O`: an adapter merged into its base, safetensors, proved by logits."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
+
+from syncline.config.offline import OfflineConfig
+
+MODEL = "model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,3 +38,32 @@ def run(args: argparse.Namespace) -> int:
         f"{found.tolerance:g}; the adapter itself changes {found.adapter_effect:.2e})"
     )
     return 0
+
+
+def model_folder(config: OfflineConfig) -> Path:
+    """The folder of the model that a pipeline is about: the one the file names, or what its `merge` makes of it."""
+    from syncline.learner.model import assets_folder
+    from syncline.offline.merge import SUMMARY_FILE, merge
+    from syncline.offline.stage import Notes, Stage, run_stage, weights_digest
+
+    asked, base = config.merge, assets_folder(config.model.path)
+    if asked is None:
+        return base
+    inputs = {"base": weights_digest(base), "adapter": weights_digest(Path(asked.adapter))}
+    known = asked.model_dump(mode="json", exclude={"adapter"}) | {"dtype": config.model.dtype}
+
+    def work(notes: Notes) -> None:
+        found = merge(
+            config.model.path,
+            Path(asked.adapter),
+            notes.folder / MODEL,
+            dtype=config.model.dtype,
+            tolerance=asked.tolerance,
+            any_base_name=asked.any_base_name,
+        )
+        notes.facts |= asdict(found)
+
+    done = run_stage(
+        Path(config.run.dir), Stage("merge", known, inputs), work, outputs=(f"{MODEL}/{SUMMARY_FILE}", MODEL)
+    )
+    return done.folder / MODEL

@@ -5,7 +5,6 @@ of the adapter, so no second model is loaded. TRL tokenises texts; here its prep
 `preferences` checked, so what was sampled is what is trained on.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,14 +176,3 @@ def _refuse_without_trl() -> None:
         import trl  # noqa: F401
     except ImportError as error:
         raise ConfigError(["dpo: needs TRL's trainer; `pip install 'syncline[offline]'`"]) from error
-
-
-def adapter_digest(folder: Path) -> str:
-    """Of the adapter's tensors and settings: `sha256:…`."""
-    import hashlib
-
-    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes())
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    settings.pop("base_model_name_or_path", None)
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    return f"sha256:{digest.hexdigest()}"

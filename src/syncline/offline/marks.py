@@ -23,7 +23,9 @@ class Marked:
     """One answer, read. `solution` is its question's."""
 
     question_id: str
+    question: str
     solution: str
+    gold: str
     arm: str
     text: str
     num_tokens: int
@@ -39,7 +41,9 @@ def read_answer(asked: Eval, question: Question, attempt: Attempt) -> Marked:
     gold, answer = rule.answer(question.solution), rule.answer(attempt.text)
     return Marked(
         question_id=question.question_id,
+        question=question.question,
         solution=question.solution,
+        gold=gold,
         arm=attempt.arm,
         text=attempt.text,
         num_tokens=attempt.num_tokens,

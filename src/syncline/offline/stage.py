@@ -93,6 +93,17 @@ def finished(run_dir: Path, stage: Stage) -> Finished | None:
     return Finished(folder, manifest)
 
 
+def latest(run_dir: Path, name: str) -> Finished:
+    """The complete stage of this name that was begun last. Raises `ConfigError` when there is none."""
+    found = [(path.parent, read_object(path)) for path in run_dir.glob(f"{name}-*/{MANIFEST_FILE}")]
+    complete = [
+        Finished(folder, manifest) for folder, manifest in found if manifest and manifest["state"] == "complete"
+    ]
+    if not complete:
+        raise ConfigError([f"run.dir: '{run_dir}' holds no finished stage {name!r}; run `syncline {name}` first"])
+    return max(complete, key=lambda one: one.manifest["attempts"][-1]["started"])
+
+
 def run_stage(
     run_dir: Path, stage: Stage, work: Work, *, outputs: tuple[str, ...], clock: Callable[[], float] = time.time
 ) -> Finished:
@@ -123,6 +134,14 @@ def run_stage(
             manifest["seconds"] = sum(one["seconds"] or 0.0 for one in manifest["attempts"])
             write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
     return Finished(folder, manifest)
+
+
+def weights_digest(folder: Path) -> str:
+    """Of a model's files, or an adapter's: `sha256:…`. Where it lies does not matter, nor what else lies there."""
+    kinds = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*")
+    files = sorted({path for kind in kinds for path in folder.glob(kind)})
+    lines = "\n".join(f"{path.name} {file_digest(path)}" for path in files)
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
 def file_digest(path: Path) -> str:
