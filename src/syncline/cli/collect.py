@@ -2,7 +2,7 @@
 
 import argparse
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     set_up_logging()
     config = load_offline(args.file, args.overrides)
     with engines(config, args.engine_urls) as urls:
-        done = collect_stage(config, urls)
+        done = collect_stage(config, lambda: urls)
     for name, value in done.facts.items():
         print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
     print(done.folder / "rollouts.jsonl")
@@ -53,14 +53,17 @@ def engines(config: OfflineConfig, given: Sequence[str]) -> Iterator[tuple[str, 
         yield urls
 
 
-def collect_stage(config: OfflineConfig, urls: tuple[str, ...], *, model: str | None = None) -> Any:
-    """The finished stage. `model`: the digest of what the engines hold; absent, they are asked."""
+def collect_stage(
+    config: OfflineConfig, engine_urls: Callable[[], tuple[str, ...]], *, model: str | None = None
+) -> Any:
+    """The finished stage. `model`: the digest of what the engines hold; absent, they are asked. `engine_urls` is called
+    when something is to be sampled, or asked."""
     from syncline.launch.plan import Machine
     from syncline.offline.collect import ROLLOUTS_FILE, Place, collect, model_held
     from syncline.offline.stage import Notes, Stage, run_stage
 
     timeout = config.engine.request_timeout_seconds
-    held = model or asyncio.run(model_held(urls, adapter=config.collect.adapter, timeout_seconds=timeout))
+    held = model or asyncio.run(model_held(engine_urls(), adapter=config.collect.adapter, timeout_seconds=timeout))
     tokenizer = config.model.tokenizer or config.model.path
     known = config.collect.model_dump(mode="json", exclude=LOCAL_ONLY)
     asked = {"collect": known, "seed": config.run.seed, "max_length": config.model.max_length, "tokenizer": tokenizer}
@@ -70,7 +73,7 @@ def collect_stage(config: OfflineConfig, urls: tuple[str, ...], *, model: str | 
     def work(notes: Notes) -> None:
         place = Place(
             folder=notes.folder,
-            engine_urls=urls,
+            engine_urls=engine_urls(),
             tokenizer=tokenizer,
             max_length=config.model.max_length,
             timeout_seconds=timeout,
