@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("engine")
     values = run_values(model, folder / "run")
-    values["model"] |= {"max_length": 256}
+    values["model"] |= {"max_length": 500}
     values["sampling"] = {"max_tokens": 100}
     with running_engine(values, folder) as engine:
         yield engine.url
@@ -137,3 +137,21 @@ def make_adapter(model: Path, folder: Path) -> Path:
                 parameter.normal_(0, 0.1)
     adapted.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.slow
+def test_the_recipe_writes_the_originals_file(engine_url: str, model: Path, tmp_path: Path) -> None:
+    pipeline_file(tmp_path, model)
+    out = tmp_path / "data" / "abel_regime_w_rollouts.jsonl"
+    recipe = Path(__file__).parents[2] / "recipes" / "regime_w" / "collect_rollouts_abel_vllm.py"
+    options = ["--model_path", str(model), "--data_path", str(tmp_path / "rows.jsonl"), "--out_path", str(out)]
+    options += ["--n_samples", "2", "--max_tokens", "8", "--max_model_len", "500", "--engine_url", engine_url]
+    done = subprocess.run([sys.executable, str(recipe), *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Built 8 Regime W arms" in done.stdout and "Total rollouts: 2\nTrajectories per rollout: 8" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["gold_answer"] for row in rows] == ["11+48=<<11+48=59>>59\n#### 59", "12+48=<<12+48=60>>60\n#### 60"]
+    arms = [f"{style}_{i}" for style in ("wolfram", "maudlin") for i in range(4)]
+    assert [one["arm_name"] for one in rows[0]["trajectories"]] == arms
+    fields = {"full_text", "answer", "reasoning", "num_tokens", "reward", "correct", "arm_name"}
+    assert all(set(one) == fields and one["num_tokens"] <= 8 for row in rows for one in row["trajectories"])

@@ -141,8 +141,14 @@ def test_public_names() -> None:
         "train",
         "verify",
         "evaluate",
+        "pipeline",
+        "merge",
+        "collect",
+        "pairs",
+        "dpo",
         "bench",
         "collect",
+        "pairs",
         "report",
     }
 

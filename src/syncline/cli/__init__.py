@@ -25,6 +25,7 @@ VERBS = {
     "pipeline": "collect, pairs, DPO, evaluate and report, in one command that can be killed and run again",
     "merge": "an adapter merged into its base, proved by logits",
     "collect": "rollouts of one policy, scored by Regime W, for preferences",
+    "pairs": "preferences from rollouts: right over wrong, coherent over less so",
     "dpo": "train an adapter on preference pairs",
     "report": "write a run's report page again",
 }

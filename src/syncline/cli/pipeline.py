@@ -94,7 +94,7 @@ def _round(
     rollouts = told.stage(
         "collect", lambda: collect_stage(own, lambda: policies.serve(adapter, version=version)[0], model=digest)
     )
-    pairs = told.stage("pairs", lambda: pairs_stage(own, rollouts.folder / ROLLOUTS_FILE))
+    pairs = told.stage("pairs", lambda: pairs_stage(own, rollouts.folder / ROLLOUTS_FILE, model=digest))
     trained = told.stage(
         "dpo",
         lambda: dpo_stage(

@@ -15,6 +15,8 @@ from types import MappingProxyType
 
 MAX_CHARS = 120
 """Of an equation's left side; with plain operators alone a value cannot be much longer."""
+MAX_LINE_CHARS = 1000
+"""Searching takes the square of it where a line is nothing but an endless sum."""
 _NUM = r"\d[\d,]*(?:\.\d+)?"
 _TERM = rf"[(\t ]*-?\$?{_NUM}%?[)\t ]*"
 _EQUATION = re.compile(
@@ -56,7 +58,8 @@ class Counterfactual:
 
 def equations(text: str) -> list[Equation]:
     """In the order they stand. What only looks like one (`x = 3`, `5 = 5`) is not."""
-    found = (_equation(left, right) for left, right in _EQUATION.findall(text.replace("−", "-")))
+    lines = (line[:MAX_LINE_CHARS] for line in text.replace("−", "-").splitlines())
+    found = (_equation(left, right) for line in lines for left, right in _EQUATION.findall(line))
     return [one for one in found if one is not None]
 
 

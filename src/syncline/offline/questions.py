@@ -54,10 +54,12 @@ def load_questions(asked: Questions, *, seed: int, heldout: bool) -> Loaded:
         source, _ = open_rows(asked.path, None, hub=None)
         rows = islice((_question(row, where) for where, row in source), asked.num_questions)
     read = list(rows)
-    unique = {question.question: question for question in reversed(read)}
     if not read:
         raise ConfigError([f"{asked.name}: there is not one question"])
-    return Loaded(tuple(reversed(unique.values())), len(read) - len(unique))
+    unique: dict[str, Question] = {}
+    for question in read:
+        unique.setdefault(question.question, question)
+    return Loaded(tuple(unique.values()), len(read) - len(unique))
 
 
 def _made(arguments: Mapping[str, Any], *, seed: int, heldout: bool) -> Iterator[Question]:

@@ -60,7 +60,10 @@ class Workload:
     """`first()` is due at once; `finished(item, text)` says what is due because of it."""
 
     def __init__(self, questions: Sequence[Question], asked: Collect, *, seed: int) -> None:
-        self.arms = tuple(_as_asked(arm, asked) for arm in arms_of(asked.coherence, prompt=asked.prompt))
+        arms = arms_of(asked.coherence, prompt=asked.prompt)
+        if asked.coherence == "v2" and not asked.rephrase:
+            arms = tuple(arm for arm in arms if not arm.rephrases)
+        self.arms = tuple(_as_asked(arm, asked) for arm in arms)
         self.questions = {question.question_id: question for question in questions}
         self.changed = {q.question_id: _changed(q) for q in questions} if asked.coherence == "v2" else {}
         """By question, the counterfactual that its solution allows, or `None`."""
