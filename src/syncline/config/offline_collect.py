@@ -36,9 +36,9 @@ class Collect(Section):
     prompt: str = PROMPT
     """Of `v2`: a message of the user's; `{question}` is filled in. The other versions have their own."""
     num_samples: PositiveInt | None = None
-    """Attempts at a question by an arm in a round; absent: 1 in `v8` and `v11`, in `v2` 6 and 2 in other words."""
+    """Attempts at a question by an arm in a round; absent: 1, in `v2` 6 and, in other words, 2."""
     rephrase: bool = True
-    """Of `v2`: also asks for each question in other words. For models that read nothing but the question, set it off."""
+    """Of `v2`: also asks for each question in other words. Off for models that read nothing but the question."""
     temperature: PositiveFloat | None = None
     """Absent: the arm's."""
     max_rounds: PositiveInt = 1

@@ -5,6 +5,7 @@ lets the workload decide again what they make due, and samples what is missing: 
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -113,9 +114,9 @@ class _Collection:
         if foreign is not None:
             whose = f"{foreign.model[:12]}, and the engines hold {self._model[:12]}"
             raise ConfigError([f"{lines.path}: was sampled from {whose}; collect into another folder, or remove it"])
-        due, pending = self.workload.first(), []
+        due, pending = deque(self.workload.first()), []
         while due:
-            item = due.pop()
+            item = due.popleft()
             if (attempt := before.pop(item.key, None)) is None:
                 pending.append(self._request(item))
             else:
@@ -123,7 +124,7 @@ class _Collection:
         if before:
             stray = f"{len(before)} attempts are of no work item of this configuration, such as {next(iter(before))}"
             raise ConfigError([f"{lines.path}: {stray}; collect into another folder, or remove it"])
-        return pending[::-1]
+        return pending
 
     async def sample(
         self, pending: list[Request], lines: AppendOnlyLines, show: Callable[[str], None]
