@@ -124,7 +124,8 @@ def with_hf(config: OfflineConfig, by_question: list[list[WorkItem]]) -> Measure
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype)
+    model.to(device)
     tokenizer = load_tokenizer(config.model.path)
 
     def generate(item: WorkItem, max_tokens: int) -> int:

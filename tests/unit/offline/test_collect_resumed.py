@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_engine import save_tokenizer
+from character_tokenizer import CharacterTokenizer
 
 from syncline.config.offline_collect import Collect
 from syncline.errors import ConfigError
@@ -19,11 +19,9 @@ ROW = {"question": "a farm has 48 hens and sells half of them, how many are left
 SOUND, WRONG = "48/2=24 #### 24", "48/2=25 #### 25"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return str(folder)
+@pytest.fixture(autouse=True)
+def character_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collecting, "load_tokenizer", lambda path: CharacterTokenizer())
 
 
 def asked(folder: Path, **fields: Any) -> Collect:
@@ -32,9 +30,9 @@ def asked(folder: Path, **fields: Any) -> Collect:
     return Collect.model_validate(values)
 
 
-def place(folder: Path, tokenizer: str, **fields: Any) -> Place:
+def place(folder: Path, **fields: Any) -> Place:
     values: dict[str, Any] = {"max_length": 400, "timeout_seconds": 1, "slots": 4, **fields}
-    return Place(folder, ("http://127.0.0.1:9",), tokenizer, **values)
+    return Place(folder, ("http://127.0.0.1:9",), "characters", **values)
 
 
 def attempt(item: WorkItem, text: str, **fields: Any) -> dict[str, Any]:
@@ -56,10 +54,10 @@ def fill(folder: Path, collect_asked: Collect, **fields: Any) -> list[WorkItem]:
     return items
 
 
-def test_what_is_there_is_scored_and_nothing_is_sampled(tmp_path: Path, tokenizer: str) -> None:
+def test_what_is_there_is_scored_and_nothing_is_sampled(tmp_path: Path) -> None:
     items = fill(tmp_path, asked(tmp_path))
     told: list[str] = []
-    facts = collect(asked(tmp_path), place(tmp_path, tokenizer), model="digest-a", seed=0, show=told.append)
+    facts = collect(asked(tmp_path), place(tmp_path), model="digest-a", seed=0, show=told.append)
     assert (facts["resumed"], facts["sampled"], facts["trajectories"]) == (4, 0, 4)
     rows = [json.loads(line) for line in (tmp_path / ROLLOUTS_FILE).read_text().splitlines()]
     order = ["solve", "rephrase", "solve@cf", "rephrase@cf"]
@@ -83,24 +81,24 @@ def test_what_is_there_is_scored_and_nothing_is_sampled(tmp_path: Path, tokenize
     ],
 )
 def test_attempts_of_another_collection_are_refused(
-    tmp_path: Path, tokenizer: str, fields: dict[str, Any], model: str, seed: int, said: str
+    tmp_path: Path, fields: dict[str, Any], model: str, seed: int, said: str
 ) -> None:
     fill(tmp_path, asked(tmp_path), **fields)
     with pytest.raises(ConfigError, match=said):
-        collect(asked(tmp_path), place(tmp_path, tokenizer), model=model, seed=seed, show=lambda line: None)
+        collect(asked(tmp_path), place(tmp_path), model=model, seed=seed, show=lambda line: None)
     assert not (tmp_path / ROLLOUTS_FILE).exists()
 
 
-def test_attempts_that_are_no_work_of_this_configuration_are_refused(tmp_path: Path, tokenizer: str) -> None:
+def test_attempts_that_are_no_work_of_this_configuration_are_refused(tmp_path: Path) -> None:
     fill(tmp_path, asked(tmp_path))
     fewer = asked(tmp_path, rephrase=False)
     with pytest.raises(ConfigError, match=r"2 attempts are of no work item .* such as \w+/rephrase"):
-        collect(fewer, place(tmp_path, tokenizer), model="digest-a", seed=0, show=lambda line: None)
+        collect(fewer, place(tmp_path), model="digest-a", seed=0, show=lambda line: None)
 
 
-def test_a_question_without_room_is_named_before_anything_is_sampled(tmp_path: Path, tokenizer: str) -> None:
+def test_a_question_without_room_is_named_before_anything_is_sampled(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.max_length: 50, but question \w+ \('a farm has 48"):
-        collect(asked(tmp_path), place(tmp_path, tokenizer, max_length=50), model="d", seed=0, show=lambda line: None)
+        collect(asked(tmp_path), place(tmp_path, max_length=50), model="d", seed=0, show=lambda line: None)
 
 
 def test_engines_of_different_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
