@@ -171,9 +171,9 @@ class _Collection:
         )
         return Request(item, ids, sampling)
 
-    def _record(self, request: Request, completion: Completion) -> dict[str, Any]:
+    def _record(self, request: Request, completion: Completion) -> Attempt:
         item = request.item
-        attempt = Attempt(
+        return Attempt(
             key=item.key,
             question_id=item.question_id,
             question=item.question,
@@ -190,10 +190,9 @@ class _Collection:
             finish_reason="stop" if completion.finish_reason is FinishReason.STOP else "length",
             model=self._model,
         )
-        return attempt.model_dump()
 
-    def _written(self, request: Request, record: dict[str, Any]) -> list[Request]:
-        return [self._request(item) for item in self._note(request.item, Attempt.model_validate(record))]
+    def _written(self, request: Request, attempt: Attempt) -> list[Request]:
+        return [self._request(item) for item in self._note(request.item, attempt)]
 
     def _note(self, item: WorkItem, attempt: Attempt) -> list[WorkItem]:
         """What is on disk now, and what is due because of it."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from syncline.errors import EngineError, SyncError
 from syncline.offline.lines import AppendOnlyLines
+from syncline.offline.records import Attempt
 from syncline.offline.replica import Gone, Replica
 from syncline.offline.work import WorkItem
 from syncline.types import Completion, SamplingParams
@@ -73,8 +74,8 @@ class Sampler:
         lines: AppendOnlyLines,
         *,
         model: str,
-        record: Callable[[Request, Completion], dict[str, Any]],
-        on_written: Callable[[Request, dict[str, Any]], Iterable[Request]],
+        record: Callable[[Request, Completion], Attempt],
+        on_written: Callable[[Request, Attempt], Iterable[Request]],
         concurrency: int,
         lost_after_seconds: float,
         poll_seconds: float = 1.0,
@@ -114,10 +115,10 @@ class Sampler:
             while not self._answered.empty():
                 batch.append(self._answered.get_nowait())
             records = [(request, completion, self._record(request, completion)) for request, completion in batch]
-            await asyncio.to_thread(self._lines.append, *(record for _, _, record in records))
-            for request, completion, record in records:
+            await asyncio.to_thread(self._lines.append, *(attempt.model_dump() for _, _, attempt in records))
+            for request, completion, attempt in records:
                 self._count(request, completion)
-                self._add(self._on_written(request, record))
+                self._add(self._on_written(request, attempt))
             self._outstanding -= len(batch)
             if self._outstanding == 0:
                 self._over.set()

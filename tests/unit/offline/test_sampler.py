@@ -4,7 +4,6 @@ why not. The engines are fakes that a test breaks; the files are real."""
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from character_tokenizer import completion
@@ -12,6 +11,7 @@ from character_tokenizer import completion
 from syncline.errors import EngineError, SyncError
 from syncline.offline.arms import Arm
 from syncline.offline.lines import AppendOnlyLines, read_records
+from syncline.offline.records import Attempt, Said
 from syncline.offline.replica import Gone
 from syncline.offline.sampler import Request, Sampler
 from syncline.offline.work import WorkItem
@@ -50,8 +50,13 @@ def request(number: int) -> Request:
     return Request(item, tuple(map(ord, str(number))), SamplingParams(8))
 
 
-def line(asked: Request, said: Completion) -> dict[str, Any]:
-    return {"key": asked.item.key, "text": "".join(map(chr, said.token_ids))}
+def attempt(asked: Request, said: Completion) -> Attempt:
+    item, text = asked.item, "".join(map(chr, said.token_ids))
+    return Attempt(
+        key=item.key, question_id=item.question_id, question=item.question, gold="7", arm="solve", sample=0, seed=1,
+        prompt=(Said(role="user", content=item.question),), text=text, token_ids=said.token_ids,
+        logprobs=said.logprobs, num_tokens=len(text), num_prompt_tokens=1, finish_reason="stop", model=MODEL,
+    )  # fmt: skip
 
 
 def run(
@@ -60,15 +65,15 @@ def run(
     """`more` is due when the first item is written."""
     due = list(more)
 
-    def on_written(asked: Request, told: dict[str, Any]) -> list[Request]:
-        assert told["key"] in path.read_text(), "told of before it was on disk"
+    def on_written(asked: Request, told: Attempt) -> list[Request]:
+        assert told.key in path.read_text(), "told of before it was on disk"
         given, due[:] = due[:], []
         return given
 
     async def sample() -> Sampler:
         with AppendOnlyLines(path, key="key") as lines:
             sampler = Sampler(
-                replicas, lines, model=MODEL, record=line, on_written=on_written,
+                replicas, lines, model=MODEL, record=attempt, on_written=on_written,
                 concurrency=4, lost_after_seconds=0.05, poll_seconds=0.002,
             )  # fmt: skip
             async with asyncio.timeout(20):
