@@ -8,13 +8,13 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from syncline.cli.report import PIPELINE_FILE
 from syncline.config.offline import OfflineConfig, load_offline
 from syncline.offline.stage import Finished
-
-CONFIG_FILE = "pipeline.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     set_up_logging()
     config = load_offline(args.file, args.overrides)
-    summary = run_pipeline(config, given=tuple(args.engine_urls), show=print)
+    summary = run_pipeline(config, given=tuple(args.engine_urls), show=partial(print, flush=True))
     for own in (summary["evaluations"][0], summary["evaluations"][-1]):
         print(f"round {own['round']}, model {own['model'][:12]}")
         print("\n".join(f"  {line}" for line in told(own["sets"])))
@@ -57,7 +57,7 @@ def run_pipeline(config: OfflineConfig, *, given: tuple[str, ...], show: Callabl
     from syncline.offline.engines import running_engines
 
     run_dir = Path(config.run.dir)
-    write_atomically(run_dir / CONFIG_FILE, _text(config))
+    write_atomically(run_dir / PIPELINE_FILE, _text(config))
     path = model_folder(config)
     adapter = Path(config.collect.adapter) if config.collect.adapter else None
     told = _Told(show)
@@ -94,7 +94,7 @@ def _round(
     rollouts = told.stage(
         "collect", lambda: collect_stage(own, lambda: policies.serve(adapter, version=version)[0], model=digest)
     )
-    pairs = told.stage("pairs", lambda: pairs_stage(own, rollouts.folder / ROLLOUTS_FILE))
+    pairs = told.stage("pairs", lambda: pairs_stage(own, rollouts.folder / ROLLOUTS_FILE, model=digest))
     trained = told.stage(
         "dpo",
         lambda: dpo_stage(

@@ -73,7 +73,8 @@ class Policies:
         return Stage("policy", {"bridge": self._config.bridge.name, "dtype": self._config.model.dtype}, inputs)
 
     def _run(self) -> RunConfig:
-        return engine_run(self._config, str(self._model_path))
+        run = engine_run(self._config, str(self._model_path))
+        return run.model_copy(update={"run": run.run.model_copy(update={"dir": f"{self._config.run.dir}/engines"})})
 
     def _running(self) -> tuple[str, ...]:
         if not self._urls:

@@ -1,7 +1,7 @@
 """Evaluation on sets of questions: greedy answers, and samples for what holds at k, on disk one by one.
 
 Answers are sampled as a collection's are (`sampler.py`: any number of engines, a dead one's work done again), into
-`answers-<set>.jsonl`; `evaluation.json` is worked out from the files and names the digest of the weights that gave them.
+`answers-<set>.jsonl`; `evaluation.json` is worked out from the files and names the weights by their digest.
 A file of other weights is refused, so a number never outlives its model.
 """
 

@@ -1,6 +1,6 @@
 """How lm-evaluation-harness reads answers of its tasks `gsm8k` and `gsm8k_platinum`, to score the same outputs by.
 
-Both filters and the comparison of `exact_match`, as the tasks' files of version 3 state them (lm_eval 0.4.13); the tests
+Both filters and the comparison of `exact_match` as the tasks of version 3 state them (lm_eval 0.4.13); the tests
 compare these lines with the library's own classes.
 """
 
