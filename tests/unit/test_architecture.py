@@ -143,8 +143,6 @@ def test_public_names() -> None:
         "evaluate",
         "pipeline",
         "merge",
-        "collect",
-        "pairs",
         "dpo",
         "bench",
         "collect",

@@ -50,8 +50,9 @@ class Collect(Section):
     max_tokens: PositiveInt = 512
     adapter: str | None = None
     """A PEFT folder that engines sample from over the model as it is; nothing needs to be merged."""
-    requests_per_engine: PositiveInt = 512
-    """In flight at once: more than the engine runs, so that it never waits for us."""
+    requests_per_engine: PositiveInt | None = None
+    """In flight at once. Absent: twice `engine.max_num_seqs`, so that an engine never waits for us, and a completion no
+    longer than another takes."""
     lost_after_seconds: PositiveFloat = 60.0
     """An engine that does not answer for so long is given up; others do its work meanwhile."""
 
