@@ -49,7 +49,7 @@ def pipeline_file(folder: Path, model: Path, **sections: dict) -> Path:
         "engine": {"kv_cache_bytes": 64 << 20, "max_num_seqs": 16},
         "collect": {
             "questions": {"path": str(folder / "rows.jsonl")},
-            "max_tokens": 100,
+            "max_tokens": 60,
             "requests_per_engine": 8,
             "lost_after_seconds": 10,
         },
@@ -111,7 +111,9 @@ def test_a_killed_collection_goes_on_at_the_exact_item(engine_url: str, model: P
 def test_a_dead_engines_work_is_done_by_another(model: Path, tmp_path: Path) -> None:
     """Two replicas that the verb starts, sampling from an adapter that was never merged; one is killed."""
     adapter = make_adapter(model, tmp_path / "adapter")
-    file = pipeline_file(tmp_path / "p", model, engine={"num_replicas": 2}, collect={"adapter": str(adapter)})
+    file = pipeline_file(
+        tmp_path / "p", model, engine={"num_replicas": 2, "devices": [0, 1]}, collect={"adapter": str(adapter)}
+    )
     process = start(file)
     wait_for_lines(file, process, 10)
     running = json.loads((tmp_path / "p" / "run" / "engines" / "processes.json").read_text())["processes"]

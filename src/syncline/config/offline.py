@@ -153,6 +153,8 @@ def _model(config: OfflineConfig) -> Iterator[str]:
         yield "model.lora.target_modules: lm_head cannot be adapted by TRL's DPO; leave it out"
     if config.bridge.name not in ("lora", "restart"):
         yield f"bridge.name: {config.bridge.name!r} moves no adapter between rounds; use lora or restart"
+    if config.collect.adapter and config.bridge.name != "lora":
+        yield f"collect.adapter: engines serve one with bridge.name = lora alone, and it is {config.bridge.name!r}"
     for section in ("collect", "eval"):
         if (asked := getattr(config, section).max_tokens) >= config.model.max_length:
             yield (

@@ -36,9 +36,9 @@ class Collect(Section):
     prompt: str = PROMPT
     """Of `v2`: a message of the user's; `{question}` is filled in. The other versions have their own."""
     num_samples: PositiveInt | None = None
-    """Attempts at a question by an arm in a round; absent: 1 in `v8` and `v11`, in `v2` 6 and 2 in other words."""
+    """Attempts at a question by an arm in a round; absent: 1, in `v2` 6 and, in other words, 2."""
     rephrase: bool = True
-    """Of `v2`: also asks for each question in other words. For models that read nothing but the question, set it off."""
+    """Of `v2`: also asks for each question in other words. Off for models that read nothing but the question."""
     temperature: PositiveFloat | None = None
     """Absent: the arm's."""
     max_rounds: PositiveInt = 1
@@ -50,8 +50,9 @@ class Collect(Section):
     max_tokens: PositiveInt = 512
     adapter: str | None = None
     """A PEFT folder that engines sample from over the model as it is; nothing needs to be merged."""
-    requests_per_engine: PositiveInt = 512
-    """In flight at once: more than the engine runs, so that it never waits for us."""
+    requests_per_engine: PositiveInt | None = None
+    """In flight at once. Absent: twice `engine.max_num_seqs`, so that an engine never waits for us, and a completion no
+    longer than another takes."""
     lost_after_seconds: PositiveFloat = 60.0
     """An engine that does not answer for so long is given up; others do its work meanwhile."""
 

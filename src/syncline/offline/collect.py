@@ -5,6 +5,7 @@ lets the workload decide again what they make due, and samples what is missing: 
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from syncline.offline.gauge import Gauge, gauging
 from syncline.offline.lines import AppendOnlyLines
 from syncline.offline.questions import Loaded, load_questions
 from syncline.offline.records import Attempt, Said, read_trajectories
-from syncline.offline.replica import EngineReplica
+from syncline.offline.replica import EngineReplica, allow_connections
 from syncline.offline.sampler import Request, Sampler
-from syncline.offline.scoring import score_attempts
+from syncline.offline.scoring import aurocs, score_attempts
 from syncline.offline.work import WorkItem, Workload
 from syncline.types import Completion, FinishReason, SamplingParams
 
@@ -64,7 +65,7 @@ def collect(
         pending = collection.take_up(lines)
         resumed = len(collection.attempts)
         sampler, gauge = asyncio.run(collection.sample(pending, lines, show))
-    rollouts = score_attempts(collection.attempts.values(), collection.workload, asked.coherence)
+    rollouts = list(score_attempts(collection.attempts.values(), collection.workload, asked.coherence))
     text = "".join(f"{one.model_dump_json()}\n" for one in rollouts)
     write_atomically(place.folder / ROLLOUTS_FILE, text)
     tally = sampler.tally
@@ -77,11 +78,12 @@ def collect(
         "tokens": tally.tokens,
         "prompt_tokens": tally.prompt_tokens,
         "seconds": gauge.seconds,
-        "tokens_per_second": tally.tokens / gauge.seconds,
+        "tokens_per_second": tally.tokens / max(gauge.seconds, 1e-9),
         "slots_busy": gauge.slots_busy.value,
         "gpu_busy": gauge.gpu_busy.value,
         "duplicate_questions": loaded.num_duplicates,
         **collection.workload.counts(),
+        **{f"auroc_{name}": value for name, value in aurocs(rollouts).items()},
         **{f"finished_by_{reason}": count for reason, count in sorted(tally.finish_reasons.items())},
     }
 
@@ -135,9 +137,9 @@ class _Collection:
         if foreign is not None:
             whose = f"{foreign.model[:12]}, and the engines hold {self._model[:12]}"
             raise ConfigError([f"{lines.path}: was sampled from {whose}; collect into another folder, or remove it"])
-        due, pending = self.workload.first(), []
+        due, pending = deque(self.workload.first()), []
         while due:
-            item = due.pop()
+            item = due.popleft()
             if (attempt := before.pop(item.key, None)) is None:
                 pending.append(self._request(item))
             else:
@@ -145,19 +147,21 @@ class _Collection:
         if before:
             stray = f"{len(before)} attempts are of no work item of this configuration, such as {next(iter(before))}"
             raise ConfigError([f"{lines.path}: {stray}; collect into another folder, or remove it"])
-        return pending[::-1]
+        return pending
 
     async def sample(
         self, pending: list[Request], lines: AppendOnlyLines, show: Callable[[str], None]
     ) -> tuple[Sampler, Gauge]:
         asked, place = self._asked, self._place
+        concurrency = asked.requests_per_engine or 2 * place.slots
+        allow_connections(concurrency * len(place.engine_urls))
         async with AsyncExitStack() as stack:
             replicas = [
                 await stack.enter_async_context(
                     EngineReplica(
                         url,
                         timeout_seconds=place.timeout_seconds,
-                        max_connections=asked.requests_per_engine,
+                        max_connections=concurrency,
                         adapter=asked.adapter,
                     )
                 )
@@ -169,7 +173,7 @@ class _Collection:
                 model=self._model,
                 record=partial(attempt_of, tokenizer=self._tokenizer, model=self._model),
                 on_written=self._written,
-                concurrency=asked.requests_per_engine,
+                concurrency=concurrency,
                 lost_after_seconds=asked.lost_after_seconds,
             )
             gauge = Gauge(sampler.tally, done_before=len(self.attempts), slots=place.slots)

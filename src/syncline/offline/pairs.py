@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from statistics import fmean, median
 from types import MappingProxyType
 from typing import Any
@@ -192,7 +192,7 @@ def similarity(a: str, b: str) -> float:
 
 def _word_pairs(text: str) -> set[Any]:
     words = text.lower().split()
-    return set(zip(words, words[1:], strict=False)) or set(words)
+    return set(pairwise(words)) or set(words)
 
 
 def _told(usable: Sequence[Trajectory], pairs: Sequence[Pair]) -> str:

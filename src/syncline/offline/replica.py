@@ -1,16 +1,20 @@
 """One engine as a collection sees it: does it answer, what weights does it hold, and completions from it."""
 
+import resource
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 
 from syncline.engines.client import EngineClient
-from syncline.errors import EngineError
+from syncline.errors import ConfigError, EngineError
 from syncline.types import Completion, FinishReason, SamplingParams
 
 HEALTH_TIMEOUT_SECONDS = 15.0
 LOAD_TIMEOUT_SECONDS = 300.0
+OTHER_FILES = 256
+"""Open beside the connections."""
 
 
 class Gone(EngineError):
@@ -34,7 +38,7 @@ class EngineReplica:
 
     def __init__(self, url: str, *, timeout_seconds: float, max_connections: int, adapter: str | None = None) -> None:
         self.name = url
-        self._adapter = adapter
+        self._adapter = adapter and str(Path(adapter).absolute())
         self._client = EngineClient(url, timeout_seconds=timeout_seconds, max_connections=max_connections)
         self._http = httpx.AsyncClient(base_url=url, timeout=HEALTH_TIMEOUT_SECONDS)
 
@@ -47,8 +51,10 @@ class EngineReplica:
         await self._http.aclose()
 
     async def digest(self) -> str:
-        if self._adapter is not None and (await self._ask("GET", "/lora/status"))["active_adapter_path"] is None:
-            await self._ask("POST", "/lora/load", {"adapter_path": self._adapter}, LOAD_TIMEOUT_SECONDS)
+        if self._adapter is not None:
+            held = (await self._ask("GET", "/lora/status"))["active_adapter_path"]
+            if held != self._adapter:
+                await self._ask("POST", "/lora/load", {"adapter_path": self._adapter}, LOAD_TIMEOUT_SECONDS)
         return (await self._ask("GET", "/health"))["digest"]
 
     async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
@@ -69,3 +75,15 @@ class EngineReplica:
         if not response.is_success:
             raise EngineError(f"engine {self.name} answered {path} with {response.status_code}: {response.text[:300]}")
         return response.json()
+
+
+def allow_connections(count: int) -> None:
+    """Raises this process's limit of open files, 1,024 on most machines. Raises `ConfigError` where it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        fault = f"{count} connections to all engines, but this process may open {hard} files"
+        raise ConfigError([f"collect.requests_per_engine: {fault}; lower it, or raise `ulimit -Hn`"])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

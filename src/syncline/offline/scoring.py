@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from syncline.offline.coherence import Solution, score_coherence
@@ -67,3 +68,30 @@ def _scored(
             "scores": own,
         }
         yield Trajectory.model_validate(attempt.model_dump() | told)
+
+
+def aurocs(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    """Of each score but the reward against correctness: the chance that a right trajectory's is above a wrong one's,
+    ties half (Mann-Whitney U). Left out: twins, and scores that only right ones or only wrong ones have."""
+    own = [one for one in rollouts if not one.is_twin]
+    names = {name for one in own for name in one.scores} - {"reward"}
+    found: dict[str, float] = {}
+    for name in sorted(names):
+        told = sorted((score, one.correct) for one in own if (score := one.scores.get(name)) is not None)
+        num_right = sum(correct for _, correct in told)
+        num_pairs = num_right * (len(told) - num_right)
+        if num_pairs:
+            found[name] = _wins(told) / num_pairs
+    return found
+
+
+def _wins(told: Sequence[tuple[float, bool]]) -> float:
+    """Over all pairs of a right and a wrong one; `told` in the order of scores."""
+    wins, wrong_below = 0.0, 0
+    for _, group in groupby(told, key=lambda pair: pair[0]):
+        correct = [right for _, right in group]
+        num_right = sum(correct)
+        num_wrong = len(correct) - num_right
+        wins += num_right * (wrong_below + num_wrong / 2)
+        wrong_below += num_wrong
+    return wins

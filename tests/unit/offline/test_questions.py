@@ -49,5 +49,5 @@ def test_made_questions_are_other_ones_than_the_held_out() -> None:
     assert not {q.question for q in train.questions} & {q.question for q in heldout.questions}
     first = train.questions[0]
     assert eval(first.question.strip().rstrip("=")) == int(first.gold)
-    with pytest.raises(ConfigError, match="made: .*unexpected keyword argument 'digits'"):
+    with pytest.raises(ConfigError, match=r"made: .*unexpected keyword argument 'digits'"):
         load_questions(Questions(made={"digits": 2}), seed=1, heldout=False)
