@@ -45,6 +45,7 @@ def assess(
     again. Raises `ConfigError` for answers of other weights than `model`, `EngineError` when no engine is left."""
     tokenizer = load_tokenizer(place.tokenizer)
     sets: dict[str, Any] = {}
+    tokens = 0
     for own in asked.sets:
         questions = load_questions(own, seed=seed, heldout=True)
         one = _Set(asked, place, tokenizer=tokenizer, model=model)
@@ -53,9 +54,10 @@ def assess(
             _refuse_foreign(lines, requests, model=model)
             pending = [request for request in requests if request.item.key not in lines.done]
             asyncio.run(one.sample(pending, lines, lambda line, name=own.name: show(f"{name}: {line}")))
-        summary = summarise(list(_marked(asked, place.folder, own, questions.questions)))
-        sets[own.name] = summary | {"num_duplicates_left_out": questions.num_duplicates}
-    found = {"model": model, "sets": sets}
+        marks = list(_marked(asked, place.folder, own, questions.questions))
+        tokens += sum(one.num_tokens for one in marks)
+        sets[own.name] = summarise(marks) | {"num_duplicates_left_out": questions.num_duplicates}
+    found = {"model": model, "tokens": tokens, "sets": sets}
     write_atomically(place.folder / EVALUATION_FILE, json.dumps(found, indent=2) + "\n")
     return found
 

@@ -109,6 +109,7 @@ def test_two_rounds_end_with_a_report_and_done_again_ask_no_engine(
     assert main(["eval", file, "run.seed=0", "--engine-url", "http://127.0.0.1:9"]) == 0
 
 
+@pytest.mark.slow
 def test_a_changed_field_does_again_what_depends_on_it_and_no_more(model: Path, tmp_path: Path) -> None:
     file = str(write_file(tmp_path, model, num_rounds=1))
     with small_engine(model) as (_, url):
