@@ -25,32 +25,34 @@ class SmallEngine:
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self._eos = self._model.config.eos_token_id
         self._lock = threading.Lock()
-        self._version = -1
+        self._version, self._digests = -1, parameter_digests(self._model.named_parameters())
         self.num_generated = 0
-        self.after_generate = lambda: None
 
     def answer(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        with self._lock:
-            if path == "/syncline/generate":
+        """Whoever asks how it is does not wait for those who sample."""
+        if path == "/syncline/generate":
+            with self._lock:
                 found = {"completions": [self._sample(body) for _ in range(body["num_completions"])]}
                 self.num_generated += 1
-                self.after_generate()
-                return found
-            if path == "/syncline/parameters":
-                return {"parameters": self._digests()}
-            if path == "/syncline/reload":
-                held = dict(self._model.named_parameters())
-                with torch.no_grad():
-                    for name, tensor in tensors_as_in_memory(Path(body["path"]), held.keys()):
-                        held[name].copy_(tensor)
-                self._version = body["expected"]["policy_version"]
-        return {"status": "ok", "policy_version": self._version, "digest": self._digest(), "generation": ""}
+            return found
+        if path == "/syncline/parameters":
+            return {"parameters": self._digests}
+        if path == "/syncline/reload":
+            with self._lock:
+                self._load(Path(body["path"]), body["expected"]["policy_version"])
+        return {
+            "status": "ok",
+            "policy_version": self._version,
+            "digest": model_digest(self._digests),
+            "generation": "",
+        }
 
-    def _digests(self) -> dict[str, str]:
-        return parameter_digests(self._model.named_parameters())
-
-    def _digest(self) -> str:
-        return model_digest(self._digests())
+    @torch.no_grad()
+    def _load(self, folder: Path, version: int) -> None:
+        held = dict(self._model.named_parameters())
+        for name, tensor in tensors_as_in_memory(folder, held.keys()):
+            held[name].copy_(tensor)
+        self._version, self._digests = version, parameter_digests(held.items())
 
     @torch.no_grad()
     def _sample(self, body: Mapping[str, Any]) -> dict[str, Any]:
