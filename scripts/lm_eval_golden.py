@@ -60,8 +60,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         compare([json.loads(line)["answer"] for line in Path(sys.argv[1]).read_text().splitlines()])
         return
-    rows = [reading(text, answer) for text in TEXTS for answer in ANSWERS]
-    TARGET.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    rows = [json.dumps(reading(text, answer), ensure_ascii=False) for text in TEXTS for answer in ANSWERS]
+    TARGET.write_text("[\n" + ",\n".join(rows) + "\n]\n")
 
 
 def compare(answers: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""An engine without vLLM behind the routes that `EngineClient` and `EngineController` ask: a real model, a token a time.
+"""An engine without vLLM behind the routes that `EngineClient` and `EngineController` ask: a model, a token a time.
 
 For tests of what asks engines, and of what happens when it is killed: the server lives in the test's process.
 """
@@ -6,7 +6,7 @@ For tests of what asks engines, and of what happens when it is killed: the serve
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,14 @@ def small_engine(model: Path) -> Iterator[tuple[SmallEngine, str]]:
         def do_POST(self) -> None:
             self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
+        def handle(self) -> None:
+            with suppress(BrokenPipeError, ConnectionResetError, json.JSONDecodeError):  # whoever asked is gone
+                super().handle()
+
         def _answer(self, body: Mapping[str, Any]) -> None:
-            text = json.dumps(engine.answer(self.path, body)).encode()
+            self._send(json.dumps(engine.answer(self.path, body)).encode())
+
+        def _send(self, text: bytes) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
@@ -93,7 +99,10 @@ def small_engine(model: Path) -> Iterator[tuple[SmallEngine, str]]:
         def log_message(self, *args: object) -> None:
             del args
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 1024
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -1,6 +1,6 @@
 """Phase 4: DPO of the SFT adapter on the preferences of phase 3.
 
-    python recipes/regime_w/train_dpo_coherence.py          (or: accelerate launch …, on one process)
+    python recipes/regime_w/train_dpo_coherence.py          (or: accelerate launch --num_processes 1 …)
 
 Reads `data/abel_coherence_preferences.jsonl`, starts from `checkpoints/abel_sft_lora`, which is the reference too, and
 writes `checkpoints/abel_coherence_lora`, as the original did with its learning rate, epoch and batch. What differs: the
@@ -10,6 +10,7 @@ it out), a collapse stops the run, and a killed one goes on.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -51,6 +52,9 @@ def main() -> int:
     ):
         print(f"  {label}: {value}")
     print(f"  Output path: {args.out_path}\n", flush=True)
+    if (world_size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        print(f"WORLD_SIZE: {world_size}, and an adapter is trained on one device; start it on one", file=sys.stderr)
+        return 2
     try:
         facts = train(args)
     except SynclineError as error:

@@ -59,6 +59,7 @@ def assess_stage(config: OfflineConfig, policies: Any, adapter: Path | None, *, 
             slots=config.engine.max_num_seqs,
         )
         notes.facts |= assess(config.eval, place, model=held, seed=config.run.seed, show=print)
+        notes.tokens = notes.facts["tokens"]
 
     outputs = (EVALUATION_FILE, *(answers_file(own) for own in config.eval.sets))
     return run_stage(Path(config.run.dir), stage, work, outputs=outputs)

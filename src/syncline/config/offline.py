@@ -145,11 +145,10 @@ def engine_run(config: OfflineConfig, model_path: str) -> RunConfig:
 
 
 def _model(config: OfflineConfig) -> Iterator[str]:
-    if config.model.lora is None:
+    lora = config.model.lora
+    if lora is None:
         yield "model.lora: absent, and DPO trains an adapter; add such as {rank: 16}"
-    elif config.model.lora.target_modules == "all-linear" or "lm_head" not in config.model.lora.target_modules:
-        pass
-    else:
+    elif lora.target_modules != "all-linear" and "lm_head" in lora.target_modules:
         yield "model.lora.target_modules: lm_head cannot be adapted by TRL's DPO; leave it out"
     if config.bridge.name not in ("lora", "restart"):
         yield f"bridge.name: {config.bridge.name!r} moves no adapter between rounds; use lora or restart"

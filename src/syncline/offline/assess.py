@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from syncline.envs.rendering import load_tokenizer, rendered
 from syncline.errors import ConfigError
 from syncline.observe.files import read_object, write_atomically
 from syncline.offline.arms import Arm
-from syncline.offline.collect import Place
+from syncline.offline.collect import Place, attempt_of
 from syncline.offline.gauge import Gauge, gauging
 from syncline.offline.lines import AppendOnlyLines
 from syncline.offline.marks import GREEDY, SAMPLED, Marked, read_answer, summarise
 from syncline.offline.questions import Question, load_questions
-from syncline.offline.records import Attempt, Said, read_trajectories
+from syncline.offline.records import Attempt, read_trajectories
 from syncline.offline.replica import EngineReplica
 from syncline.offline.sampler import Request, Sampler
 from syncline.offline.work import WorkItem
-from syncline.types import Completion, SamplingParams
+from syncline.types import SamplingParams
 
 EVALUATION_FILE = "evaluation.json"
 SHOW_SECONDS = 10.0
@@ -44,6 +45,7 @@ def assess(
     again. Raises `ConfigError` for answers of other weights than `model`, `EngineError` when no engine is left."""
     tokenizer = load_tokenizer(place.tokenizer)
     sets: dict[str, Any] = {}
+    tokens = 0
     for own in asked.sets:
         questions = load_questions(own, seed=seed, heldout=True)
         one = _Set(asked, place, tokenizer=tokenizer, model=model)
@@ -52,9 +54,10 @@ def assess(
             _refuse_foreign(lines, requests, model=model)
             pending = [request for request in requests if request.item.key not in lines.done]
             asyncio.run(one.sample(pending, lines, lambda line, name=own.name: show(f"{name}: {line}")))
-        summary = summarise(list(_marked(asked, place.folder, own, questions.questions)))
-        sets[own.name] = summary | {"num_duplicates_left_out": questions.num_duplicates}
-    found = {"model": model, "sets": sets}
+        marks = list(_marked(asked, place.folder, own, questions.questions))
+        tokens += sum(one.num_tokens for one in marks)
+        sets[own.name] = summarise(marks) | {"num_duplicates_left_out": questions.num_duplicates}
+    found = {"model": model, "tokens": tokens, "sets": sets}
     write_atomically(place.folder / EVALUATION_FILE, json.dumps(found, indent=2) + "\n")
     return found
 
@@ -100,34 +103,14 @@ class _Set:
                 replicas,
                 lines,
                 model=self._model,
-                record=self._record,
-                on_written=lambda request, record: (),
+                record=partial(attempt_of, tokenizer=self._tokenizer, model=self._model),
+                on_written=lambda request, attempt: (),
                 concurrency=asked.concurrency,
                 lost_after_seconds=asked.lost_after_seconds,
             )
             gauge = Gauge(sampler.tally, done_before=len(lines.done), slots=place.slots)
             async with gauging(gauge, show, gpus=place.gpus, show_seconds=SHOW_SECONDS):
                 await sampler.run(pending)
-
-    def _record(self, request: Request, completion: Completion) -> dict[str, Any]:
-        item = request.item
-        return Attempt(
-            key=item.key,
-            question_id=item.question_id,
-            question=item.question,
-            gold=item.gold,
-            arm=item.arm.name,
-            sample=item.sample,
-            seed=item.seed,
-            prompt=tuple(Said(role=m.role, content=m.content) for m in item.prompt),
-            text=self._tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
-            token_ids=completion.token_ids,
-            logprobs=completion.logprobs,
-            num_tokens=len(completion.token_ids),
-            num_prompt_tokens=len(request.prompt_token_ids),
-            finish_reason=completion.finish_reason.value,  # pyright: ignore[reportArgumentType]
-            model=self._model,
-        ).model_dump()
 
 
 def _refuse_foreign(lines: AppendOnlyLines, requests: list[Request], *, model: str) -> None:

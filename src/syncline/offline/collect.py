@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,27 @@ async def model_held(engine_urls: Iterable[str], *, adapter: str | None, timeout
     return next(iter(held.values()))
 
 
+def attempt_of(request: Request, completion: Completion, *, tokenizer: Any, model: str) -> Attempt:
+    item = request.item
+    return Attempt(
+        key=item.key,
+        question_id=item.question_id,
+        question=item.question,
+        gold=item.gold,
+        arm=item.arm.name,
+        sample=item.sample,
+        seed=item.seed,
+        prompt=tuple(Said(role=m.role, content=m.content) for m in item.prompt),
+        text=tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
+        token_ids=completion.token_ids,
+        logprobs=completion.logprobs,
+        num_tokens=len(completion.token_ids),
+        num_prompt_tokens=len(request.prompt_token_ids),
+        finish_reason="stop" if completion.finish_reason is FinishReason.STOP else "length",
+        model=model,
+    )
+
+
 class _Collection:
     def __init__(self, asked: Collect, place: Place, loaded: Loaded, *, model: str, seed: int) -> None:
         self.workload = Workload(loaded.questions, asked, seed=seed)
@@ -149,7 +171,7 @@ class _Collection:
                 replicas,
                 lines,
                 model=self._model,
-                record=self._record,
+                record=partial(attempt_of, tokenizer=self._tokenizer, model=self._model),
                 on_written=self._written,
                 concurrency=concurrency,
                 lost_after_seconds=asked.lost_after_seconds,
@@ -173,26 +195,6 @@ class _Collection:
             min(asked.max_tokens, room), temperature=item.arm.temperature, top_p=item.arm.top_p, seed=item.seed
         )
         return Request(item, ids, sampling)
-
-    def _record(self, request: Request, completion: Completion) -> Attempt:
-        item = request.item
-        return Attempt(
-            key=item.key,
-            question_id=item.question_id,
-            question=item.question,
-            gold=item.gold,
-            arm=item.arm.name,
-            sample=item.sample,
-            seed=item.seed,
-            prompt=tuple(Said(role=m.role, content=m.content) for m in item.prompt),
-            text=self._tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
-            token_ids=completion.token_ids,
-            logprobs=completion.logprobs,
-            num_tokens=len(completion.token_ids),
-            num_prompt_tokens=len(request.prompt_token_ids),
-            finish_reason="stop" if completion.finish_reason is FinishReason.STOP else "length",
-            model=self._model,
-        )
 
     def _written(self, request: Request, attempt: Attempt) -> list[Request]:
         return [self._request(item) for item in self._note(request.item, attempt)]

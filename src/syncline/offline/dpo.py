@@ -44,7 +44,7 @@ class Task:
 
 
 def train_dpo(config: Dpo, task: Task, notes: Notes) -> None:
-    """Writes `adapter/` into the stage's folder, `metrics.jsonl` and `last-good/` on the way; goes on from the newest
+    """On one device. Writes `adapter/` into the stage's folder, `metrics.jsonl` and `last-good/` on the way; goes on from the newest
     whole checkpoint there. Raises `ConfigError` for pairs that cannot be trained on, `TrainingError` for a collapse."""
     from syncline.offline.guard import Watch, newest_checkpoint, save_adapter, step_of
 
@@ -61,8 +61,7 @@ def train_dpo(config: Dpo, task: Task, notes: Notes) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watch.close()
-    if trainer.is_world_process_zero():
-        save_adapter(trainer.model, notes.folder / ADAPTER)
+    save_adapter(trainer.model, notes.folder / ADAPTER)
     notes.tokens = watch.num_tokens
     notes.facts |= {
         "num_pairs": len(pairs),
@@ -132,17 +131,8 @@ def load_policy(model: Model, adapter: Path | None, *, device: torch.device) -> 
 
 def _arguments(config: Dpo, task: Task, folder: Path, *, device: torch.device) -> Any:
     """Everything that TRL's versions have had other defaults for is said. One log line a step."""
-    from accelerate import PartialState
     from trl import DPOConfig
 
-    per_rank, rest = divmod(config.pairs_per_step, config.microbatch_pairs * PartialState().num_processes)
-    if rest:
-        raise ConfigError(
-            [
-                f"dpo.pairs_per_step: {config.pairs_per_step} is no multiple of microbatch_pairs = "
-                f"{config.microbatch_pairs} times {PartialState().num_processes} processes; change one of them"
-            ]
-        )
     return DPOConfig(
         output_dir=str(folder / CHECKPOINTS),
         loss_type=list(config.losses),
@@ -153,7 +143,7 @@ def _arguments(config: Dpo, task: Task, folder: Path, *, device: torch.device) -
         warmup_steps=config.num_warmup_steps,
         num_train_epochs=config.num_epochs,
         per_device_train_batch_size=config.microbatch_pairs,
-        gradient_accumulation_steps=per_rank,
+        gradient_accumulation_steps=config.pairs_per_step // config.microbatch_pairs,
         max_grad_norm=config.max_grad_norm,
         weight_decay=config.weight_decay,
         gradient_checkpointing=config.recompute,

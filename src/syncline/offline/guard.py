@@ -33,13 +33,12 @@ class WholeCheckpoints(TrainerCallback):
     """Marks each checkpoint that is whole: the trainer writes them in place, so a kill leaves a part of one."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            for path in folder.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            (folder / COMPLETE_FILE).touch()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        (folder / COMPLETE_FILE).touch()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -87,8 +86,7 @@ class Watch(TrainerCallback):
                 f"nats a token by step {step}, further than dpo.guard.max_drop = {self._guard.max_drop:g}; lower "
                 f"dpo.learning_rate, or raise dpo.losses.sft{self._kept()}"
             )
-        if state.is_world_process_zero:
-            save_adapter(model, self._folder / LAST_GOOD)
+        save_adapter(model, self._folder / LAST_GOOD)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         values = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
@@ -99,10 +97,8 @@ class Watch(TrainerCallback):
             raise TrainingError("dpo: the gradient is 0: nothing trains; see model.lora.target_modules")
         if not all(torch.tensor(values[name]).isfinite() for name in ("loss", "grad_norm") if name in values):
             raise TrainingError(f"dpo: loss {values['loss']} at step {state.global_step} is not finite{self._kept()}")
-        if state.is_world_process_zero:
-            measured = self._measured.pop(state.global_step, None)
-            own = values if measured is None else values | {METRIC: measured}
-            self._sink.log(state.global_step, own)
+        measured = self._measured.pop(state.global_step, None)
+        self._sink.log(state.global_step, values if measured is None else values | {METRIC: measured})
 
     def _kept(self) -> str:
         kept = self._folder / LAST_GOOD

@@ -27,7 +27,7 @@ DPO_CURVES = (
     Curve("Pairs told apart", {"rewards/accuracies": "share"}),
     Curve("Gradient norm", {"grad_norm": "before clipping"}),
 )
-LEFT_OUT = ("model", "sets")
+LEFT_OUT = ("model", "sets", "tokens")
 
 
 def write_offline_report(run_dir: Path, *, num_examples: int) -> Path:

@@ -12,9 +12,11 @@ import pytest
 
 pytest.importorskip("trl", reason="the extra `offline` is not installed")
 
+import torch
 import yaml
 from real_engine import make_tiny_model
 from small_engine import small_engine
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from syncline.cli import main
 
@@ -23,11 +25,23 @@ SUMS = [(a, b) for a in range(1, 9) for b in range(1, 5)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("pipeline") / "model", hidden_size=64)
+    """It has seen that a sum is answered by a number near it, so a fifth of its answers is right."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("pipeline") / "model", hidden_size=64)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    texts = [f"{a}+{b}={max(0, a + b + off)}<eos>" for a, b in SUMS for off in (-2, -1, 0, 1, 2)]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
 
 
 def write_file(folder: Path, model: Path, *, num_rounds: int = 2) -> Path:
-    """Random weights rarely add, so one answer in ten is right: pairs enough."""
     rows = [json.dumps({"question": f"{a}+{b}=", "answer": f"#### {a + b}"}) + "\n" for a, b in SUMS]
     (folder / "train.jsonl").write_text("".join(rows[:24]))
     (folder / "heldout.jsonl").write_text("".join(rows[24:]))
@@ -95,6 +109,7 @@ def test_two_rounds_end_with_a_report_and_done_again_ask_no_engine(
     assert main(["eval", file, "run.seed=0", "--engine-url", "http://127.0.0.1:9"]) == 0
 
 
+@pytest.mark.slow
 def test_a_changed_field_does_again_what_depends_on_it_and_no_more(model: Path, tmp_path: Path) -> None:
     file = str(write_file(tmp_path, model, num_rounds=1))
     with small_engine(model) as (_, url):

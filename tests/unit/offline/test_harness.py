@@ -1,4 +1,4 @@
-"""Our reading of answers by lm-evaluation-harness's filters against its own, as `scripts/lm_eval_golden.py` wrote it."""
+"""Our reading of answers by lm-evaluation-harness' filters against its own (`scripts/lm_eval_golden.py`)."""
 
 import json
 from pathlib import Path
