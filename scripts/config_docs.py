@@ -30,8 +30,8 @@ OFFLINE_INTRODUCTION = """\
 
 <!-- Written by scripts/config_docs.py from src/syncline/config/offline.py and offline_collect.py; edit these. -->
 
-What `syncline pipeline`, `collect`, `pairs`, `dpo` and `evaluate` read; [offline.md](offline.md) tells what they do. As in
-a run's file, unknown keys are refused by name, all faults are listed, and `a.b=c` on the command line sets a field.
+What `syncline pipeline`, `collect`, `pairs`, `dpo` and `evaluate` read; [offline.md](offline.md) tells what they do. As
+in a run's file, unknown keys are refused by name, all faults are listed, and `a.b=c` on the command line sets a field.
 `model`, `engine` and `bridge` are those of [config.md](config.md).
 """
 TOLD_THERE = ("model", "engine", "bridge")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lm_eval.api.metrics import exact_match_hf_evaluate
-from lm_eval.filters.extraction import RegexFilter
+from lm_eval.api.metrics import exact_match_hf_evaluate  # pyright: ignore[reportMissingImports]
+from lm_eval.filters.extraction import RegexFilter  # pyright: ignore[reportMissingImports]
 
 from syncline.offline.harness import exact_match, flexible_extract, strict_match
 

@@ -9,8 +9,8 @@ from syncline.config.offline import OfflineConfig, load_offline
 from syncline.offline.stage import Finished
 
 STAGE = "evaluate"
-LOCAL_ONLY = {"concurrency", "lost_after_seconds", "baseline"}
-"""Fields of `eval` that no result depends on."""
+LOCAL_ONLY = {"concurrency": True, "lost_after_seconds": True, "baseline": True}
+"""Fields of `eval` that no result depends on; rows are known by their own digest, not by where they lie."""
 
 
 def run_sets(args: argparse.Namespace) -> int:
@@ -40,7 +40,7 @@ def assess_stage(config: OfflineConfig, policies: Any, adapter: Path | None, *, 
     from syncline.offline.stage import Notes, Stage, file_digest, finished, run_stage
 
     digest = policies.digest(adapter, version=version)
-    known = config.eval.model_dump(mode="json", exclude=LOCAL_ONLY)
+    known = config.eval.model_dump(mode="json", exclude={**LOCAL_ONLY, "sets": {"__all__": {"path"}}})
     paths = {own.name: Path(own.path) for own in config.eval.sets if own.path}
     rows = {f"rows {name}": file_digest(path) for name, path in paths.items() if path.is_file()}
     asked = {"eval": known, "seed": config.run.seed, "max_length": config.model.max_length}

@@ -44,8 +44,9 @@ class Task:
 
 
 def train_dpo(config: Dpo, task: Task, notes: Notes) -> None:
-    """On one device. Writes `adapter/` into the stage's folder, `metrics.jsonl` and `last-good/` on the way; goes on from the newest
-    whole checkpoint there. Raises `ConfigError` for pairs that cannot be trained on, `TrainingError` for a collapse."""
+    """On one device. Writes `adapter/` into the stage's folder, `metrics.jsonl` and `last-good/` on the way; goes on
+    from the newest whole checkpoint there. Raises `ConfigError` for pairs that cannot be trained on, `TrainingError`
+    for a collapse."""
     from syncline.offline.guard import Watch, newest_checkpoint, save_adapter, step_of
 
     tokenizer = load_tokenizer(task.model.tokenizer or task.model.path)
@@ -79,7 +80,7 @@ def _trainer(config: Dpo, task: Task, folder: Path, *, pairs: Sequence[Preferenc
     from syncline.offline.guard import WholeCheckpoints
 
     _refuse_without_trl()
-    from trl import DPOTrainer
+    from trl import DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     class TokenTrainer(DPOTrainer):
         """Of rows that are tokens already."""
@@ -94,15 +95,16 @@ def _trainer(config: Dpo, task: Task, folder: Path, *, pairs: Sequence[Preferenc
         {"prompt_ids": list(p.prompt_ids), "chosen_ids": list(p.chosen_ids), "rejected_ids": list(p.rejected_ids)}
         for p in pairs
     ]
+    policy = load_policy(task.model, task.start, device=device)
     trainer = TokenTrainer(
-        model=load_policy(task.model, task.start, device=device),
+        model=policy,
         args=_arguments(config, task, folder, device=device),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[WholeCheckpoints(), watch],
     )
     if task.start is None:
-        trainer.model.delete_adapter("ref")  # TRL's copy of a fresh adapter is the base with it switched off
+        policy.delete_adapter("ref")  # TRL's copy of a fresh adapter is the base with it switched off
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -131,7 +133,7 @@ def load_policy(model: Model, adapter: Path | None, *, device: torch.device) -> 
 
 def _arguments(config: Dpo, task: Task, folder: Path, *, device: torch.device) -> Any:
     """Everything that TRL's versions have had other defaults for is said. One log line a step."""
-    from trl import DPOConfig
+    from trl import DPOConfig  # pyright: ignore[reportPrivateImportUsage]
 
     return DPOConfig(
         output_dir=str(folder / CHECKPOINTS),
