@@ -53,8 +53,8 @@ class Place:
 def collect(
     asked: Collect, place: Place, *, model: str, seed: int, show: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Writes `rollouts.jsonl` in `place.folder` and returns what is worth telling: counts, tokens, seconds, rates, of this
-    process alone but for `trajectories` and `total_tokens`.
+    """Writes `rollouts.jsonl` in `place.folder` and returns counts, tokens, seconds and rates: of this process
+    alone, but for `trajectories` and `total_tokens`.
 
     `model` is the digest of the weights that the engines hold (`model_held`). Raises `ConfigError` for questions that
     cannot be asked and attempts of another model or collection, `EngineError` when no engine is left. Whatever it
