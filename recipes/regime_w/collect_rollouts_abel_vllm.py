@@ -20,7 +20,7 @@ from typing import Any
 from syncline.cli.collect import collect_stage, engines
 from syncline.config.load import validated
 from syncline.config.offline import OfflineConfig
-from syncline.errors import SynclineError
+from syncline.errors import ConfigError, SynclineError
 from syncline.launch.plan import Machine
 from syncline.observe.files import write_atomically
 from syncline.offline.answers import ANSWER_RULES
@@ -108,7 +108,10 @@ def _config(args: argparse.Namespace, world: int) -> OfflineConfig:
 
 
 def _rank(adapter: Path) -> int:
-    return json.loads((adapter / "adapter_config.json").read_text())["r"]
+    try:
+        return json.loads((adapter / "adapter_config.json").read_text())["r"]
+    except OSError as error:
+        raise ConfigError([f"--lora_path: {adapter} is no PEFT folder ({error.strerror})"]) from error
 
 
 def _lines(path: Path, solutions: Mapping[str, str], version: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ from real_engine import make_tiny_model, run_values, running_engine
 from trajectory_process import TrajectoryProcess
 from transformers import AutoTokenizer
 
+from syncline.protocols import Receipt
 from syncline.trajectory.client import TrajectorySource
 from syncline.types import Lack
 
@@ -185,8 +186,7 @@ def test_a_pause_holds_for_every_route_that_samples(engine):
         thread.start()
     threads[0].join(1.0)
     assert answers == {}
-    engine.control.adopt(policy_version=7)
-    engine.control.resume()
+    engine.control.adopt(Receipt(7, engine.control.receipt().digest), resume=True)
     for thread in threads:
         thread.join(60)
     assert set(answers) == set(REQUESTS)

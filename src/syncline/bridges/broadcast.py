@@ -24,6 +24,7 @@ import torch
 
 from syncline.bridges.buckets import Entry, plan
 from syncline.bridges.collective import CLOSE_SECONDS, Deadline, Group, in_thread, listen, say_last
+from syncline.bridges.copies import CopyingBridge
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.gather import Export, Others, gathered
 from syncline.bridges.handles import device_name
@@ -42,7 +43,7 @@ LAST_WORDS_SECONDS = 5.0
 Answer = TypeVar("Answer")
 
 
-class BroadcastBridge:
+class BroadcastBridge(CopyingBridge):
     """See the module. `export(model)` yields the parameters under their checkpoint names, adapters merged; a learner
     of several ranks runs `GatheringBridge` on the others. `host` is this machine's address as the engines see it."""
 
@@ -71,16 +72,6 @@ class BroadcastBridge:
             end = SparseSender if self._config.sparse else Sender
             self._sender = end(plan(self._manifest, bucket_bytes=self._config.bucket_bytes), self._device)
             self._join()
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """The engines read their own copy, so they may go on sampling while the learner's weights change."""
-        with self._fleet.paused_on_failure():
-            yield
-
-    def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with self._fleet.paused_on_failure():
-            return self._publish(model, policy_version)
 
     def close(self) -> None:
         self._leave("the learner closed its bridge")

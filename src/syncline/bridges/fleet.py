@@ -105,7 +105,7 @@ class Fleet:
             served = {name: digest.partition(":")[0] for name, digest in parameters.items()}
             if faults := differences(learner, served):
                 lines = "\n".join(faults)
-                raise SyncError(f"engine {engine.name} serves another model than the learner trains:\n{lines}")
+                raise SyncError(f"{engine.name} serves another model than the learner trains:\n{lines}")
 
     def prove(self, held: Sequence[Receipt], expected: Receipt, *, digests: Mapping[str, str]) -> None:
         """Raises `SyncError` naming the parameters that differ, unless every engine holds what the learner computed."""
@@ -114,6 +114,6 @@ class Fleet:
                 faults = "\n".join(differences(digests, engine.parameters()))
                 version = f"version {receipt.policy_version}" if receipt.policy_version >= 0 else "no version,"
                 raise SyncError(
-                    f"engine {engine.name} holds {version} digest {receipt.digest[:12]} after "
+                    f"{engine.name} holds {version} digest {receipt.digest[:12]} after "
                     f"a publish of version {expected.policy_version} digest {expected.digest[:12]}:\n{faults}"
                 )

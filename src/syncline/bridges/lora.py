@@ -11,8 +11,7 @@ was; any fault leaves every engine paused. The base never moves: it is proved on
 with `shares_base` the learner's base is the engine's memory, one copy for both.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 
 from syncline.bridges.adapter import AdapterLayout, LoraLayer, is_adapter_name, listed, what_cannot_be_held
 from syncline.bridges.carriers import Carrier, Way, way_to
+from syncline.bridges.copies import CopyingBridge
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, fingerprint_of, open_views
 from syncline.bridges.receipt import differences, model_digest, parameter_digests, whole
@@ -32,7 +32,7 @@ Base = Callable[[Any], Iterable[tuple[str, torch.nn.Parameter]]]
 Layers = Callable[[Any], Iterable[tuple[str, LoraLayer]]]
 
 
-class LoraBridge:
+class LoraBridge(CopyingBridge):
     """See the module. `base(model)` yields the frozen parameters under their checkpoint names, tied ones once;
     `layers(model)` the adapted layers; `folder` is where versions are written for engines on other hosts."""
 
@@ -68,16 +68,6 @@ class LoraBridge:
         self._carrier = Carrier(layout, self._ways(engines, device), device=device, folder=self._folder)
         if self._shares_base:
             self._share(base, device)
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """A step writes the learner's adapter, which no engine reads: they go on sampling."""
-        with self._fleet.paused_on_failure():
-            yield
-
-    def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with self._fleet.paused_on_failure():
-            return self._publish(model, policy_version)
 
     def close(self) -> None:
         if self._carrier is not None:
@@ -118,7 +108,7 @@ class LoraBridge:
         for engine, held in zip(self._fleet.engines, self._fleet.each(stage), strict=True):
             if faults := differences(adapter, held):
                 lines = "\n".join(faults)
-                raise SyncError(f"engine {engine.name} loaded another adapter for version {policy_version}:\n{lines}")
+                raise SyncError(f"{engine.name} loaded another adapter for version {policy_version}:\n{lines}")
 
     def _switch(self, expected: Receipt, digests: Mapping[str, str]) -> float:
         """Every engine samples from the staged adapter. Returns the seconds for which none sampled."""
@@ -138,7 +128,7 @@ class LoraBridge:
         ways: list[Way] = [way_to(engine["whereabouts"], device) for engine in engines]
         if asked == "memory" and "files" in ways:
             raise SyncError(
-                f"engine {self._fleet.engines[ways.index('files')].name} shares no memory with the learner: it is on "
+                f"{self._fleet.engines[ways.index('files')].name} shares no memory with the learner: it is on "
                 "another host, in another container or has another torch; set bridge.adapter_transfer to auto or files"
             )
         return ways
@@ -148,7 +138,7 @@ class LoraBridge:
             served = {name: digest for name, digest in parameters.items() if not is_adapter_name(name)}
             if faults := differences(self._base_digests, served):
                 lines = "\n".join(faults)
-                raise SyncError(f"engine {engine.name} serves another base than the learner adapts:\n{lines}")
+                raise SyncError(f"{engine.name} serves another base than the learner adapts:\n{lines}")
 
     def _share(self, base: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
         """The learner's base becomes the first engine's memory, which the others have too."""
@@ -156,7 +146,7 @@ class LoraBridge:
         memory, *others = engine.export()
         if others:
             raise SyncError(
-                f"engine {engine.name} splits the base over {len(others) + 1} ranks, and the learner's is whole; set "
+                f"{engine.name} splits the base over {len(others) + 1} ranks, and the learner's is whole; set "
                 "bridge.name to lora"
             )
         own = {name: whole(p) for name, p in base.items()}
@@ -170,7 +160,7 @@ class LoraBridge:
                 faults.append(f"its adapters are {held['dtype']}, those of {self._fleet.engines[0].name} are not")
             if faults:
                 raise SyncError(
-                    f"engine {engine.name} cannot hold the learner's adapter; leave out what it names, or set "
+                    f"{engine.name} cannot hold the learner's adapter; leave out what it names, or set "
                     f"bridge.name to restart, which merges the adapter:\n{listed(faults)}"
                 )
         return layout

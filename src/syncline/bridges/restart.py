@@ -11,13 +11,13 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from syncline.bridges.copies import CopyingBridge
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
@@ -26,10 +26,11 @@ from syncline.config.schema import Bridge
 from syncline.protocols import EngineControl, Receipt, SyncReport
 
 SHARD_BYTES = 4 << 30
+PARTIAL = ".partial"
 Export = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 
 
-class RestartBridge:
+class RestartBridge(CopyingBridge):
     """See the module. `export(model)` yields the parameters under their own names, adapters merged, and `saved(model)`
     as files name and cut them (by default alike); `folder` is where versions are written; `assets` is a folder with the
     config and tokenizer files to copy along. With several ranks both yield wholes on each of them, together; rank 0
@@ -57,16 +58,6 @@ class RestartBridge:
     def attach(self, model: Any) -> None:
         self._fleet.wait_until_ready()
         self._fleet.refuse_other_model({name: kind_of(tensor) for name, tensor in self._export(model)})
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """The engine reads its own copy, so it may go on sampling while the learner's weights change."""
-        with self._fleet.paused_on_failure():
-            yield
-
-    def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with self._fleet.paused_on_failure():
-            return self._publish(model, policy_version)
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
@@ -120,7 +111,8 @@ class RestartBridge:
 
     def _forget_versions_before(self, policy_version: int) -> None:
         for path in self._folder.glob("version-*"):
-            if int(path.name.removeprefix("version-")) < policy_version:
+            half_written = path.suffix == PARTIAL  # by a learner that was killed
+            if half_written or int(path.name.removeprefix("version-")) < policy_version:
                 shutil.rmtree(path)
 
 
@@ -134,7 +126,7 @@ def write_weights(named: Iterable[tuple[str, torch.Tensor]], path: Path, *, asse
 
     Written beside and renamed, so `path` is either whole or absent.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     copy_assets(assets, partial)

@@ -78,7 +78,7 @@ class SharedBridge:
         exports = self._ranks.from_first(lambda: self._fleet.engines[0].export())
         if len(exports) != self._ranks.world_size:
             raise SyncError(
-                f"engine {self._fleet.engines[0].name} has {len(exports)} tensor-parallel ranks and the learner "
+                f"{self._fleet.engines[0].name} has {len(exports)} tensor-parallel ranks and the learner "
                 f"{self._ranks.world_size}; set learner.tensor_parallel_size to engine.tensor_parallel_size, or use "
                 "bridge.name restart"
             )

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def collect_stage(
             slots=config.engine.max_num_seqs,
             gpus=tuple(gpus[i] for i in config.engine.devices if i < len(gpus)),
         )
-        found = collect(config.collect, place, model=held, seed=config.run.seed)
-        notes.tokens += found["tokens"]
+        found = collect(config.collect, place, model=held, seed=config.run.seed, show=partial(print, flush=True))
+        notes.tokens = found["total_tokens"]
         notes.facts |= found
 
     return run_stage(Path(config.run.dir), stage, work, outputs=(ROLLOUTS_FILE,))

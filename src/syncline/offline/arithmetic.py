@@ -29,6 +29,9 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]
 )
 _UNITS = frozenset(map(Fraction, (0, 1, 2, 3, 4, 7, 10, 12, 24, 30, 52, 60, 100, 365, 1000)))
 """Numbers that a solution may know without the question: days of a week, a half, percent."""
+_CONSTANTS = frozenset(map(Fraction, (7, 12, 24, 30, 52, 60, 100, 365, 1000)))
+"""Those of them that a result may equal by accident."""
+_WORDS = ("five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _CHANGES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20)
 
 
@@ -95,13 +98,16 @@ def replay(program: Sequence[Equation], answer: Fraction, *, old: Fraction, new:
 def counterfactual(question: str, rationale: str, answer: Fraction) -> Counterfactual | None:
     """The first number of the question that can be changed so that the rationale, run again, gives another answer.
 
-    A number qualifies when the question names it once, no other quantity shares its value, and every equation of the
-    rationale is right. Changed results must stay positive, and whole where they were. `None`: no number qualifies.
+    A number qualifies when the question names it once and no other quantity shares its value. The rationale must be
+    right, end in the answer and be traceable (`_is_traceable`); changed results must stay positive, and whole where
+    they were. `None`: no number qualifies.
     """
     program = equations(" ".join(re.findall(r"<<(.*?)>>", rationale)) or rationale)
-    if not program or not all(equation.holds for equation in program):
+    if not program or program[-1].stated != answer or not all(equation.holds for equation in program):
         return None
     given = [(match, Fraction(match.group().rstrip(",").replace(",", ""))) for match in _GIVEN.finditer(question)]
+    if not _is_traceable(program, {value for _, value in given}, question.lower()):
+        return None
     taken = _UNITS | {equation.stated for equation in program}
     for match, old in given:
         if old in taken or sum(value == old for _, value in given) > 1:
@@ -114,6 +120,24 @@ def counterfactual(question: str, rationale: str, answer: Fraction) -> Counterfa
                 told = question[: match.start()] + _written(new, like=text) + rest
                 return Counterfactual(told, old, new, changed)
     return None
+
+
+def _is_traceable(program: Sequence[Equation], given: set[Fraction], question: str) -> bool:
+    """Whether every operand can only be what it is taken for: a number of the question (or so many percent of it), a
+    unit, or one result. A rationale that rounds, or works in its head, has operands that come from nowhere."""
+    spelt = {Fraction(5 + i) for i, word in enumerate(_WORDS) if word in question}
+    known = given | {value / 100 for value in given} | _UNITS | spelt
+    results: set[Fraction] = set()
+    for equation in program:
+        operands = {Fraction(str(node.value)) for node in ast.walk(equation.left) if isinstance(node, ast.Constant)}
+        if (
+            operands - known - results
+            or operands & results & (given | spelt | _CONSTANTS)
+            or equation.stated in results
+        ):
+            return False
+        results.add(equation.stated)
+    return True
 
 
 def _is_plausible(program: Sequence[Equation], old: Fraction, new: Fraction) -> bool:

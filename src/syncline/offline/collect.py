@@ -53,7 +53,8 @@ class Place:
 def collect(
     asked: Collect, place: Place, *, model: str, seed: int, show: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Writes `rollouts.jsonl` in `place.folder` and returns what is worth telling: counts, tokens, seconds, rates.
+    """Writes `rollouts.jsonl` in `place.folder` and returns counts, tokens, seconds and rates: of this process
+    alone, but for `trajectories` and `total_tokens`.
 
     `model` is the digest of the weights that the engines hold (`model_held`). Raises `ConfigError` for questions that
     cannot be asked and attempts of another model or collection, `EngineError` when no engine is left. Whatever it
@@ -75,6 +76,7 @@ def collect(
         "sampled": tally.done,
         "sampled_again": tally.given_back,
         "engines_lost": len(tally.lost),
+        "total_tokens": sum(attempt.num_tokens for _, attempt in collection.attempts.values()),
         "tokens": tally.tokens,
         "prompt_tokens": tally.prompt_tokens,
         "seconds": gauge.seconds,

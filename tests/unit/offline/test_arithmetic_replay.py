@@ -6,8 +6,8 @@ import pytest
 
 from syncline.offline.arithmetic import counterfactual, equations, replay
 
-QUESTION = "A farm has 48 hens and sells half of them, then buys 5 more for $1,200. How many hens are there?"
-SOLUTION = "It keeps 48/2=<<48/2=24>>24 hens. Then 24+5=<<24+5=29>>29.\n#### 29"
+QUESTION = "A farm has 68 hens and sells half of them, then buys 5 more for $1,200. How many hens are there?"
+SOLUTION = "It keeps 68/2=<<68/2=34>>34 hens. Then 34+5=<<34+5=39>>39.\n#### 39"
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,10 @@ def test_replay_follows_results_from_step_to_step() -> None:
 
 
 def test_counterfactual_is_the_first_change_that_stays_whole() -> None:
-    changed = counterfactual(QUESTION, SOLUTION, Fraction(29))
+    changed = counterfactual(QUESTION, SOLUTION, Fraction(39))
     assert changed is not None
-    assert (changed.old, changed.new, changed.answer) == (48, 50, 30), "49 hens have no whole half"
-    assert changed.question == QUESTION.replace("48", "50")
+    assert (changed.old, changed.new, changed.answer) == (68, 70, 40), "69 hens have no whole half"
+    assert changed.question == QUESTION.replace("68", "70")
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,13 @@ def test_counterfactual_is_the_first_change_that_stays_whole() -> None:
         ("He has two dozen hens.", "2*12=<<2*12=24>>24\n#### 24"),
         ("He has 48 hens.", "He has <<48/2=25>>25\n#### 25"),
         ("He has 48 hens.", "There are 48.\n#### 48"),
-        ("He has 24 hens of 48.", "48/2=<<48/2=24>>24\n#### 24\n"),
+        ("47 carrots for 4 goats, the same for each: what is left?", "<<11*4=44>>44 <<47-44=3>>3\n#### 3"),
+        ("2 pairs of $50 at 40 percent off", "<<2*50=100>>100 <<100-40=60>>60 <<100*60/100=60>>60\n#### 60"),
+        ("He has 66 hens and 22 cows, buys 22 each.", "<<66-44=22>>22 <<66+22=88>>88\n#### 88"),
     ],
 )
 def test_no_counterfactual_where_it_would_be_a_guess(question: str, solution: str) -> None:
-    changed = counterfactual(question, solution, Fraction(solution.rpartition("#### ")[2]))
-    assert changed is None or "24 hens of" in changed.question
+    assert counterfactual(question, solution, Fraction(solution.rpartition("#### ")[2])) is None
 
 
 def test_numbers_keep_their_commas() -> None:

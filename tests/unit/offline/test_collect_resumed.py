@@ -59,6 +59,7 @@ def test_what_is_there_is_scored_and_nothing_is_sampled(tmp_path: Path) -> None:
     told: list[str] = []
     facts = collect(asked(tmp_path), place(tmp_path), model="digest-a", seed=0, show=told.append)
     assert (facts["resumed"], facts["sampled"], facts["trajectories"]) == (4, 0, 4)
+    assert (facts["tokens"], facts["total_tokens"]) == (0, 8)
     rows = [json.loads(line) for line in (tmp_path / ROLLOUTS_FILE).read_text().splitlines()]
     order = ["solve", "rephrase", "solve@cf", "rephrase@cf"]
     assert [row["arm"] for row in rows] == order and {row["key"] for row in rows} == {item.key for item in items}
