@@ -32,7 +32,9 @@ def connect_engines(
         if config.bridge.name != "shared":
             raise ConfigError([f"bridge.name: {config.bridge.name!r} takes no --bridge-config; set it to shared"])
         file = ranks.together(
-            lambda: find_bridge_file(bridge_config, model=config.model.path, device=device, rank=ranks.rank)
+            lambda: find_bridge_file(
+                bridge_config, model=config.model.path, device=device, rank=ranks.rank, patience_seconds=timeout
+            )
         )
         found = [FoundEngine(file, start_timeout_seconds=timeout)]
     urls = urls or ([] if found else known_urls(config))

@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,24 +49,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from syncline.learner.distributed import num_ranks, refuse_other_number
+
+    config = load(*file_of(args))
+    if num_ranks(config.learner) > 1 and not is_rank():
+        return run_ranks(num_ranks(config.learner), sys.argv[1:])
+    refuse_other_number(config.learner)
+    return learn(config, args)
+
+
+def learn(config: RunConfig, args: argparse.Namespace, *, watch: "Callable[[Parts], Parts] | None" = None) -> int:
+    """The learner, to its end. `watch` sees its parts before the first step, and may add to them."""
     from syncline.bridges.ranks import DATA_PARALLEL, TENSOR_PARALLEL
-    from syncline.learner.distributed import joined_ranks, num_ranks, rank_device, refuse_other_number
+    from syncline.learner.distributed import joined_ranks, rank_device
     from syncline.learner.loop import train
     from syncline.learner.model import learner_device
     from syncline.observe.logs import set_up_logging
 
-    config = load(*file_of(args))
     trajectories_url = args.trajectories_url or _trajectories_url(config)
-    if num_ranks(config.learner) > 1 and not is_rank():
-        return run_ranks(num_ranks(config.learner), sys.argv[1:])
-    refuse_other_number(config.learner)
     device = rank_device(learner_device(config.learner.device))
     dimension = DATA_PARALLEL if config.learner.data_parallel_size > 1 else TENSOR_PARALLEL
     with joined_ranks(device, timeout_seconds=_longest_wait(config), dimension=dimension) as ranks:
         set_up_logging(logging.INFO if ranks.is_first else logging.WARNING)
         engines = connect_engines(config, args.engine_urls, args.bridge_config, device=device, ranks=ranks)
         with assemble(config, ranks, device=device, engines=engines, trajectories_url=trajectories_url) as parts:
-            state = train(config, parts)
+            state = train(config, watch(parts) if watch else parts)
     log.info(
         "finished: step %d, policy version %d, %d tokens trained",
         state.step,
@@ -126,7 +133,8 @@ def assemble(
         bridge = build_bridge(config, engines, assets, ranks=ranks)
         stack.callback(bridge.close)
         bridge.attach(model)
-        checkpoints = Checkpoints(folder / "checkpoints", config.learner.num_checkpoints, assets, ranks)
+        named = folder / config.learner.checkpoint_name
+        checkpoints = Checkpoints(named.parent, config.learner.num_checkpoints, assets, ranks, named.name)
         resumed_step = checkpoints.newest_step()
         sink, source = (None, None)
         if ranks.is_first:
@@ -149,6 +157,7 @@ def assemble(
 def _outside(
     config: RunConfig, stack: ExitStack, *, trajectories_url: str, resumed_step: int
 ) -> tuple["MetricSink", "RolloutSource"]:
+    from syncline.cli.trajectories import run_terms
     from syncline.observe.exports import ExportingSink, open_exports
     from syncline.observe.sinks import JsonlSink
     from syncline.trajectory.client import TrajectorySource
@@ -161,6 +170,7 @@ def _outside(
     stack.callback(sink.close)
     source = TrajectorySource(
         trajectories_url,
+        terms=run_terms(config),
         token=os.environ.get(TOKEN_VARIABLE),
         wait_timeout_seconds=config.trajectory.wait_timeout_seconds,
     )

@@ -140,6 +140,11 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
 
 
 def _environments(config: RunConfig) -> Iterator[str]:
+    if not config.environments and config.evaluation.num_tasks:
+        yield (
+            f"evaluation.num_tasks: {config.evaluation.num_tasks} are asked of environments = [], which has none; name "
+            "an environment, or set it to 0"
+        )
     names = [e.name or e.task for e in config.environments]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -240,6 +245,25 @@ def _bridge(config: RunConfig) -> Iterator[str]:
             yield (
                 f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "
                 f"bridge.name = 'shared' trains in place; leave it out{_or_restart(option)}"
+            )
+
+
+def _published(config: RunConfig) -> Iterator[str]:
+    """Between publishes learner and engines differ, so what compares them, or is resumed from, waits for one."""
+    interval = config.bridge.interval
+    if interval > 1 and config.bridge.name == "shared" and config.model.lora is None:
+        yield (
+            f"bridge.interval: {interval} leaves engines on an older version, and with bridge.name = 'shared' every "
+            "step changes what they read; set it to 1, or use restart"
+        )
+    for field, value in (
+        ("learner.checkpoint_interval", config.learner.checkpoint_interval),
+        ("parity.interval", config.parity.interval),
+    ):
+        if value % interval and value < config.run.num_steps:
+            yield (
+                f"{field}: {value} falls between two publishes, which are every bridge.interval = {interval} steps; "
+                "make it a multiple of that"
             )
 
 
@@ -355,6 +379,7 @@ _RULES = (
     _ranks,
     _in_flight,
     _bridge,
+    _published,
     _broadcast,
     _adapter,
     _deadlines,

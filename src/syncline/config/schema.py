@@ -242,6 +242,8 @@ class Learner(Section):
     stop the run, or take them: the logprobs become the learner's own, and staleness is not bounded."""
     checkpoint_interval: PositiveInt = 10
     """Steps between checkpoints."""
+    checkpoint_name: Annotated[str, Field(pattern=r"^[^{}]*\{step(:0\d+d)?\}$")] = "checkpoints/step-{step:06d}"
+    """Folder of a step's checkpoint, in run.dir."""
     num_checkpoints: PositiveInt = 2
     """Checkpoints kept."""
 
@@ -251,6 +253,8 @@ class Bridge(Section):
     """`shared`: one copy of the weights in the memory of one device; `broadcast`: full weights to engines on other
     GPUs; `lora`: the adapter alone, swapped while requests run; `restart`: checkpoints, works with everything. With
     `model.lora`, `shared` is one base and swapped adapters."""
+    interval: PositiveInt = 1
+    """Steps between publishes. Above 1 engines sample several steps from one version."""
     restart: Literal["in_place", "process"] = "in_place"
     """Reload the running engine's weights, or replace its process."""
     in_flight: Literal["drain", "keep", "abort"] = "drain"
@@ -312,7 +316,9 @@ class RunConfig(Section):
     run: Run
     model: Model
     sampling: Sampling
-    environments: Annotated[tuple[Environment, ...], Field(min_length=1)]
+    environments: tuple[Environment, ...]
+    """Empty: whoever comes to the trajectory server, be it `syncline env` (its weight is 1) or an environment of the
+    Atropos wire."""
     engine: Engine = Engine()
     trajectory: Trajectory = Trajectory()
     learner: Learner = Learner()
