@@ -78,7 +78,7 @@ def _silent(rank: int, size: int) -> str:
         return "another rank"
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"gave-up/{rank}", b"")
+        store.set(f"gave-up/{rank}", "")
         deadline = time.monotonic() + ROLL_CALL_SECONDS
         while silent := [r for r in range(size) if not store.check([f"gave-up/{r}"])]:
             if time.monotonic() > deadline:
