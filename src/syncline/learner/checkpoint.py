@@ -1,6 +1,6 @@
 """Checkpoints: whole or absent, resumable to the bit, and loadable as a Hugging Face model.
 
-A checkpoint is a folder `step-000123` with the weights (or the adapter) in safetensors, `optimizer.safetensors`
+A checkpoint is a folder such as `step-000123` with the weights (or the adapter) in safetensors, `optimizer.safetensors`
 (moments and the low 16 bits of split masters; of several ranks, a file each), `rng.safetensors` and `state.json`.
 Weights are named and cut as the family's files are (`saved_parameters`), whatever transformers makes of them in memory.
 It is written beside, synced to disk and renamed, so a folder without `.partial` is complete; the newest is the one to
@@ -29,30 +29,31 @@ from syncline.learner.model import saved_parameters, trainable_parameters
 from syncline.learner.pieces import read_pieces, write_pieces
 from syncline.learner.places import cut, shard, wholes
 
-PREFIX = "step-"
+NAME = "step-{step:06d}"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run stands: the last finished step and the policy version it published."""
+    """Where a run stands: the last finished step and the last policy version it published."""
 
     step: int = 0
     policy_version: int = 0
     trained_tokens: int = 0
 
-    def next(self, *, trained_tokens: int) -> "TrainState":
-        return TrainState(self.step + 1, self.policy_version + 1, self.trained_tokens + trained_tokens)
+    def next(self, *, trained_tokens: int, publishes: bool = True) -> "TrainState":
+        return TrainState(self.step + 1, self.policy_version + publishes, self.trained_tokens + trained_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
     """The checkpoints of one run, in `folder`, the newest `num_kept` of them. `assets` is a folder with the config and
-    tokenizer files that make each loadable with `from_pretrained`."""
+    tokenizer files that make each loadable with `from_pretrained`; `name` is `learner.checkpoint_name`'s last part."""
 
     folder: Path
     num_kept: int
     assets: Path
     ranks: Ranks = ONE_RANK
+    name: str = NAME
 
     def newest(self) -> Path | None:
         paths = self.ranks.from_first(self._complete)
@@ -61,7 +62,7 @@ class Checkpoints:
     def newest_step(self) -> int:
         """0 when there is no checkpoint."""
         newest = self.newest()
-        return int(newest.name.removeprefix(PREFIX)) if newest else 0
+        return self._step(newest) if newest else 0
 
     def save(self, state: TrainState, model: nn.Module, optimizer: Any, *, digest: str) -> Path:
         shards = {name: shard(tensor) for name, tensor in _trained(model).items()}
@@ -70,7 +71,7 @@ class Checkpoints:
             _weights_name(model): self._on_cpu(weights),
             "rng.safetensors": _numbered(self.ranks.gathered(_random_state())),
         }
-        path = self.folder / f"{PREFIX}{state.step:06d}"
+        path = self.folder / self.name.format(step=state.step)
         partial = self.ranks.from_first(lambda: self._new(path.with_name(path.name + ".partial")))
         own = _shards_of_state(optimizer, model)
         self.ranks.together(lambda: self._write_own(own, partial))
@@ -135,7 +136,11 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         """Oldest first; a `.partial` folder is none."""
-        return sorted(p for p in self.folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit())
+        prefix = self.name.partition("{")[0]
+        return sorted((p for p in self.folder.glob(f"{prefix}*") if p.name[len(prefix) :].isdigit()), key=self._step)
+
+    def _step(self, path: Path) -> int:
+        return int(path.name.removeprefix(self.name.partition("{")[0]))
 
 
 def _is_adapted(model: nn.Module) -> bool:

@@ -194,7 +194,7 @@ def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
 
     @app.post("/start", **takes(wire.StartRequest))
     async def start(body: Annotated[wire.StartRequest, _body(wire.StartRequest)]) -> dict[str, Any]:
-        await turns.take(lambda queue: queue.start(**body.model_dump()))
+        await turns.take(lambda queue: atropos_run.begin(queue, body))
         return {}
 
     @app.post("/lease", **takes(wire.LeaseRequest))

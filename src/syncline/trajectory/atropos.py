@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +24,7 @@ from syncline.trajectory import wire
 from syncline.trajectory.atropos_wire import EnvIdentifier, RegisterEnv, Registration, ScoredData, from_group, to_group
 from syncline.trajectory.guard import read_json
 from syncline.trajectory.openapi import takes
-from syncline.trajectory.queue import TrajectoryQueue
+from syncline.trajectory.queue import PutOutcome, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import why_no_permit
 from syncline.trajectory.store import TrajectoryStore, pack, unpack
@@ -124,10 +124,14 @@ class Packed:
     """A group that was checked, as it is stored, and what must be known of it without unpacking."""
 
     env_id: int | None
-    num_sequences: int
+    scores: Sequence[float]
     longest: int
     digest: str
     body: bytes
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.scores)
 
 
 def _decode(adapter: TypeAdapter[M], body: bytes) -> M:
@@ -145,7 +149,7 @@ def _pack(adapter: TypeAdapter[Any], body: bytes) -> list[Packed]:
 def _packed(group: ScoredData) -> Packed:
     body = group.model_dump_json().encode()
     digest = hashlib.sha256(body).hexdigest()
-    return Packed(group.env_id, len(group.tokens), max(map(len, group.tokens)), digest, pack(body))
+    return Packed(group.env_id, group.scores, max(map(len, group.tokens)), digest, pack(body))
 
 
 class _Upload:
@@ -171,9 +175,12 @@ class _Upload:
         assert self._ask is not None
         if not self._store.has_room(len(self.group.body)):
             return False
-        ticket = queue.admit(self._ask, num_rollouts=self.group.num_sequences, digest=self.group.digest)
-        if ticket is None:
+        admitted = queue.admit(self._ask, rewards=self.group.scores, digest=self.group.digest)
+        if admitted is None:
             return False
+        ticket, outcome = admitted
+        if outcome is PutOutcome.REPLACED:
+            return True
         self._store.keep(ticket.permit_id, self.group.body)
         if self.group.env_id is not None:
             env = rules.find_env(queue, self.group.env_id)

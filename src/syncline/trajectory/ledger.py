@@ -5,7 +5,7 @@ Every move is noted in `changed`, for the store; what is out has a deadline on t
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from syncline.trajectory.tickets import LIVE, OUTSTANDING, Line, QueueState, Ticket, TicketState
 
@@ -22,6 +22,10 @@ class QueueLimits:
     """Groups of equal rewards that may be replaced between two acknowledgements."""
     max_faults: int = 3
     """A task that fails more often than this is given up."""
+    admits_environments: bool = False
+    """Those the configuration does not name take part too, from when they first ask."""
+    admits_runs: bool = False
+    """There is no configuration: the learner says what holds (`RunTerms`), and another run's learner begins anew."""
 
     @property
     def capacity(self) -> int:
@@ -40,7 +44,7 @@ class Ledger:
         state: QueueState | None = None,
         tickets: Iterable[Ticket] = (),
     ) -> None:
-        self.limits = limits
+        self._limits = limits
         self.clock = clock
         self.state = state or QueueState()
         self.weights = dict(weights)
@@ -56,6 +60,20 @@ class Ledger:
             self.weights.setdefault(name, self.state.atropos.weight_of(name))
         for ticket in tickets:
             self._file(ticket)
+
+    @property
+    def limits(self) -> QueueLimits:
+        """The configuration's, or what the learner said of its run."""
+        terms = self.state.terms
+        if terms is None:
+            return self._limits
+        return replace(
+            self._limits,
+            groups_per_step=terms.groups_per_step,
+            rollouts_per_group=terms.rollouts_per_group,
+            max_staleness=terms.max_staleness,
+            max_refills=terms.max_refills,
+        )
 
     def find(self, permit_id: str) -> Ticket | None:
         return self.live.get(permit_id) or self._settled.get(permit_id)

@@ -161,7 +161,7 @@ def test_any_budget_holds_the_same_tokens_with_the_same_weights(masks: list[str]
 
 
 def shares(*lengths: int, of: int, budget: int) -> list[list[list[int]]]:
-    """Each rank's micro-batches as the labels they train on, none for idle ones. Sequence i starts at token 1000 i."""
+    """Each rank's micro-batches as the labels they train on, none for idle ones. Sequence i begins at 1000 i."""
     rollouts = tuple(rollout(sample(1000 * i, "." + "#" * length)) for i, length in enumerate(lengths, start=1))
     group, advantages = RolloutGroup("g", "task", 0, rollouts), {"g": (1.0,) * len(rollouts)}
     options: dict[str, Any] = {"loss": Loss(), "token_budget": budget, "max_completion_tokens": 99}
