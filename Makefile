@@ -6,13 +6,14 @@ GPU_TEST ?=
 PY := .venv/bin/python
 RUN_TESTS := $(PY) -m pytest
 
-.PHONY: help setup environments demo offline-demo test families check bench gpu-test lock clean
+.PHONY: help setup environments demo offline-demo test slow families check bench gpu-test lock clean
 
 help:
 	@echo "setup     .venv with syncline and vLLM (ENGINE=auto|cpu|cuda, PYTHON=python3)"
 	@echo "demo      train the small model with GRPO (SEEDS=\"0 1 2\")"
 	@echo "offline-demo  train it offline: collect, prefer, DPO, evaluate, in two rounds"
-	@echo "test      every test that needs no GPU, real vLLM included"
+	@echo "test      the tests that need no GPU, real vLLM included; CI runs them"
+	@echo "slow      the tests that \`test\` leaves out: more of a kind of which it runs a few"
 	@echo "families  every model family's parity, learner against a real engine"
 	@echo "check     ruff, pyright, import-linter, unit and contract tests"
 	@echo "gpu-test  the tests for NVIDIA GPUs, spread over those here (GPU_TEST=\"--jobs shared\")"
@@ -28,10 +29,10 @@ environments:
 	@$(PYTHON) scripts/setup.py --engine $(ENGINE) --environments
 
 # Neither asks a model hub for anything.
-demo offline-demo test families check gpu-test: export HF_HUB_OFFLINE = 1
-demo offline-demo test families check gpu-test: export VLLM_NO_USAGE_STATS = 1
+demo offline-demo test slow families check gpu-test: export HF_HUB_OFFLINE = 1
+demo offline-demo test slow families check gpu-test: export VLLM_NO_USAGE_STATS = 1
 # Threads that wait sleep: a spinning one slows whatever shares its core.
-demo offline-demo test families: export OMP_WAIT_POLICY = PASSIVE
+demo offline-demo test slow families: export OMP_WAIT_POLICY = PASSIVE
 
 demo: setup
 	$(PY) recipes/demo/run.py --seeds $(SEEDS)
@@ -42,6 +43,9 @@ offline-demo: environments
 
 test: environments
 	$(RUN_TESTS) -m "not gpu and not slow"
+
+slow: environments
+	$(RUN_TESTS) -m "slow and not gpu"
 
 families: setup
 	$(RUN_TESTS) tests/e2e/test_families.py
