@@ -5,6 +5,7 @@ again; whatever is still wrong at the deadline becomes an `EngineError` that nam
 """
 
 import asyncio
+import base64
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,8 +14,9 @@ from typing import Any
 import httpx
 
 from syncline.errors import EngineError, EngineTimeout
+from syncline.observe.images import read_image
 from syncline.protocols import Membership, Paused, Receipt, Received
-from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
+from syncline.types import Completion, FinishReason, ImageRef, SamplingParams, VersionSpan
 
 RETRY_SECONDS = 0.2
 GRACE_SECONDS = 5.0
@@ -45,15 +47,23 @@ class EngineClient:
         await self._http.aclose()
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, num_completions: int = 1
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        num_completions: int = 1,
+        images: Sequence[ImageRef] = (),
     ) -> list[Completion]:
-        body = {
+        body: dict[str, Any] = {
             "prompt_token_ids": list(prompt_token_ids),
             "sampling": asdict(sampling),
             "num_completions": num_completions,
         }
+        if images:  # their bytes, once for all completions: the engine may be on another host, and opens no files
+            body["images"] = [base64.b64encode(await asyncio.to_thread(read_image, image)).decode() for image in images]
         answer = await self._post("/syncline/generate", body)
-        return [_completion(c, self._unpublished_version) for c in answer["completions"]]
+        read = tuple(answer.get("prompt_token_ids", ()))
+        return [_completion(c, self._unpublished_version, read) for c in answer["completions"]]
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         deadline = time.monotonic() + self._timeout_seconds
@@ -202,7 +212,7 @@ def _receipt(answer: Any) -> Receipt:
     return Receipt(answer["policy_version"], answer["digest"])
 
 
-def _completion(answer: Any, unpublished_version: int | None) -> Completion:
+def _completion(answer: Any, unpublished_version: int | None, prompt_token_ids: tuple[int, ...]) -> Completion:
     token_ids = tuple(answer["token_ids"])
     versions = tuple(VersionSpan(*span) for span in answer["versions"])
     if token_ids and not versions and unpublished_version is not None:
@@ -212,4 +222,5 @@ def _completion(answer: Any, unpublished_version: int | None) -> Completion:
         logprobs=tuple(answer["logprobs"]),
         versions=versions,
         finish_reason=FinishReason(answer["finish_reason"]),
+        prompt_token_ids=prompt_token_ids,
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from syncline.engines.client import EngineClient
-from syncline.types import Completion, SamplingParams
+from syncline.types import Completion, ImageRef, SamplingParams
 
 
 class EnginePool:
@@ -26,11 +26,16 @@ class EnginePool:
         await self._stack.aclose()
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, num_completions: int = 1
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        num_completions: int = 1,
+        images: Sequence[ImageRef] = (),
     ) -> list[Completion]:
         client = min(self._clients, key=lambda one: self._running[one])
         self._running[client] += num_completions
         try:
-            return await client.generate(prompt_token_ids, sampling, num_completions=num_completions)
+            return await client.generate(prompt_token_ids, sampling, num_completions=num_completions, images=images)
         finally:
             self._running[client] -= num_completions

@@ -11,6 +11,7 @@ from torch import nn
 
 from syncline.bridges.manifest import Shard
 from syncline.bridges.ranks import ONE_RANK, Ranks
+from syncline.bridges.saved import model_class
 from syncline.config.schema import Learner, Lora, Model
 from syncline.errors import ConfigError
 from syncline.learner.attention import check_attention
@@ -20,6 +21,7 @@ from syncline.learner.logprobs import token_logprobs
 from syncline.learner.packing import PackedBatch
 from syncline.learner.places import shard, wholes
 from syncline.learner.tensor_parallel import parallelize
+from syncline.learner.vision import Vision, family_of, sees
 
 
 def learner_device(asked: str) -> torch.device:
@@ -44,15 +46,18 @@ def load_model(
 
     Raises `ConfigError` for a path that holds no model, and for one that cannot be split.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     running = running or Learner()
     dtype = learner_dtype(config.dtype, device)
     try:
         settings = without_dropout(AutoConfig.from_pretrained(config.path))
-        check_attention(settings)
-        attention = choose_attention(running.attention, settings, device=device, dtype=dtype)
-        model = AutoModelForCausalLM.from_pretrained(
+        check_attention(settings.get_text_config())
+        attention: Any = choose_attention(running.attention, settings, device=device, dtype=dtype)
+        if sees(settings):  # a tower packs its pictures in its own way
+            family_of(settings)
+            attention = {"": attention, "text_config": attention, "vision_config": "sdpa"}
+        model = model_class(settings).from_pretrained(
             config.path, config=settings, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError, ImportError) as error:
@@ -189,16 +194,19 @@ class Scorer:
 
     temperature: float
     chunk_tokens: int
+    vision: Vision | None = None
+    """Of a model that takes images; without it a batch that shows some is refused."""
 
     def score(self, model: nn.Module, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """`(logprobs [N], entropy [N])` of the batch's N sampled tokens, at the sampling temperature."""
         lm = causal_lm(model)
-        hidden = lm.get_decoder()(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            **batch.attention_kwargs(),
-        ).last_hidden_state[0]
+        if self.vision is not None:
+            told = self.vision.inputs(lm, batch)
+        elif any(batch.images):
+            raise ConfigError([f"model.path: {lm.config.model_type} takes no images, and the batch shows some"])
+        else:
+            told = {"input_ids": batch.token_ids[None], "position_ids": batch.position_ids[None]}
+        hidden = lm.get_decoder()(use_cache=False, **told, **batch.attention_kwargs()).last_hidden_state[0]
         return token_logprobs(
             hidden.index_select(0, batch.predict_index),
             lm.get_output_embeddings(),
