@@ -15,9 +15,9 @@ VISION_WORDS = ("<pad>", "<eos>", "<unk>", *SPECIAL, "\n")
 WORDS = {word: i for i, word in enumerate((*VISION_WORDS, *map(chr, range(32, 127))))}
 TEXT: dict[str, Any] = {
     "vocab_size": len(WORDS),
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -25,7 +25,7 @@ TEXT: dict[str, Any] = {
     "bos_token_id": None,
     "pad_token_id": 0,
 }
-MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}}
 QWEN_TOKENS = {
     "image_token_id": WORDS["<image>"],
     "video_token_id": WORDS["<video>"],
@@ -33,25 +33,25 @@ QWEN_TOKENS = {
     "vision_end_token_id": WORDS["<vision_end>"],
     "tie_word_embeddings": True,
 }
-QWEN_TOWER: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": 14, "temporal_patch_size": 2}
+QWEN_TOWER: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 14, "temporal_patch_size": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_vl": {
         **QWEN_TOKENS,
         "text_config": TEXT | MROPE,
-        "vision_config": QWEN_TOWER | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "spatial_merge_size": 2},
+        "vision_config": QWEN_TOWER | {"embed_dim": 32, "hidden_size": 128, "mlp_ratio": 2, "spatial_merge_size": 2},
     },
     "qwen2_5_vl": {
         **QWEN_TOKENS,
         "text_config": TEXT | MROPE,
         "vision_config": QWEN_TOWER
-        | {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "window_size": 56}
+        | {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 128, "window_size": 56}
         | {"spatial_merge_size": 2, "fullatt_block_indexes": [1]},
     },
     "qwen3_vl": {
         **QWEN_TOKENS,
-        "text_config": TEXT | {"head_dim": 16} | MROPE,
+        "text_config": TEXT | {"head_dim": 32} | MROPE,
         "vision_config": QWEN_TOWER
-        | {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "spatial_merge_size": 2}
+        | {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 128, "spatial_merge_size": 2}
         | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
     },
     "idefics3": {

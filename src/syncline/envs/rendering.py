@@ -52,7 +52,7 @@ class ChatPolicy:
 
     def _rendered(self, messages: Sequence[Message]) -> list[int]:
         if self._tokenizer.chat_template:
-            chat = [_turn(message) for message in messages]
+            chat = [chat_turn(message) for message in messages]
             return self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         if any(message.images for message in messages):
             raise ValueError("the tokenizer has no chat template, which says where images go; give model.tokenizer one")
@@ -65,7 +65,7 @@ class ChatPolicy:
         """
         if not self._tokenizer.chat_template:
             return self._continued_plainly(messages, after)
-        chat = [_turn(message) for message in messages]
+        chat = [chat_turn(message) for message in messages]
         text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         so_far = self._tokenizer.decode(list(after), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if not text.startswith(so_far):
@@ -85,16 +85,14 @@ class ChatPolicy:
     async def sample(
         self, prompt_token_ids: Sequence[int], *, num_completions: int, images: Sequence[ImageRef] = ()
     ) -> list[Completion]:
-        """Completions of at most `max_tokens`, and of no more than `max_length` leaves room for: the engine, which knows
-        how long images are, ends them there."""
+        """Completions of at most `max_tokens`, and of no more than `max_length` leaves room for: the engine, which
+        knows how long images are, ends them there."""
         room = self._max_length - len(prompt_token_ids)
         sampling = replace(self._sampling, max_tokens=min(self._sampling.max_tokens, room))
-        return await self._generate.generate(
-            prompt_token_ids, sampling, num_completions=num_completions, images=images
-        )
+        return await self._generate.generate(prompt_token_ids, sampling, num_completions=num_completions, images=images)
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def chat_turn(message: Message) -> dict[str, Any]:
     """As chat templates read it: a text, or the images and then the text."""
     if not message.images:
         return {"role": message.role, "content": message.content}

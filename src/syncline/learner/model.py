@@ -19,6 +19,7 @@ from syncline.learner.attention_choice import choose_attention
 from syncline.learner.layers import compile_layers, recompute_layers
 from syncline.learner.logprobs import token_logprobs
 from syncline.learner.packing import PackedBatch
+from syncline.learner.parts import adapter_targets, family_of_model, freeze_parts, trains_beside_adapter
 from syncline.learner.places import shard, wholes
 from syncline.learner.tensor_parallel import parallelize
 from syncline.learner.vision import Vision, family_of, sees
@@ -66,8 +67,10 @@ def load_model(
     model.config.use_cache = False
     parallelize(model, ranks)
     model = model.to(device).train()  # pyright: ignore[reportArgumentType]
+    family = family_of_model(model)
     if config.lora:
-        model = add_lora(model, config.lora)
+        model = add_lora(model, config.lora, targets=adapter_targets(model, config, config.lora))
+    freeze_parts(model, config, family)
     run_layers_as(running, model, device=device, ranks=ranks)
     return model
 
@@ -94,11 +97,12 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
+def add_lora(model: nn.Module, lora: Lora, *, targets: str | list[str] | None = None) -> nn.Module:
     """The model with a fresh adapter; only the adapter trains. Zero matched targets is an error listing what exists."""
     from peft import LoraConfig, get_peft_model
 
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    if targets is None:
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     adapter = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (PEFT takes any number)
@@ -232,7 +236,7 @@ class Reference:
     def of(
         cls, policy: nn.Module, config: Model, *, running: Learner, device: torch.device, ranks: Ranks
     ) -> "Reference":
-        if config.lora:
+        if config.lora and not trains_beside_adapter(config):
             return cls(policy, policy.disable_adapter)
         return cls(load_model(config, device=device, running=running, ranks=ranks).requires_grad_(False).eval())
 

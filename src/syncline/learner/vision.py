@@ -11,12 +11,12 @@ both ways, or features that depend on a neighbour's, would be silently wrong in 
 
 import io
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from syncline.errors import ConfigError, TrainingError
 from syncline.learner.packing import PackedBatch
@@ -116,7 +116,8 @@ class Vision:
             embeddings = embeddings.masked_scatter(mask[:, None], features)
             if self.family.stacks:
                 told["visual_pos_masks"] = mask[None]
-                told["deepstack_visual_embeds"] = [torch.cat(s) for s in zip(*(o.stacked for o in everything), strict=True)]
+                layers = zip(*(one.stacked for one in everything), strict=True)
+                told["deepstack_visual_embeds"] = [torch.cat(layer) for layer in layers]
         return told | {"inputs_embeds": embeddings[None]}
 
     def _placeholders(self, batch: PackedBatch) -> list[Tensor]:
@@ -187,22 +188,3 @@ class Vision:
             found, _ = lm.model.get_rope_index(tokens[None], own.int()[None], image_grid_thw=grids)
             positions.append(found)
         return torch.cat(positions, dim=2).to(batch.token_ids.device)
-
-
-def part_of(name: str, family: Family | None) -> str:
-    """`"language"`, `"aligner"` or `"vision"`: whose parameter or module this is."""
-    name = name.removeprefix("base_model.model.")
-    if family is None:
-        return "language"
-    if _within(name, family.aligner):
-        return "aligner"
-    return "vision" if _within(name, (family.tower,)) else "language"
-
-
-def _within(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def family_of_model(model: nn.Module) -> Family | None:
-    config: Any = getattr(model, "config", None)
-    return family_of(config) if sees(config) else None

@@ -13,7 +13,7 @@ class Engine:
         self.prompts: list[int] = []
         self.answer = asyncio.Event()
 
-    async def generate(self, prompt_token_ids, sampling, *, num_completions=1) -> list[Completion]:
+    async def generate(self, prompt_token_ids, sampling, *, num_completions=1, images=()) -> list[Completion]:
         self.prompts.append(prompt_token_ids[0])
         await self.answer.wait()
         return []

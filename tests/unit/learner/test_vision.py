@@ -124,7 +124,7 @@ def test_values_and_gradients_are_those_of_plain_sequences(folder: Path, samples
 def backward_in_pieces(folder: Path, samples: list[TrainingSample], budget: int, **running: Any) -> dict:
     model, scorer = loaded(folder, **running)
     whole = pack_samples(samples, token_budget=400)[0]
-    weights = {label: w for label, w in zip(labels_of(whole), torch.linspace(-1, 2, whole.num_labels), strict=True)}
+    weights = dict(zip(labels_of(whole), torch.linspace(-1, 2, whole.num_labels), strict=True))
     for batch in pack_samples(samples, token_budget=budget):
         logprobs, _ = scorer.score(model, batch)
         (logprobs * torch.stack([weights[label] for label in labels_of(batch)])).sum().backward()

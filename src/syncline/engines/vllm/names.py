@@ -18,6 +18,7 @@ class CheckpointNames:
         self.packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         """Name of a layer that vLLM fuses → names of the checkpoint's layers in it, in order."""
         self._mapper = getattr(model, "hf_to_vllm_mapper", None)
+        self._sees = getattr(getattr(model, "config", None), "vision_config", None) is not None
         self._renames = _transformers_renames(getattr(getattr(model, "config", None), "model_type", None))
 
     def of(self, piece: str, parameter: str) -> str:
@@ -29,15 +30,17 @@ class CheckpointNames:
 
     def _reversed(self, piece: str, parameter: str) -> str:
         mapper: Any = self._mapper
-        for candidate in _candidates(piece, mapper):
-            if mapper.apply_list([candidate]) == [parameter]:
+        candidates = [piece, *_candidates(piece, mapper)]
+        if self._sees:  # whose mapper also takes the names of older checkpoints, which are vLLM's own
+            candidates.append(candidates.pop(0))
+        for candidate in candidates:
+            if mapper.apply_list([candidate]) in ([parameter], [piece]):  # a part's own mapper may do the fusing
                 return candidate
         raise SyncError(f"{piece}: vLLM loads {parameter} under a name that its hf_to_vllm_mapper cannot be asked for")
 
 
 def _candidates(name: str, mapper: Any) -> Iterator[str]:
-    """The name itself, then each way back through one entry of the mapper's tables."""
-    yield name
+    """Each way back through one entry of the mapper's tables."""
     for before, after in _renamed(mapper.orig_to_new_prefix):
         if name.startswith(after):
             yield before + name.removeprefix(after)
