@@ -182,5 +182,5 @@ def test_an_adapter_of_a_tower_is_no_adapter_that_an_engine_serves(side: Side) -
     from syncline.learner.adapter import adapter_layers
 
     model = side.load(Lora(rank=4), Parts(aligner="trained"))
-    with pytest.raises(SyncError, match="set bridge.name to restart"):
+    with pytest.raises(SyncError, match=r"set bridge\.name to restart"):
         list(adapter_layers(model))

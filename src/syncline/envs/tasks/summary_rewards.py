@@ -108,7 +108,7 @@ def attributes(summary: Mapping[str, Any], *, texts: bool) -> dict[str, set[str]
 
 
 def facts(summary: Mapping[str, Any]) -> Facts:
-    """`(统计, category, attribute, value)`, `(分组统计, path...)` and `(备注, note)`, each as often as it is counted."""
+    """`(统计, category, attribute, value)`, `(分组统计, path…)` and `(备注, note)`, each as often as counted."""
     found: Facts = Counter()
     for entry in _entries(summary):
         for name, value in entry.items():

@@ -190,5 +190,5 @@ def test_a_row_that_cannot_be_used_is_named(rows: Path, change: dict[str, Any], 
 def test_what_cannot_be_weighed_is_named(rows: Path) -> None:
     with pytest.raises(ConfigError, match="weights"):
         Summary(path=str(rows), weights={"formatt": 1.0})
-    with pytest.raises(ConfigError, match="weights.schema_tree needs it"):
+    with pytest.raises(ConfigError, match=r"weights\.schema_tree needs it"):
         Summary(path=str(rows), weights={"schema_tree": 1.0})
