@@ -22,7 +22,7 @@ from syncline.learner.packing import PackedBatch
 from syncline.learner.parts import adapter_targets, family_of_model, freeze_parts, trains_beside_adapter
 from syncline.learner.places import shard, wholes
 from syncline.learner.tensor_parallel import parallelize
-from syncline.learner.vision import Vision, family_of, sees
+from syncline.learner.vision import Vision, refuse_family, sees
 
 
 def learner_device(asked: str) -> torch.device:
@@ -56,7 +56,7 @@ def load_model(
         check_attention(settings.get_text_config())
         attention: Any = choose_attention(running.attention, settings, device=device, dtype=dtype)
         if sees(settings):  # a tower packs its pictures in its own way
-            family_of(settings)
+            refuse_family(settings, num_ranks=ranks.world_size)
             attention = {"": attention, "text_config": attention, "vision_config": "sdpa"}
         model = model_class(settings).from_pretrained(
             config.path, config=settings, dtype=dtype, attn_implementation=attention

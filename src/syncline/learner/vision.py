@@ -68,6 +68,14 @@ def family_of(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
+def refuse_family(config: Any, *, num_ranks: int) -> None:
+    """Raises `ConfigError` for what is not trained here: an unknown family, or a tower over several ranks."""
+    family_of(config)
+    if num_ranks > 1:
+        fault = f"{num_ranks} ranks split no vision tower, and model.path is of {config.model_type}; set it to 1"
+        raise ConfigError([f"learner.tensor_parallel_size: {fault}"])
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What the tower made of one picture."""
