@@ -16,7 +16,8 @@ from typing import Any
 from syncline.envs.rows import Rows, open_rows
 from syncline.envs.scoring import Score, check_weights, weighted_score
 from syncline.envs.single_turn import SingleTurn
-from syncline.envs.tasks.summary_rewards import DOMAINS, REWARDS, Category, Reading, Schema, rewards
+from syncline.envs.tasks.summary_reading import DOMAINS, Category, Reading, Schema
+from syncline.envs.tasks.summary_rewards import REWARDS, rewards
 from syncline.errors import ConfigError
 from syncline.observe.images import image_ref
 from syncline.types import ImageRef, Message

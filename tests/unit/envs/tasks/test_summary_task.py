@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from syncline.envs.tasks.summary import Summary
-from syncline.envs.tasks.summary_rewards import IRRELEVANT, Category, Reading, Schema, rewards
+from syncline.envs.tasks.summary_reading import IRRELEVANT, Category, Reading, Schema
+from syncline.envs.tasks.summary_rewards import rewards
 from syncline.errors import ConfigError
 
 HEADER = "<DOMAIN=BBU>, <TASK=SUMMARY>"
