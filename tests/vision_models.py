@@ -11,6 +11,7 @@ from syncline.types import ImageRef
 
 IDEFICS_WORDS = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 SPECIAL = ("<image>", "<vision_start>", "<vision_end>", "<video>", *IDEFICS_WORDS)
+NAMED = {"<image>": "image_token", "<video>": "video_token"}
 VISION_WORDS = ("<pad>", "<eos>", "<unk>", *SPECIAL, "\n")
 WORDS = {word: i for i, word in enumerate((*VISION_WORDS, *map(chr, range(32, 127))))}
 TEXT: dict[str, Any] = {
@@ -116,8 +117,7 @@ def _tokenizer(family: str) -> Any:
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        additional_special_tokens=list(SPECIAL),
-        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+        extra_special_tokens={NAMED.get(word, f"special_{i}"): word for i, word in enumerate(SPECIAL)},
     )
     fast.chat_template = TEMPLATE.replace("SHOWN", SHOWN.get(family, "<vision_start><image><vision_end>"))
     return fast
