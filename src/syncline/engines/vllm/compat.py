@@ -100,7 +100,7 @@ async def _forget_what_was_seen(core: Any, *, clear_cache: bool) -> None:
     found by the image alone, so it goes. A frozen request may be half way through one, so it begins anew.
 
     Not by `clear_cache` of the pause: that drops the pixels the core holds as well, which no weights made, and the
-    front end, which sends each image once, then names images that the core no longer has: its death.
+    front end, which sends each image once, then names one that the core no longer has: the request fails.
     """
     if clear_cache:
         await core.reset_prefix_cache_async(reset_running_requests=True, reset_connector=True)
