@@ -1,4 +1,4 @@
-"""What a pause forgets: all that weights made and nothing tells apart by them, and nothing else."""
+"""What the pause of an engine that reads pictures forgets: all that weights made of them, and nothing else."""
 
 import asyncio
 from types import SimpleNamespace
@@ -26,36 +26,25 @@ class Core:
         self.calls.append("encoder")
 
 
-def paused(mode: str, *, sees: bool, running: bool = False, reuse_kv: bool = False, kept: Any = None) -> list[Any]:
+def paused(mode: str, *, running: bool = False, reuse_kv: bool = False) -> list[Any]:
     core = Core()
     engine = SimpleNamespace(
         engine_core=core,
         output_processor=SimpleNamespace(has_unfinished_requests=lambda: running),
-        model_config=SimpleNamespace(is_multimodal_model=sees),
-        vllm_config=SimpleNamespace(kv_transfer_config=kept),
+        model_config=SimpleNamespace(is_multimodal_model=True),
+        vllm_config=SimpleNamespace(kv_transfer_config=None),
     )
     asyncio.run(compat.pause(engine, mode, reuse_kv=reuse_kv))
     return core.calls
 
 
 @pytest.mark.parametrize("mode", ["drain", "abort", "keep"])
-def test_an_engine_that_reads_text_alone_forgets_nothing_when_nothing_is_frozen(mode: str) -> None:
-    assert paused(mode, sees=False) == [({"drain": "wait"}.get(mode, mode), False)]
-
-
-def test_frozen_requests_are_computed_again_unless_asked_otherwise() -> None:
-    assert paused("keep", sees=False, running=True) == [("keep", True)]
-    assert paused("keep", sees=False, running=True, reuse_kv=True) == [("keep", False)]
-    assert paused("drain", sees=False, kept=object()) == [("wait", True)], "another process keeps blocks"
-
-
-@pytest.mark.parametrize("mode", ["drain", "abort", "keep"])
 def test_what_a_tower_made_of_pictures_goes_and_their_pixels_stay(mode: str) -> None:
     """`clear_cache` would drop the pixels too, on one side of vLLM's wire alone."""
-    assert paused(mode, sees=True) == [({"drain": "wait"}.get(mode, mode), False), "encoder"]
+    assert paused(mode) == [({"drain": "wait"}.get(mode, mode), False), "encoder"]
 
 
 @pytest.mark.parametrize("reuse_kv", [False, True])
 def test_a_frozen_request_may_be_half_way_through_a_picture_and_begins_anew(reuse_kv: bool) -> None:
-    calls = paused("keep", sees=True, running=True, reuse_kv=reuse_kv)
+    calls = paused("keep", running=True, reuse_kv=reuse_kv)
     assert calls == [("keep", False), ("prefix", True, True), "encoder"]
