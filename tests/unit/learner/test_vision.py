@@ -1,5 +1,6 @@
 """Packed pictures against each family's plain forward pass, one sequence at a time, as transformers computes it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 from vision_models import FAMILIES, WORDS, draw, expanded, save_vision_model
 
-from syncline.config.schema import Learner, Model, Recomputation
-from syncline.errors import ConfigError, TrainingError
+from syncline.config.schema import Learner, Model, Parity, Parts, Recomputation
+from syncline.errors import ConfigError, ParityError, TrainingError
 from syncline.learner.model import Scorer, load_model
 from syncline.learner.packing import PackedBatch, pack_samples
+from syncline.learner.parity import ParityGate
 from syncline.learner.vision import Vision, family_of
-from syncline.types import ImageRef, TrainingSample, VersionSpan
+from syncline.testing import FakeGenerate
+from syncline.types import Completion, FinishReason, ImageRef, TrainingSample, VersionSpan
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.8
@@ -53,7 +56,8 @@ def samples(family: str, folder: Path) -> list[TrainingSample]:
 
 
 def loaded(folder: Path, **running: Any) -> tuple[Any, Scorer]:
-    model: Any = load_model(Model(path=str(folder)), device=CPU, running=Learner.model_validate(running))
+    everything = Model(path=str(folder), parts=Parts(aligner="trained", vision="trained"))
+    model: Any = load_model(everything, device=CPU, running=Learner.model_validate(running))
     return model, Scorer(TEMPERATURE, 16, Vision.of(model.config, str(folder)))
 
 
@@ -177,6 +181,32 @@ def test_a_picture_that_was_written_anew_is_refused(folder: Path) -> None:
     shown = sample((WORDS["a"], IMAGE), (9,), picture)
     with pytest.raises(ConfigError, match=r"changing\.png: has sha256"):
         scorer.score_without_grad(model, pack_samples([shown], token_budget=400)[0])
+
+
+def test_the_parity_gate_looks_at_pictures(family: str, folder: Path, samples: list[TrainingSample]) -> None:
+    """The engine here saw another picture of the same size: no count of tokens could tell."""
+    model, scorer = loaded(folder)
+    shown = samples[0]
+    other = draw(folder / "gate.png", seed=5, size=(140, 56))
+    [batch] = pack_samples([shown], token_budget=400)
+    logprobs = tuple(scorer.score_without_grad(model, batch).tolist())
+    sampled, prompt = shown.token_ids[-3:], shown.token_ids[:-3]
+    said = Completion(sampled, logprobs, (VersionSpan(0, 0, 3),), FinishReason.STOP, prompt)
+
+    def gate(image: ImageRef) -> ParityGate:
+        return ParityGate(
+            config=Parity(prompts=()),
+            connect=lambda: nullcontext(FakeGenerate(lambda token_ids, sampling, i: said)),
+            encode=lambda text: (),
+            temperature=TEMPERATURE,
+            scorer=scorer,
+            token_budget=400,
+            shown=(((IMAGE, 5), image),),
+        )
+
+    assert gate(shown.images[0]).check(model, device=CPU).max_abs_diff < 1e-4
+    with pytest.raises(ParityError, match="do not hold the same policy"):
+        gate(other).check(model, device=CPU)
 
 
 def test_families_that_packing_would_get_wrong_are_refused_by_name() -> None:
