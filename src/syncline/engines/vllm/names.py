@@ -15,7 +15,7 @@ class CheckpointNames:
     """See the module."""
 
     def __init__(self, model: Any) -> None:
-        self.packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+        self.packed = _packed(model)
         """Name of a layer that vLLM fuses → names of the checkpoint's layers in it, in order."""
         self._mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._sees = getattr(getattr(model, "config", None), "vision_config", None) is not None
@@ -37,6 +37,12 @@ class CheckpointNames:
             if mapper.apply_list([candidate]) in ([parameter], [piece]):  # a part's own mapper may do the fusing
                 return candidate
         raise SyncError(f"{piece}: vLLM loads {parameter} under a name that its hf_to_vllm_mapper cannot be asked for")
+
+
+def _packed(model: Any) -> dict[str, list[str]]:
+    """The model's table, or, where a model of several parts has none, its language model's (Qwen2-VL)."""
+    inner = getattr(model, "language_model", None)
+    return getattr(model, "packed_modules_mapping", None) or getattr(inner, "packed_modules_mapping", {})
 
 
 def _candidates(name: str, mapper: Any) -> Iterator[str]:
