@@ -40,7 +40,10 @@ NEEDS_TORCHVISION = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's Qwen-VL wants torchvision; install it"),
 ]
-FAMILIES = ["idefics3", *(pytest.param(name, marks=NEEDS_TORCHVISION) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"))]
+FAMILIES = [
+    "idefics3",
+    *(pytest.param(name, marks=NEEDS_TORCHVISION) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+]
 """On a CPU vLLM runs the first without torchvision."""
 PARTS = Parts(aligner="trained", vision="trained")
 

@@ -4,10 +4,10 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from syncline.cli.bridge import build_bridge, connect_engines
 from syncline.cli.ranks import is_rank, run_ranks
@@ -43,20 +43,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from syncline.learner.distributed import num_ranks, refuse_other_number
+
+    config = load(args.file, args.overrides)
+    if num_ranks(config.learner) > 1 and not is_rank():
+        return run_ranks(num_ranks(config.learner), sys.argv[1:])
+    refuse_other_number(config.learner)
+    return learn(config, args)
+
+
+def learn(config: RunConfig, args: argparse.Namespace, *, watch: "Callable[[Parts], Parts] | None" = None) -> int:
+    """The learner, to its end. `watch` sees its parts before the first step, and may add to them."""
+    from syncline.bridges.ranks import DATA_PARALLEL, TENSOR_PARALLEL
     from syncline.learner.distributed import joined_ranks, rank_device
     from syncline.learner.loop import train
     from syncline.learner.model import learner_device
     from syncline.observe.logs import set_up_logging
 
-    config = load(args.file, args.overrides)
-    if config.learner.tensor_parallel_size > 1 and not is_rank():
-        return run_ranks(config.learner.tensor_parallel_size, sys.argv[1:])
     device = rank_device(learner_device(config.learner.device))
-    with joined_ranks(device, timeout_seconds=_longest_wait(config)) as ranks:
+    dimension = DATA_PARALLEL if config.learner.data_parallel_size > 1 else TENSOR_PARALLEL
+    with joined_ranks(device, timeout_seconds=_longest_wait(config), dimension=dimension) as ranks:
         set_up_logging(logging.INFO if ranks.is_first else logging.WARNING)
         engines = connect_engines(config, args.engine_urls, args.bridge_config, device=device, ranks=ranks)
         with assemble(config, ranks, device=device, engines=engines, trajectories_url=args.trajectories_url) as parts:
-            state = train(config, parts)
+            state = train(config, watch(parts) if watch else parts)
     log.info(
         "finished: step %d, policy version %d, %d tokens trained",
         state.step,
@@ -96,6 +106,7 @@ def assemble(
     folder = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
     if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to sum in one order
         torch.use_deterministic_algorithms(True)
     model = load_model(config.model, device=device, running=config.learner, ranks=ranks)
     if config.learner.gradients == "float32":
@@ -108,11 +119,14 @@ def assemble(
         bridge = build_bridge(config, engines, assets, ranks=ranks)
         stack.callback(bridge.close)
         bridge.attach(model)
-        checkpoints = Checkpoints(folder / "checkpoints", config.learner.num_checkpoints, assets, ranks)
+        named = folder / config.learner.checkpoint_name
+        checkpoints = Checkpoints(named.parent, config.learner.num_checkpoints, assets, ranks, named.name)
         resumed_step = checkpoints.newest_step()
         sink, source = (None, None)
         if ranks.is_first:
             sink, source = _outside(config, stack, trajectories_url=trajectories_url, resumed_step=resumed_step)
+        if ranks.split_data:
+            torch.manual_seed(config.run.seed + ranks.rank)  # other tokens, other dropout
         yield Parts(
             model=model,
             optimizer=_optimizer(config, model, ranks),
@@ -129,14 +143,20 @@ def assemble(
 def _outside(
     config: RunConfig, stack: ExitStack, *, trajectories_url: str, resumed_step: int
 ) -> tuple["MetricSink", "RolloutSource"]:
+    from syncline.cli.trajectories import run_terms
+    from syncline.observe.exports import ExportingSink, open_exports
     from syncline.observe.sinks import JsonlSink
     from syncline.trajectory.client import TrajectorySource
     from syncline.trajectory.guard import TOKEN_VARIABLE
 
-    sink = JsonlSink(Path(config.run.dir), resumed_step=resumed_step)
+    folder = Path(config.run.dir)
+    exports = open_exports(config.observe, folder, resumed_step=resumed_step)
+    own = JsonlSink(folder, resumed_step=resumed_step, decode=_tokenizer(config).decode)
+    sink = ExportingSink(own, exports)
     stack.callback(sink.close)
     source = TrajectorySource(
         trajectories_url,
+        terms=run_terms(config),
         token=os.environ.get(TOKEN_VARIABLE),
         wait_timeout_seconds=config.trajectory.wait_timeout_seconds,
     )
@@ -174,19 +194,24 @@ def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device", r
         device=device,
         max_completion_tokens=config.sampling.max_tokens,
         num_steps=config.run.num_steps,
+        ranks=ranks,
     )
 
 
-def _gate(config: RunConfig, engine_urls: Sequence[str], ranks: "Ranks", model: "torch.nn.Module") -> "ParityGate":
+def _tokenizer(config: RunConfig) -> Any:
     from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+
+
+def _gate(config: RunConfig, engine_urls: Sequence[str], ranks: "Ranks", model: "torch.nn.Module") -> "ParityGate":
     from syncline.engines.pool import EnginePool
     from syncline.envs.rendering import chat_turn
     from syncline.learner.parity import ParityGate
     from syncline.observe.images import image_ref
     from syncline.types import Message
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+    tokenizer = _tokenizer(config)
 
     def rendered(image: "ImageRef") -> tuple[int, ...]:
         turn = chat_turn(Message("user", config.parity.prompts[0], (image,)))

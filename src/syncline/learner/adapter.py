@@ -7,22 +7,26 @@ embeddings, biases, whole modules) is refused by name here, before a token is sa
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from syncline.bridges.adapter import LoraLayer, listed
 from syncline.errors import SyncError
 from syncline.learner.model import causal_lm, trainable_parameters
+from syncline.learner.places import gathered
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters under the adapter, by their checkpoint names, tied ones once."""
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters under the adapter, by their checkpoint names, tied ones once; gathered where ranks have parts."""
     for name, parameter in causal_lm(model).named_parameters():
         if "lora_" not in name:
-            yield name.replace(".base_layer.", "."), parameter
+            yield name.replace(".base_layer.", "."), gathered(parameter)
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Each adapted layer by its name in the checkpoint. Raises `SyncError` naming what is trained beside them."""
+    """Each adapted layer by its name in the checkpoint, gathered where ranks have parts.
+
+    Raises `SyncError` naming what is trained beside them.
+    """
     layers = {name: layer for name, module in causal_lm(model).named_modules() if (layer := _plain_lora(module))}
     pairs = {id(tensor) for layer in layers.values() for tensor in (layer.a, layer.b)}
     others = [name for name, parameter in trainable_parameters(model) if id(parameter) not in pairs]
@@ -31,7 +35,8 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             "vLLM serves LoRA pairs of linear layers alone; train without what follows, or set bridge.name to "
             f"restart, which merges DoRA and biases:\n{listed(others or ['the model has no LoRA layer'])}"
         )
-    yield from layers.items()
+    for name, layer in layers.items():
+        yield name, LoraLayer(gathered(layer.a), gathered(layer.b), layer.scaling)
 
 
 def _plain_lora(module: Any) -> LoraLayer | None:

@@ -20,7 +20,7 @@ from syncline.learner.step import Step
 from syncline.learner.telemetry import log_step, staleness, timings
 from syncline.learner.versions import refuse_unproved
 from syncline.observe.metrics import Metrics
-from syncline.protocols import MetricSink, RolloutSource, WeightBridge
+from syncline.protocols import MetricSink, RolloutSource, SyncReport, WeightBridge
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,11 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
         with parts.bridge.updating():
             parts.step.apply_gradients(optimizer, state.step, report)
             learned = time.perf_counter()
-            state = state.next(trained_tokens=num_tokens)
-            synced = parts.bridge.publish(model, policy_version=state.policy_version)
+            state = state.next(trained_tokens=num_tokens, publishes=publishes_after(state.step + 1, config))
+            if state.policy_version > synced.receipt.policy_version:
+                synced = parts.bridge.publish(model, policy_version=state.policy_version)
+            else:
+                synced = SyncReport(synced.receipt, 0, 0.0, 0.0)
         parts.source.acknowledge(groups, step=state.step, policy_version=state.policy_version)
         report.update(reward_metrics(groups))
         report.update(parts.source.metrics())
@@ -73,6 +76,10 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
             parts.checkpoints.save(state, model, optimizer, digest=synced.receipt.digest)
             parts.source.commit(step=state.step)
     return state
+
+
+def publishes_after(step: int, config: RunConfig) -> bool:
+    return step % config.bridge.interval == 0 or step == config.run.num_steps
 
 
 def resume(parts: Parts) -> tuple[TrainState, str | None]:

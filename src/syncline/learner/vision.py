@@ -72,8 +72,8 @@ def refuse_family(config: Any, *, num_ranks: int) -> None:
     """Raises `ConfigError` for what is not trained here: an unknown family, or a tower over several ranks."""
     family_of(config)
     if num_ranks > 1:
-        fault = f"{num_ranks} ranks split no vision tower, and model.path is of {config.model_type}; set it to 1"
-        raise ConfigError([f"learner.tensor_parallel_size: {fault}"])
+        fault = f"model.path is of {config.model_type}, whose tower {num_ranks} ranks do not share; set both to 1"
+        raise ConfigError([f"learner.tensor_parallel_size, learner.data_parallel_size: {fault}"])
 
 
 @dataclass(frozen=True, slots=True)
