@@ -13,6 +13,7 @@ from syncline.learner.checkpoint import Checkpoints, TrainState
 from syncline.learner.model import causal_lm, checkpoint_parameters, load_model, trainable_parameters
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.parts import family_of_model, part_of, rate_factors, trains_beside_adapter
+from syncline.learner.vision import refuse_family
 
 CPU = torch.device("cpu")
 
@@ -133,3 +134,10 @@ def test_a_model_of_text_has_no_parts(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"model\.parts: is for vision-language models"):
         loaded(make_tiny_model(tmp_path), Parts(vision="trained"))
+
+
+def test_a_tower_over_several_ranks_is_refused_by_name(path: Path) -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(ConfigError, match="qwen3_vl, whose tower 2 ranks do not share"):
+        refuse_family(AutoConfig.from_pretrained(path), num_ranks=2)
