@@ -133,6 +133,7 @@ def test_public_names() -> None:
     }
     assert set(VERBS) == {
         "check",
+        "plan",
         "run",
         "serve",
         "trajectories",
@@ -142,7 +143,12 @@ def test_public_names() -> None:
         "train",
         "verify",
         "evaluate",
+        "pipeline",
+        "merge",
+        "dpo",
         "bench",
+        "collect",
+        "pairs",
         "report",
     }
 
@@ -152,6 +158,7 @@ def test_exit_codes() -> None:
         "SynclineError": 1,
         "ConfigError": 2,
         "EngineError": 3,
+        "EngineGone": 3,
         "EngineTimeout": 3,
         "TrajectoryError": 4,
         "SyncError": 5,

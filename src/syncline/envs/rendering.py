@@ -20,6 +20,16 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError([f"model.tokenizer: {path!r} has no tokenizer that loads; {remedy} ({error})"]) from error
 
 
+def rendered(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Prompt tokens of messages, as `ChatPolicy` tells; an image has one placeholder. Raises `ValueError`."""
+    if tokenizer.chat_template:
+        chat = [_turn(message) for message in messages]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    if any(message.images for message in messages):
+        raise ValueError("the tokenizer has no chat template, which says where images go; give model.tokenizer one")
+    return tokenizer.encode("".join(m.content for m in messages))
+
+
 class NoRoom(ValueError):
     """A prompt as long as the model's context, or longer."""
 
@@ -51,12 +61,7 @@ class ChatPolicy:
         return tuple(ids)
 
     def _rendered(self, messages: Sequence[Message]) -> list[int]:
-        if self._tokenizer.chat_template:
-            chat = [chat_turn(message) for message in messages]
-            return self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        if any(message.images for message in messages):
-            raise ValueError("the tokenizer has no chat template, which says where images go; give model.tokenizer one")
-        return self._tokenizer.encode("".join(m.content for m in messages))
+        return rendered(self._tokenizer, messages)
 
     def _continued(self, messages: Sequence[Message], after: tuple[int, ...]) -> Sequence[int]:
         """`after` and the tokens of what the rendered text has beyond it; a new rendering where the text is another.
@@ -65,7 +70,7 @@ class ChatPolicy:
         """
         if not self._tokenizer.chat_template:
             return self._continued_plainly(messages, after)
-        chat = [chat_turn(message) for message in messages]
+        chat = [_turn(message) for message in messages]
         text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         so_far = self._tokenizer.decode(list(after), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if not text.startswith(so_far):
@@ -92,7 +97,7 @@ class ChatPolicy:
         return await self._generate.generate(prompt_token_ids, sampling, num_completions=num_completions, images=images)
 
 
-def chat_turn(message: Message) -> dict[str, Any]:
+def _turn(message: Message) -> dict[str, Any]:
     """As chat templates read it: a text, or the images and then the text."""
     if not message.images:
         return {"role": message.role, "content": message.content}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from syncline.observe.tokens import Decode, tokens_for_people
+from syncline.protocols import MetricSink
 from syncline.types import Message, Rollout, RolloutGroup
 
 METRICS_FILE = "metrics.jsonl"
@@ -68,6 +69,28 @@ class JsonlSink:
     def close(self) -> None:
         self._metrics.close()
         self._rollouts.close()
+
+
+class MultiSink:
+    """Hands everything to several sinks, in order."""
+
+    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.log(step, metrics)
+
+    def log_rollouts(
+        self, step: int, groups: Iterable[RolloutGroup], advantages: Mapping[str, Sequence[float]]
+    ) -> None:
+        groups = tuple(groups)
+        for sink in self._sinks:
+            sink.log_rollouts(step, groups, advantages)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
 
 
 def group_for_people(group: RolloutGroup, advantages: Sequence[float]) -> dict[str, Any]:
