@@ -147,7 +147,8 @@ def with_hf(config: OfflineConfig, by_question: list[list[WorkItem]]) -> Measure
 async def by_questions(config: OfflineConfig, urls: tuple[str, ...], by_question: list[list[WorkItem]]) -> Measured:
     """The original's vLLM script: a question's arms together, the next when the last of them has ended."""
     tokenizer, max_tokens = load_tokenizer(config.model.path), config.collect.max_tokens
-    async with EnginePool(urls, timeout_seconds=config.engine.request_timeout_seconds) as pool:
+    timeout = config.engine.request_timeout_seconds
+    async with EnginePool(urls, timeout_seconds=timeout, unpublished_version=0) as pool:
 
         async def sample(item: WorkItem, limit: int) -> int:
             arm = item.arm
