@@ -30,7 +30,7 @@ class CheckpointNames:
     def _reversed(self, piece: str, parameter: str) -> str:
         mapper: Any = self._mapper
         for candidate in _candidates(piece, mapper):
-            if mapper.apply_list([candidate]) == [parameter]:
+            if mapper.apply_list([candidate]) in ([parameter], [piece]):  # fused by its table, or by the model's loader
                 return candidate
         raise SyncError(f"{piece}: vLLM loads {parameter} under a name that its hf_to_vllm_mapper cannot be asked for")
 
