@@ -1,8 +1,9 @@
 """Builds a GPT-OSS of a few hundred thousand random parameters with MXFP4 experts, in the layout of the published ones.
 
 The architecture is GPT-OSS's: attention with learned sinks and a window in every other layer, a router with a bias, and
-experts whose gate and up rows take turns. The experts are quantised here, as the OCP's Microscaling Formats (version 1.0,
-section 6.3) have it; the tokenizer knows the Harmony format's tokens, and one token a character beside them.
+experts whose gate and up rows take turns. The experts are quantised here, as the OCP's Microscaling Formats
+(version 1.0, section 6.3) have it; the tokenizer knows the Harmony format's tokens, and one token a character beside
+them.
 
     python recipes/gpt_oss/small_model.py --out DIR [--seed N]
 """
@@ -22,7 +23,17 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The values of a 4-bit float without its sign, the fourth bit."""
 LARGEST_EXPONENT, BIAS = 2, 127
 NOT_QUANTISED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-SPECIAL = ("<|pad|>", "<|return|>", "<|unk|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|constrain|>")
+SPECIAL = (
+    "<|pad|>",
+    "<|return|>",
+    "<|unk|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|channel|>",
+    "<|call|>",
+    "<|constrain|>",
+)
 CHARACTERS = "\n" + "".join(sorted(set(string.printable) - set(string.whitespace))) + " "
 TEMPLATE = (
     "{{ '<|start|>system<|message|>You are ChatGPT.\n\nReasoning: low\n\n# Valid channels: analysis, commentary, final."
@@ -137,7 +148,9 @@ def _quantise_folder(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = quantise(tensors.pop(name).transpose(1, 2))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": NOT_QUANTISED}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

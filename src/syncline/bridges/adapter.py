@@ -19,7 +19,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 @dataclass(frozen=True, slots=True)
 class LoraLayer:
-    """One adapted linear layer: y = W x + scaling · B (A x). Of fused experts, all of them: [E, rank, in], [E, out, rank]."""
+    """One adapted linear layer: y = W x + scaling · B (A x). Of fused experts all at once: their number comes first."""
 
     a: torch.Tensor
     """`[rank, in]`"""

@@ -23,6 +23,7 @@ from syncline.bridges.copies import CopyingBridge
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, fingerprint_of, open_views
 from syncline.bridges.receipt import differences, model_digest, parameter_digests, whole
+from syncline.bridges.repacked import is_repacked
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError
@@ -30,11 +31,13 @@ from syncline.protocols import EngineControl, Receipt, SyncReport
 
 Base = Callable[[Any], Iterable[tuple[str, torch.nn.Parameter]]]
 Layers = Callable[[Any], Iterable[tuple[str, LoraLayer]]]
+Stored = Callable[[Any], Mapping[str, str]]
 
 
 class LoraBridge(CopyingBridge):
     """See the module. `base(model)` yields the frozen parameters under their checkpoint names, tied ones once;
-    `layers(model)` the adapted layers; `folder` is where versions are written for engines on other hosts."""
+    `layers(model)` the adapted layers; `folder` is where versions are written for engines on other hosts.
+    `stored(model)` are the digests of what engines repack of the checkpoint, which `base` then leaves out."""
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class LoraBridge(CopyingBridge):
         layers: Layers,
         folder: Path,
         shares_base: bool = False,
+        stored: Stored = lambda model: {},
     ) -> None:
         self._fleet = Fleet(engines, config)
         self._config = config
@@ -52,6 +56,7 @@ class LoraBridge(CopyingBridge):
         self._layers = layers
         self._folder = folder
         self._shares_base = shares_base
+        self._stored = stored
         self._base_digests: dict[str, str] = {}
         self._carrier: Carrier | None = None
 
@@ -59,7 +64,7 @@ class LoraBridge(CopyingBridge):
         """Proves the base, refuses modules an engine cannot adapt, by name, and opens the way to every engine."""
         self._fleet.wait_until_ready()
         base = dict(self._base(model))
-        self._base_digests = parameter_digests(base.items())
+        self._base_digests = parameter_digests(base.items()) | dict(self._stored(model))
         self._refuse_other_base()
         layers = dict(self._layers(model))
         engines = self._fleet.each(lambda engine: engine.adapters())
@@ -136,6 +141,8 @@ class LoraBridge(CopyingBridge):
     def _refuse_other_base(self) -> None:
         for engine, parameters in zip(self._fleet.engines, self._fleet.each(lambda e: e.parameters()), strict=True):
             served = {name: digest for name, digest in parameters.items() if not is_adapter_name(name)}
+            for name in filter(is_repacked, served):
+                self._base_digests.setdefault(name, served[name])
             if faults := differences(self._base_digests, served):
                 lines = "\n".join(faults)
                 raise SyncError(f"{engine.name} serves another base than the learner adapts:\n{lines}")

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
     with joined_ranks(device, timeout_seconds=_longest_wait(config)) as ranks:
         set_up_logging(logging.INFO if ranks.is_first else logging.WARNING)
         engines = connect_engines(config, args.engine_urls, args.bridge_config, device=device, ranks=ranks)
-        with assemble(config, ranks, device=device, engines=engines, trajectories_url=args.trajectories_url) as parts:
+        url = args.trajectories_url
+        with (
+            assemble(config, ranks, device=device, engines=engines, trajectories_url=url) as parts,
+            parts.stop.listening() if ranks.world_size == 1 else nullcontext(),
+        ):
             state = train(config, parts)
     log.info(
         "finished: step %d, policy version %d, %d tokens trained",
@@ -89,8 +93,12 @@ def assemble(
     from syncline.learner.loop import Parts
     from syncline.learner.model import assets_folder, load_model, trainable_parameters
     from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
+    from syncline.observe.training_log import TrainingLog
 
     folder = Path(config.run.dir)
+    training_log = None
+    if config.observe.training_log and ranks.is_first:
+        training_log = TrainingLog(config, [engine.url for engine in engines])
     torch.manual_seed(config.run.seed)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -109,7 +117,9 @@ def assemble(
         resumed_step = checkpoints.newest_step()
         sink, source = (None, None)
         if ranks.is_first:
-            sink, source = _outside(config, stack, trajectories_url=trajectories_url, resumed_step=resumed_step)
+            sink, source = _outside(
+                config, stack, trajectories_url=trajectories_url, resumed_step=resumed_step, training_log=training_log
+            )
         yield Parts(
             model=model,
             optimizer=SplitMasterAdamW(trainable_parameters(model), config.learner.optimizer, ranks=ranks),
@@ -124,13 +134,22 @@ def assemble(
 
 
 def _outside(
-    config: RunConfig, stack: ExitStack, *, trajectories_url: str, resumed_step: int
+    config: RunConfig,
+    stack: ExitStack,
+    *,
+    trajectories_url: str,
+    resumed_step: int,
+    training_log: "MetricSink | None",
 ) -> tuple["MetricSink", "RolloutSource"]:
-    from syncline.observe.sinks import JsonlSink
+    from syncline.observe.sinks import JsonlSink, MultiSink
+    from syncline.observe.training_log import CompletionsCsv
     from syncline.trajectory.client import TrajectorySource
     from syncline.trajectory.guard import TOKEN_VARIABLE
 
-    sink = JsonlSink(Path(config.run.dir), resumed_step=resumed_step)
+    sinks: list[MetricSink] = [JsonlSink(Path(config.run.dir), resumed_step=resumed_step)]
+    sinks += [CompletionsCsv(Path(config.observe.completions_csv))] if config.observe.completions_csv else []
+    sinks += [training_log] if training_log else []
+    sink = MultiSink(sinks)
     stack.callback(sink.close)
     source = TrajectorySource(
         trajectories_url,

@@ -216,7 +216,8 @@ class Learner(Section):
     attention: str = "auto"
     """`auto`: the first that works here of `flash3` and `flash4` (where these FlashAttentions are installed), `flash`
     (torch's own), and on a CPU SDPA. Or a name that transformers knows, such as `kernels-community/flash-attn3`.
-    Several, with commas between: the first that works here, as the log says: `kernels-community/vllm-flash-attn3,auto`."""
+    Several, with commas between: the first that works here, as the log says:
+    `kernels-community/vllm-flash-attn3,auto`."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch compiles the layers at the first step. auto: dense layers, where one GPU has the whole model."""
     recomputation: Recomputation = Recomputation()
@@ -271,6 +272,16 @@ class Parity(Section):
     max_k3_kl: PositiveFloat = 0.005
 
 
+class Observe(Section):
+    """What the learner writes beside `metrics.jsonl`, for eyes and programs that know other trainers' files."""
+
+    training_log: bool = False
+    """`training.log` in run.dir: what the learner logs, the generation's settings, each step's metrics under TRL's
+    names."""
+    completions_csv: str | None = None
+    """A file that gets a row for every completion trained on: step, prompt, completion, reward and its parts."""
+
+
 class Evaluation(Section):
     """Accuracy on the environments' held-out tasks, before and after training."""
 
@@ -292,3 +303,4 @@ class RunConfig(Section):
     bridge: Bridge = Bridge()
     parity: Parity = Parity()
     evaluation: Evaluation = Evaluation()
+    observe: Observe = Observe()

@@ -8,6 +8,9 @@ from syncline.errors import ConfigError
 from syncline.protocols import Generate
 from syncline.types import Completion, Message, SamplingParams
 
+RENDERED = "rendered"
+"""The role of a message that is the whole prompt in the model's chat format already, special tokens written out."""
+
 
 def load_tokenizer(path: str) -> Any:
     """A transformers tokenizer from a folder or the hub. Raises `ConfigError` when there is none."""
@@ -51,6 +54,8 @@ class ChatPolicy:
         return tuple(ids)
 
     def _rendered(self, messages: Sequence[Message]) -> list[int]:
+        if [m.role for m in messages] == [RENDERED]:
+            return self._tokenizer.encode(messages[0].content, add_special_tokens=False)
         if self._tokenizer.chat_template:
             chat = [{"role": m.role, "content": m.content} for m in messages]
             return self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)

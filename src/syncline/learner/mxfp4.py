@@ -56,7 +56,9 @@ def stored_experts(base: Mapping[str, torch.Tensor], folder: Path) -> dict[str, 
             if name + BLOCKS not in stored:
                 found |= parameter_digests([(name, parameter)])
                 continue
-            blocks, scales = (stored[name + end].get_tensor(name + end).to(parameter.device) for end in (BLOCKS, SCALES))
+            blocks, scales = (
+                stored[name + end].get_tensor(name + end).to(parameter.device) for end in (BLOCKS, SCALES)
+            )
             if not torch.equal(convert_moe_packed_tensors(blocks, scales).to(parameter.dtype), parameter):
                 raise SyncError(f"{name}: the learner's values are not those of the blocks in {folder}")
             found |= parameter_digests([(name + BLOCKS, blocks), (name + SCALES, scales)])

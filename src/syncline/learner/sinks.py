@@ -73,7 +73,9 @@ def _torch_kernel(borders: Tensor, longest: int, *, window: int | None, scale: f
     how: dict[str, Any] = {"scale": scale, "window_size_left": left, "window_size_right": 0}
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Any]:
-        out, lse, state, unused, _ = aten._flash_attention_forward(query, key, value, *told, window is None, False, **how)
+        out, lse, state, unused, _ = aten._flash_attention_forward(
+            query, key, value, *told, window is None, False, **how
+        )
         return out, lse, (state, unused)
 
     def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rest: Any) -> Any:

@@ -5,6 +5,7 @@ normaliser was fixed by `pack` over the whole step, so the summed gradient is th
 """
 
 import logging
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -116,6 +117,10 @@ class Step:
             torch.cuda.reset_peak_memory_stats(self.device)
         self._microbatch(model, batch.to(self.device), tally)
         if not on_gpu:
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            log.info(
+                "micro-batch %d: %d tokens, process peak %.2f GB (no GPU)", index, batch.num_tokens, resident / 1e9
+            )
             return None
         peak = torch.cuda.max_memory_allocated(self.device)
         log.info("micro-batch %d: %d tokens, peak %.2f GB of GPU memory", index, batch.num_tokens, peak / 1e9)

@@ -25,8 +25,10 @@ def backward(grad, query, key, value, out, lse, rest) -> tuple:
     p = (scores(query, key) - lse[..., None]).exp()
     delta = (grad * out).sum(-1).T[..., None]
     ds = p * (torch.einsum("qhd,khd->hqk", grad, value) - delta) * SCALE
-    return torch.einsum("hqk,khd->qhd", ds, key), torch.einsum("hqk,qhd->khd", ds, query), torch.einsum(
-        "hqk,qhd->khd", p, grad
+    return (
+        torch.einsum("hqk,khd->qhd", ds, key),
+        torch.einsum("hqk,qhd->khd", ds, query),
+        torch.einsum("hqk,qhd->khd", p, grad),
     )
 
 

@@ -13,8 +13,8 @@ small_model = recipe("small_model")
 
 
 def test_a_block_by_hand() -> None:
-    """The largest value, 10, has exponent 3: the scale is 2, and values are halved. 2.5 lies between 2 and 3, and goes to
-    2 by the even code; 3.5 to 4; 5 to 4, the even code again."""
+    """The largest value, 10, has exponent 3: the scale is 2, and values are halved. 2.5 lies between 2 and 3, and goes
+    to 2 by the even code; 3.5 to 4; 5 to 4, the even code again."""
     values = [10.0, 2.0, -1.0, 5.0, 7.0, -10.0, 1.0, 0.0]
     weight = torch.tensor([values + [0.0] * 24])
     blocks, scales = small_model.quantise(weight)

@@ -97,7 +97,9 @@ class AdaptedExperts:
     def _refuse_other_cuts(self) -> None:
         config, layer = self.layer.moe_config, self.layer
         if layer.local_num_experts != config.num_experts:
-            raise SyncError(f"{self.name}: experts lie on different ranks; leave engine.extra.enable_expert_parallel out")
+            raise SyncError(
+                f"{self.name}: experts lie on different ranks; leave engine.extra.enable_expert_parallel out"
+            )
         if layer.fully_sharded:
             raise SyncError(f"{self.name}: leave engine.extra.fully_sharded_loras out")
         if layer.tp_size > 1 and layer.intermediate_size_per_partition != self._inner:

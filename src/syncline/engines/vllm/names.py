@@ -18,6 +18,8 @@ class CheckpointNames:
         self.packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         """Name of a layer that vLLM fuses → names of the checkpoint's layers in it, in order."""
         self._mapper = getattr(model, "hf_to_vllm_mapper", None)
+        self._loaded: frozenset[str] = getattr(model, "syncline_loaded", frozenset())
+        """What the checkpoint was seen to hold, where a name could have come from several; empty: nobody looked."""
         self._renames = _transformers_renames(getattr(getattr(model, "config", None), "model_type", None))
 
     def of(self, piece: str, parameter: str) -> str:
@@ -29,9 +31,10 @@ class CheckpointNames:
 
     def _reversed(self, piece: str, parameter: str) -> str:
         mapper: Any = self._mapper
-        for candidate in _candidates(piece, mapper):
-            if mapper.apply_list([candidate]) in ([parameter], [piece]):  # fused by its table, or by the model's loader
-                return candidate
+        # a layer is fused by the mapper's table, or by the model's own loader
+        ways = [name for name in _candidates(piece, mapper) if mapper.apply_list([name]) in ([parameter], [piece])]
+        if ways:
+            return next((name for name in ways if name in self._loaded), ways[0])
         raise SyncError(f"{piece}: vLLM loads {parameter} under a name that its hf_to_vllm_mapper cannot be asked for")
 
 
