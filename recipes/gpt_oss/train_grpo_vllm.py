@@ -4,8 +4,8 @@
     python recipes/gpt_oss/train_grpo_vllm.py                     # another; Ctrl-C saves what is trained
 
 The variables are those of TRL's scripts: VLLM_SERVER_HOST, VLLM_SERVER_PORT or VLLM_SERVER_BASE_URL say where the
-server is, VLLM_TENSOR_PARALLEL_SIZE how many GPUs it has, ATTN_IMPLEMENTATION (or ATTN_IMPL) what the learner's attention is
-computed by, where that can be had here. GRPO_LOG_COMPLETIONS=0 leaves the completions' CSV out,
+server is, VLLM_TENSOR_PARALLEL_SIZE how many GPUs it has, ATTN_IMPLEMENTATION (or ATTN_IMPL) what the learner's
+attention is computed by, where that can be had here. GRPO_LOG_COMPLETIONS=0 leaves the completions' CSV out,
 GRPO_COMPLETION_LOG_PATH names it.
 """
 

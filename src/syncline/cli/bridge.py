@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from syncline.config import RunConfig
-from syncline.config.model_folder import MXFP4, quantisation
+from syncline.config.model_folder import MXFP4, packed_faults, quantisation
 from syncline.config.rules import serves_adapters
 from syncline.errors import ConfigError
 
@@ -57,6 +57,10 @@ def build_bridge(
         return wholes(checkpoint_shards(model), ranks)
 
     repacks = quantisation(str(assets)) == MXFP4
+    if faults := packed_faults(
+        config.model_copy(update={"model": config.model.model_copy(update={"path": str(assets)})})
+    ):
+        raise ConfigError(faults)
     if serves_adapters(config):
         return LoraBridge(
             engines,

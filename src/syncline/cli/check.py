@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from syncline.config import RunConfig, load
+from syncline.config.model_folder import packed_faults
 from syncline.envs.registry import BUILT_IN
 from syncline.errors import ConfigError
 from syncline.launch.plan import Machine, ProcessSpec, plan, wanted_ports
@@ -39,7 +40,7 @@ def load_checked(file: str, overrides: Sequence[str]) -> RunConfig:
         for i, own in enumerate(config.environments)
         if own.task not in BUILT_IN and ":" not in own.task
     ]
-    if faults:
+    if faults := [*faults, *packed_faults(config)]:
         raise ConfigError(faults)
     return config
 
