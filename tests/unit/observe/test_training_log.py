@@ -6,7 +6,7 @@ from pathlib import Path
 
 from syncline.config import resolve
 from syncline.observe.training_log import CompletionsCsv, TrainingLog
-from syncline.types import Message, Rollout, RolloutGroup, RolloutStatus, TrainingSample
+from syncline.types import Message, Rollout, RolloutGroup, RolloutStatus, TrainingSample, VersionSpan
 
 VALUES = {
     "run": {"dir": "runs/x", "num_steps": 10, "groups_per_step": 4, "rollouts_per_group": 8},
@@ -47,7 +47,7 @@ def test_a_shared_engine_is_colocated(tmp_path: Path) -> None:
 
 
 def test_every_completion_has_a_row(tmp_path: Path) -> None:
-    sample = TrainingSample((1, 2), (False, True), (0.0, -1.0), ())
+    sample = TrainingSample((1, 2), (False, True), (0.0, -1.0), (VersionSpan(0, 1, 2),))
     said = (Message("rendered", "<|start|>user"), Message("assistant", 'a "b"\n[2]'))
     rollout = Rollout((sample,), 0.5, RolloutStatus.COMPLETED, {"reward_fn": 0.5, "action": 2.0}, said)
     for step in (1, 2):
