@@ -79,8 +79,8 @@ def engine(shape: Shape, *, slots: int, slot_rank: int, tokens: int) -> dict[str
 
 
 def learner(shape: Shape, *, rank: int, tokens: int) -> dict[str, float]:
-    """Bytes. With every layer recomputed, one layer's working set is alive at once: PEFT adds an expert's A and B to its
-    matrices before it computes: those matrices, and their gradients, exist beside the base's."""
+    """Bytes. With every layer recomputed, one layer's working set is alive at once: PEFT adds an expert's A and B to
+    its matrices before it computes, so those matrices, and their gradients, exist beside the base's."""
     adapter = shape.adapter(rank)
     rows = tokens * shape.chosen
     return {

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from syncline.learner.sinks import attention_with_sinks
 
 ATTENTION = "syncline_varlen"
+WRITTEN_OUT = "syncline_written_out"
+"""The same on any device, without a kernel that knows packed sequences: memory for the scores of each one whole."""
 
 
 def register_attention() -> str:
@@ -28,7 +30,9 @@ def register_attention() -> str:
     Registering twice is harmless.
     """
     AttentionInterface.register(ATTENTION, packed_attention)
-    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    AttentionInterface.register(WRITTEN_OUT, written_out_attention)
+    for name in (ATTENTION, WRITTEN_OUT):
+        AttentionMaskInterface.register(name, _no_mask)
     return ATTENTION
 
 
@@ -56,16 +60,38 @@ def packed_attention(
 
     The borders come from transformers' FlashAttention keywords: `cu_seq_lens_q` [S + 1] int32 and `max_length_q`.
     """
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if not half or kwargs.get("softcap") is not None:
+        return written_out_attention(module, query, key, value, attention_mask, **kwargs)
     _refuse_unsupported(module, query, attention_mask, kwargs)
     borders, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    window, scale, softcap = kwargs.get("sliding_window"), kwargs.get("scaling"), kwargs.get("softcap")
-    sinks = kwargs.get("s_aux")
-    if softcap is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        if sinks is not None:
-            return attention_with_sinks(query, key, value, sinks, borders, longest, window=window, scale=scale), None
-        return _flash(query, key, value, borders, longest, window=window, scale=scale), None
-    told = {"window": window, "scale": scale, "softcap": softcap, "sinks": sinks}
-    return _by_runs(query, key, value, borders.tolist(), **told), None
+    how = {"window": kwargs.get("sliding_window"), "scale": kwargs.get("scaling")}
+    if (sinks := kwargs.get("s_aux")) is not None:
+        return attention_with_sinks(query, key, value, sinks, borders, longest, **how), None
+    return _flash(query, key, value, borders, longest, **how), None
+
+
+def written_out_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As `packed_attention`, one run of equally long sequences after the other."""
+    _refuse_unsupported(module, query, attention_mask, kwargs)
+    out = _by_runs(
+        query,
+        key,
+        value,
+        kwargs["cu_seq_lens_q"].tolist(),
+        window=kwargs.get("sliding_window"),
+        scale=kwargs.get("scaling"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return out, None
 
 
 def _refuse_unsupported(

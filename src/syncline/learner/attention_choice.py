@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from syncline.errors import ConfigError
-from syncline.learner.attention import ATTENTION, packed_attention, register_attention
+from syncline.learner.attention import ATTENTION, WRITTEN_OUT, packed_attention, register_attention
 
 log = logging.getLogger("syncline.attention")
 
@@ -95,6 +95,9 @@ def _best(asked: str, config: Any, device: torch.device, dtype: torch.dtype) -> 
         if asked != "auto":
             raise ConfigError([f"learner.attention: {name!r} does not work here: {fault}; set it to auto"])
         log.warning("attention: %s is left out: %s", name, fault)
+    if config.model_type in _HAVE_SINKS:
+        log.warning("attention: written out, which is slow and keeps the scores of whole sequences")
+        return WRITTEN_OUT
     raise ConfigError(
         ["learner.attention: no kernel works on this GPU (see the log); set it to a name of transformers"]
     )

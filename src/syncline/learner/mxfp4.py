@@ -27,7 +27,7 @@ def is_expert(name: str) -> bool:
 
 def dequantised(settings: Any) -> dict[str, Any]:
     """Options of `from_pretrained` for a checkpoint with this configuration; none where it is not MXFP4."""
-    from transformers import Mxfp4Config
+    from transformers.utils.quantization_config import Mxfp4Config
 
     stored = getattr(settings, "quantization_config", None) or {}
     method = stored.get("quant_method") if isinstance(stored, Mapping) else getattr(stored, "quant_method", None)

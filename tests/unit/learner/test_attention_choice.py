@@ -8,7 +8,7 @@ import torch
 
 from syncline.errors import ConfigError
 from syncline.learner import attention_choice
-from syncline.learner.attention import ATTENTION, packed_attention
+from syncline.learner.attention import ATTENTION, WRITTEN_OUT, packed_attention
 from syncline.learner.attention_choice import TOLERANCE, choose_attention
 
 CPU = torch.device("cpu")
@@ -89,6 +89,14 @@ def test_of_several_names_the_first_that_works_is_taken_and_the_log_says_so(capl
         assert choose_attention(asked, SINKS, device=CPU, dtype=torch.float32) == ATTENTION
     assert "'kernels-community/vllm-flash-attn3' needs a GPU" in caplog.text
     assert "attention: written out" in caplog.text
+
+
+def test_where_no_kernel_works_sinks_are_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = attention_choice._Kernel(compute=absent)
+    monkeypatch.setattr(attention_choice, "_KERNELS", {"flash": broken})
+    assert attention_choice._best("auto", SINKS, CPU, torch.bfloat16) == WRITTEN_OUT
+    with pytest.raises(ConfigError, match="no kernel works"):
+        attention_choice._best("auto", CONFIG, CPU, torch.bfloat16)
 
 
 def test_a_kernel_that_cannot_be_had_is_named() -> None:

@@ -78,13 +78,14 @@ def _experts() -> type:
         ) -> None:
             output.zero_()
             config, context = self.quant_config, self._lora_context
+            scales: Any = (self.w1_scale, self.w2_scale)
             for expert in topk_ids.unique().tolist():
                 rows, choice = torch.where(topk_ids == expert)
                 x = hidden_states[rows].float()
-                inner = linear(x, widened(w1[expert], self.w1_scale[expert]), config.w1_bias, expert)
+                inner = linear(x, widened(w1[expert], scales[0][expert]), config.w1_bias, expert)
                 inner += adapted(x, rows, expert, context, "w13")
                 gated = gate(inner)
-                out = linear(gated, widened(w2[expert], self.w2_scale[expert]), config.w2_bias, expert)
+                out = linear(gated, widened(w2[expert], scales[1][expert]), config.w2_bias, expert)
                 out += adapted(gated, rows, expert, context, "w2")
                 output.index_add_(0, rows, (out * topk_weights[rows, choice, None]).to(output.dtype))
 
