@@ -18,6 +18,8 @@ from pathlib import Path
 from syncline.cli import main as syncline
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "gpt_oss_20b.yaml"
+WAITS = "request_timeout_seconds: 590, start_timeout_seconds: 900"
+"""All that is left of the file's engine: the server has the other settings, and was started with them."""
 COMPLETIONS = "runs/micro_step_completions.csv"
 IGNORED = {
     "GRPO_TRUNCATION_THRESHOLD": "a completion is cut off when the engine says so; sampling.max_tokens sets the limit",
@@ -46,7 +48,7 @@ def overrides(variables: Mapping[str, str]) -> list[str]:
     host, port = variables.get("VLLM_SERVER_HOST", "localhost"), variables.get("VLLM_SERVER_PORT", "8000")
     url = variables.get("VLLM_SERVER_BASE_URL") or f"http://{host}:{port}"
     ranks = variables.get("VLLM_TENSOR_PARALLEL_SIZE", "1")
-    fields = [f"engine.servers=[{{url: {url}, tensor_parallel_size: {ranks}}}]"]
+    fields = [f"engine={{servers: [{{url: {url}, tensor_parallel_size: {ranks}}}], {WAITS}}}"]
     if attention := variables.get("ATTN_IMPLEMENTATION") or variables.get("ATTN_IMPL"):
         fields.append(f"learner.attention={attention},auto")
     if variables.get("GRPO_LOG_COMPLETIONS", "1") != "0":
