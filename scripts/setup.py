@@ -27,7 +27,7 @@ OLDEST_DRIVER = 580
 """NVIDIA's first driver for CUDA 13, which the locked torch is built for."""
 UV_RELEASE = "uv==0.13.8"
 EXTRAS = ("learner", "gsm8k", "report", "dev")
-ENVIRONMENTS = ("reasoning-gym", "trl", "verifiers")
+ENVIRONMENTS = ("reasoning-gym", "tensorboard", "trl", "verifiers", "wandb")
 ENVIRONMENTS_STAMP = VENV / "syncline-environments"
 
 

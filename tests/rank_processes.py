@@ -11,12 +11,19 @@ from typing import Any
 
 import torch
 
+from syncline.bridges.ranks import TENSOR_PARALLEL
 from syncline.learner.distributed import joined_ranks, rank_device
 
 DEADLINE_SECONDS = 120.0
 
 
-def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, device: str = "cpu") -> list[Any]:
+def on_ranks(
+    function: Callable[..., Any],
+    *args: Any,
+    world_size: int = 2,
+    device: str = "cpu",
+    dimension: str = TENSOR_PARALLEL,
+) -> list[Any]:
     """`function(ranks, *args)` on every rank at once; what each returned, by rank. A rank's failure fails the test."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
@@ -26,7 +33,8 @@ def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, devi
         answers = [Path(folder) / str(rank) for rank in range(world_size)]
         processes = [
             context.Process(
-                target=_run, args=(_environment(rank, world_size, port), device, answers[rank], function, args)
+                target=_run,
+                args=(_environment(rank, world_size, port), device, dimension, answers[rank], function, args),
             )
             for rank in range(world_size)
         ]
@@ -61,11 +69,18 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _run(environment: dict[str, str], device: str, answer: Path, function: Callable[..., Any], args: tuple) -> None:
+def _run(
+    environment: dict[str, str],
+    device: str,
+    dimension: str,
+    answer: Path,
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
     os.environ |= environment
     torch.set_num_threads(1)
     try:
-        with joined_ranks(rank_device(torch.device(device)), timeout_seconds=60) as ranks:
+        with joined_ranks(rank_device(torch.device(device)), timeout_seconds=60, dimension=dimension) as ranks:
             outcome = (None, function(ranks, *args))
     except Exception:
         outcome = (traceback.format_exc(), None)

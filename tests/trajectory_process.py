@@ -14,24 +14,30 @@ import sys
 from syncline.config.schema import Run, Trajectory
 from syncline.trajectory.atropos_wire import Registration
 from syncline.trajectory.serve import run_server
-run_dir, port, groups_per_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-run = Run(dir=run_dir, num_steps=10, groups_per_step=groups_per_step, rollouts_per_group=2, max_staleness=3)
+run_dir, (port, groups_per_step, max_staleness, max_store_bytes) = sys.argv[1], map(int, sys.argv[2:])
+run = Run(
+    dir=run_dir, num_steps=10, groups_per_step=groups_per_step, rollouts_per_group=2, max_staleness=max_staleness
+)
 own = Registration(
     wandb_group="run", wandb_project="syncline", batch_size=2 * groups_per_step, max_token_len=128,
     checkpoint_dir=run_dir, save_checkpoint_interval=5, starting_step=0, num_steps=10,
 )
-run_server(run, Trajectory(), environments={"math": 1.0, "code": 1.0}, run_id="test", port=port, own=own)
+trajectory = Trajectory(max_store_bytes=max_store_bytes)
+run_server(run, trajectory, environments={"math": 1.0, "code": 1.0}, run_id="test", port=port, own=own)
 """
 
 
 class TrajectoryProcess:
     """With `max_staleness` 3 the capacity is four times `groups_per_step`."""
 
-    def __init__(self, run_dir: Path, *, groups_per_step: int = 1) -> None:
+    def __init__(
+        self, run_dir: Path, *, groups_per_step: int = 1, max_staleness: int = 3, max_store_bytes: int = 1 << 30
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._argv = [sys.executable, "-c", _SCRIPT, str(run_dir), str(self.port), str(groups_per_step)]
+        numbers = [str(number) for number in (self.port, groups_per_step, max_staleness, max_store_bytes)]
+        self._argv = [sys.executable, "-c", _SCRIPT, str(run_dir), *numbers]
         self.process = subprocess.Popen(self._argv)
 
     def restart(self) -> None:

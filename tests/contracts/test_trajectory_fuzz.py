@@ -44,7 +44,7 @@ LABELS = [
     *("GET /status-env", "POST /register", "POST /register-env"),
     *("POST /disconnect-env", "POST /scored_data", "POST /scored_data_list", "POST /permits", "POST /groups"),
     *("POST /permits/{permit_id}/give_back", "POST /start", "POST /lease", "POST /acknowledge", "POST /commit"),
-    "GET /reset_data",
+    *("GET /reset_data", "GET /ui/run", "GET /ui/steps", "GET /ui/rollouts", "GET /metrics"),
 ]
 
 

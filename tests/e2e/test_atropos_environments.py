@@ -167,6 +167,43 @@ def test_generate_says_what_is_wrong_with_a_request(engine, body, fault):
     assert (answer.status_code, fault in answer.text) == (400, True), answer.text
 
 
+def test_the_example_trainers_routes_tell_of_the_bridge_and_pause_by_hand(engine):
+    def get(path: str) -> dict:
+        return httpx.get(engine.url + path).json()
+
+    info = get("/bridge/info")
+    assert (info["model_name"], info["device"], info["shared_weights"], info["paused"]) == (
+        engine.model,
+        "cpu",
+        False,
+        False,
+    )
+    dtypes = get("/bridge/state_dict_info")
+    assert dtypes["dtype"] == "float32" and "model.embed_tokens.weight" in dtypes["parameters"]
+    assert {"/generate", "/lora/load", "/bridge/pause"} <= set(get("/bridge/list_endpoints")["endpoints"])
+    assert get("/bridge/debug")["version"] == get("/health")["version"]
+    assert post(engine, "/bridge/pause") == {"status": "paused"}
+    assert get("/bridge/is_paused") == {"paused": True}
+    asked = threading.Thread(target=post, args=(engine, "/generate"), kwargs=REQUESTS["/generate"], daemon=True)
+    asked.start()
+    asked.join(1.0)
+    assert asked.is_alive()
+    assert post(engine, "/bridge/resume") == {"status": "resumed"}
+    asked.join(60)
+    assert not asked.is_alive()
+    for path in ("/bridge/sleep", "/bridge/wake_up"):
+        assert "does not sleep" in httpx.post(engine.url + path).text
+    assert get("/bridge/is_sleeping") == {"sleeping": False}
+
+
+def test_a_bridges_pause_is_not_ended_by_hand(engine):
+    held = engine.control.pause(mode="drain", timeout_seconds=30).receipt
+    answer = httpx.post(f"{engine.url}/bridge/resume")
+    assert answer.status_code == 409 and "a bridge has paused this engine" in answer.text
+    engine.control.resume(held)
+    assert httpx.get(f"{engine.url}/bridge/is_paused").json() == {"paused": False}
+
+
 REQUESTS = {
     "/generate": {"prompt": "1+1=", "max_tokens": 3},
     "/v1/completions": {"prompt": "1+1=", "max_tokens": 3},

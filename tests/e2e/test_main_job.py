@@ -21,13 +21,23 @@ OWN_ENVIRONMENT = Path(__file__).parents[2] / "benchmarks"
 """A user's own environment, by import path. Its reward varies in every group, so that every step has a gradient."""
 
 
-NUM_GPUS = {"broadcast-lora": 2, "shared-tp2": 2, "shared-tp4": 4}
+NUM_GPUS = {"broadcast-lora": 2, "shared-tp2": 2, "shared-tp4": 4, "broadcast-fsdp2": 3}
 """GPUs that a variant needs, where it needs more than one."""
-VARIANTS = ("restart", "restart-lora", "shared", "shared-lora", "lora", "broadcast-lora", "shared-tp2", "shared-tp4")
+VARIANTS = (
+    "restart",
+    "restart-lora",
+    "shared",
+    "shared-lora",
+    "lora",
+    "broadcast-lora",
+    "broadcast-fsdp2",
+    "shared-tp2",
+    "shared-tp4",
+)
 """The bridge and what it has beside: `broadcast-lora` moves merged adapters, which the other bridges do not."""
 BEHIND = "restart-lora"
 """It samples while it learns, up to a version behind; the others take turns."""
-ON_GPUS_ALONE = ("lora", "shared-tp4")
+ON_GPUS_ALONE = ("lora", "shared-tp4", "broadcast-fsdp2")
 """Their parts are tested on a CPU as well, by other tests."""
 
 
@@ -61,6 +71,9 @@ def values_of(variant: str, folder: Path) -> dict[str, Any]:
     if bridge == "broadcast":
         values["bridge"] |= {"bucket_bytes": 200_000}
         values["engine"]["devices"] = [1]
+    if beside == "fsdp2":
+        values["learner"] |= {"device": DEVICE, "devices": [0, 2], "data_parallel_size": 2, "loss": {"name": "bnpo"}}
+        values["engine"]["device"] = DEVICE
     if beside.startswith("tp"):
         split = {"device": DEVICE, "devices": list(range(NUM_GPUS[variant])), "tensor_parallel_size": NUM_GPUS[variant]}
         for section in ("engine", "learner"):

@@ -27,6 +27,11 @@ def test_run_in_the_readme_is_a_valid_configuration() -> None:
     assert resolve(run | change).model.path == change["model"]["path"]
 
 
+def test_run_in_the_migration_page_is_a_valid_configuration() -> None:
+    [run] = blocks(ROOT / "docs" / "migrating.md", "yaml")
+    assert resolve(yaml.safe_load(run)).environments == ()
+
+
 @pytest.mark.parametrize("file", [*(ROOT / "configs").glob("*.yaml")], ids=lambda path: path.name)
 def test_shipped_configuration_is_valid(file: Path) -> None:
     assert load(file).environments

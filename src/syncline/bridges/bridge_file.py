@@ -8,9 +8,11 @@ skipped, because whatever lies further down the order is older still.
 """
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from syncline.bridges.handles import Origin, refuse_stranger
 from syncline.errors import SyncError
 
 FILE_NAME = "vllm_bridge_config.json"
+POLL_SECONDS = 0.5
 AUTO = "auto"
 """In place of a path: where the documented order leads."""
 FALLBACK_FOLDER = Path("/tmp/atropos_bridge")
@@ -86,11 +89,25 @@ def write_bridge_file(explicit: str, *, url: str, model: str, handles: Sequence[
     return path
 
 
-def find_bridge_file(explicit: str, *, model: str, device: torch.device, rank: int = 0) -> BridgeFile:
-    """The first of `search_order`. Raises `SyncError` when there is none, or it is not of an engine that shares this
-    `model` (the learner's `model.path`) now, on this host, with the device and torch of this rank of the learner."""
+def find_bridge_file(
+    explicit: str,
+    *,
+    model: str,
+    device: torch.device,
+    rank: int = 0,
+    patience_seconds: float = 0.0,
+    sleep: Callable[[float], None] = time.sleep,
+) -> BridgeFile:
+    """The first of `search_order`. Raises `SyncError` when none came for `patience_seconds`, or it is
+    not of an engine that shares this `model` (the learner's `model.path`) now, on this host, with the device and torch
+    of this rank of the learner."""
     searched = search_order(explicit)
-    path = next((path.absolute() for path in searched if path.exists()), None)
+    path = _first_there(searched)
+    for _ in range(math.ceil(patience_seconds / POLL_SECONDS)):
+        if path is not None:
+            break
+        sleep(POLL_SECONDS)
+        path = _first_there(searched)
     if path is None:
         told = "\n".join(f"  {path.absolute()}" for path in searched)
         raise SyncError(
@@ -105,6 +122,10 @@ def find_bridge_file(explicit: str, *, model: str, device: torch.device, rank: i
     except SyncError as error:
         raise SyncError(f"{path}: {error}") from error
     return found
+
+
+def _first_there(searched: Sequence[Path]) -> Path | None:
+    return next((path.absolute() for path in searched if path.exists()), None)
 
 
 def _read(path: Path) -> BridgeFile:

@@ -22,6 +22,7 @@ from syncline.bridges.carriers import Carrier, Way, way_to
 from syncline.bridges.copies import CopyingBridge
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, fingerprint_of, open_views
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import differences, model_digest, parameter_digests, whole
 from syncline.bridges.repacked import is_repacked
 from syncline.bridges.stopwatch import Stopwatch
@@ -29,15 +30,16 @@ from syncline.config.schema import Bridge
 from syncline.errors import SyncError
 from syncline.protocols import EngineControl, Receipt, SyncReport
 
-Base = Callable[[Any], Iterable[tuple[str, torch.nn.Parameter]]]
+Base = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 Layers = Callable[[Any], Iterable[tuple[str, LoraLayer]]]
 Stored = Callable[[Any], Mapping[str, str]]
 
 
 class LoraBridge(CopyingBridge):
     """See the module. `base(model)` yields the frozen parameters under their checkpoint names, tied ones once;
-    `layers(model)` the adapted layers; `folder` is where versions are written for engines on other hosts.
-    `stored(model)` are the digests of what engines repack of the checkpoint, which `base` then leaves out."""
+    `layers(model)` the adapted layers; `folder` is where versions are written for engines on other hosts. With several
+    ranks both yield wholes on each of them, together; rank 0 alone holds what engines read. `stored(model)` are the
+    digests of what engines repack of the checkpoint, which `base` then leaves out."""
 
     def __init__(
         self,
@@ -49,8 +51,10 @@ class LoraBridge(CopyingBridge):
         folder: Path,
         shares_base: bool = False,
         stored: Stored = lambda model: {},
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        self._fleet = Fleet(engines, config)
+        self._fleet = Fleet(engines, config, ranks=ranks)
+        self._ranks = ranks
         self._config = config
         self._base = base
         self._layers = layers
@@ -63,16 +67,17 @@ class LoraBridge(CopyingBridge):
     def attach(self, model: Any) -> None:
         """Proves the base, refuses modules an engine cannot adapt, by name, and opens the way to every engine."""
         self._fleet.wait_until_ready()
-        base = dict(self._base(model))
-        self._base_digests = parameter_digests(base.items()) | dict(self._stored(model))
+        self._base_digests = parameter_digests(self._base(model)) | dict(self._stored(model))
         self._refuse_other_base()
         layers = dict(self._layers(model))
         engines = self._fleet.each(lambda engine: engine.adapters())
         layout = self._refuse_unheld(layers, engines)
         device = next(iter(layers.values())).a.device
-        self._carrier = Carrier(layout, self._ways(engines, device), device=device, folder=self._folder)
+        ways = self._ranks.from_first(lambda: self._ways(engines, device))
+        own = ways if self._ranks.is_first else []
+        self._carrier = Carrier(layout, own, device=device, folder=self._folder)
         if self._shares_base:
-            self._share(base, device)
+            self._share(dict(self._base(model)), device)
 
     def close(self) -> None:
         if self._carrier is not None:
@@ -103,7 +108,8 @@ class LoraBridge(CopyingBridge):
 
     def _stage(self, adapter: Mapping[str, str], carrier: Carrier, *, policy_version: int) -> None:
         """Every engine holds the new adapter beside the old one, and has proved it."""
-        sources = dict(zip(self._fleet.engines, carrier.send(policy_version), strict=True))
+        sent = self._ranks.from_first(lambda: carrier.send(policy_version))
+        sources = dict(zip(self._fleet.engines, sent, strict=True))
         wire, timeout = carrier.layout.wire(), self._config.timeout_seconds
 
         def stage(engine: EngineControl) -> Mapping[str, str]:
@@ -147,7 +153,7 @@ class LoraBridge(CopyingBridge):
                 lines = "\n".join(faults)
                 raise SyncError(f"{engine.name} serves another base than the learner adapts:\n{lines}")
 
-    def _share(self, base: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
+    def _share(self, base: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """The learner's base becomes the first engine's memory, which the others have too."""
         engine = self._fleet.engines[0]
         memory, *others = engine.export()

@@ -1,9 +1,10 @@
 """The processes that train one model together, as one of them sees it: who it is, and what it says to the others.
 
-Every rank runs the same loop over the same groups. Rank 0 alone speaks to the outside world (engines, trajectories,
-metrics, disk); what it is answered there, or how it fails there, `from_first` brings to all. Who waits: every other
-rank, for rank 0. Who unblocks: rank 0's next word, or its end, which breaks the connections. Objects travel over gloo,
-so that a waiting rank leaves its GPU to the engine; tensors on GPUs over NCCL.
+Every rank runs the same loop over the same groups; where ranks split the data, `pack` gives each its share. Rank 0
+alone speaks to the outside world (engines, trajectories, metrics, disk); what it is answered there, or how it fails
+there, `from_first` brings to all. Who waits: every other rank, for rank 0. Who unblocks: rank 0's next word, or its
+end, which breaks the connections. Objects travel over gloo, so that a waiting rank leaves its GPU to the engine;
+tensors on GPUs over NCCL.
 """
 
 import sys
@@ -19,6 +20,8 @@ from syncline.errors import SynclineError, TrainingError
 
 TENSOR_PARALLEL = "tensor_parallel"
 """The mesh dimension over which each parameter is split; every rank of it sees every token."""
+DATA_PARALLEL = "data_parallel"
+"""The mesh dimension over which tokens are split; parameters are too (FSDP), but each is whole while it is used."""
 
 T = TypeVar("T")
 
@@ -30,10 +33,17 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     mesh: DeviceMesh | None = None
+    dimension: str = TENSOR_PARALLEL
+    """The mesh's one dimension: what the ranks split."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def split_data(self) -> bool:
+        """Each rank sees other tokens: sums over tokens are the sums of all ranks'."""
+        return self.world_size > 1 and self.dimension == DATA_PARALLEL
 
     def from_first(self, call: Callable[[], T]) -> T:
         """What `call` returns on rank 0, on every rank; what it raises there is raised on every rank.
@@ -66,7 +76,7 @@ class Ranks:
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place, on every rank."""
         if self.mesh is not None:
-            dist.all_reduce(tensor, group=self.mesh.get_group(TENSOR_PARALLEL))
+            dist.all_reduce(tensor, group=self.mesh.get_group(self.dimension))
         return tensor
 
     def stacked(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -74,7 +84,7 @@ class Ranks:
         if self.mesh is None:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.mesh.get_group(TENSOR_PARALLEL))
+        dist.all_gather(parts, tensor.contiguous(), group=self.mesh.get_group(self.dimension))
         return torch.stack(parts)
 
     def gathered(self, value: T) -> list[T]:
@@ -82,13 +92,13 @@ class Ranks:
         if self.mesh is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.mesh.get_group(TENSOR_PARALLEL))
+        dist.all_gather_object(values, value, group=self.mesh.get_group(self.dimension))
         return values
 
     def broadcast_(self, tensor: torch.Tensor, *, source: int) -> None:
         """The bits of rank `source`'s contiguous tensor into every rank's, whatever their type."""
         if self.mesh is not None and tensor.numel():
-            group = self.mesh.get_group(TENSOR_PARALLEL)
+            group = self.mesh.get_group(self.dimension)
             dist.broadcast(tensor.view(-1).view(torch.uint8), group=group, group_src=source)
 
 

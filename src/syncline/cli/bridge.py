@@ -31,7 +31,9 @@ def connect_engines(
         if config.bridge.name != "shared":
             raise ConfigError([f"bridge.name: {config.bridge.name!r} takes no --bridge-config; set it to shared"])
         file = ranks.together(
-            lambda: find_bridge_file(bridge_config, model=config.model.path, device=device, rank=ranks.rank)
+            lambda: find_bridge_file(
+                bridge_config, model=config.model.path, device=device, rank=ranks.rank, patience_seconds=timeout
+            )
         )
         found = [FoundEngine(file, start_timeout_seconds=timeout)]
     engines = [*found, *(EngineController(url, start_timeout_seconds=timeout) for url in urls)]
@@ -49,12 +51,11 @@ def build_bridge(
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
     from syncline.learner.adapter import adapter_layers, base_parameters, plain_parameters
-    from syncline.learner.model import checkpoint_shards, saved_parameters
+    from syncline.learner.model import checkpoint_shards, checkpoint_wholes, saved_parameters
     from syncline.learner.mxfp4 import stored_experts
-    from syncline.learner.places import wholes
 
     def export(model: Any) -> Iterable[tuple[str, "torch.Tensor"]]:
-        return wholes(checkpoint_shards(model), ranks)
+        return checkpoint_wholes(model, ranks)
 
     repacks = quantisation(str(assets)) == MXFP4
     if faults := packed_faults(
@@ -70,6 +71,7 @@ def build_bridge(
             layers=adapter_layers,
             folder=Path(config.run.dir) / "adapters",
             shares_base=config.bridge.name == "shared",
+            ranks=ranks,
         )
     if config.bridge.name == "shared":
         return SharedBridge(engines, config.bridge, shards=checkpoint_shards, ranks=ranks)

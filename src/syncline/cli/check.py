@@ -11,6 +11,7 @@ from syncline.errors import ConfigError
 from syncline.launch.plan import Machine, ProcessSpec, plan, wanted_ports
 from syncline.launch.ports import lease_ports
 from syncline.launch.run_folder import config_text
+from syncline.observe.exports import missing_packages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_checked(file: str, overrides: Sequence[str]) -> RunConfig:
-    """The configuration, the names of its environments checked too; building them may take long and is left out."""
+    """The configuration; the names of its environments and the packages of its sinks are checked too, not built."""
     config = load(file, overrides)
     faults = [
         f"environments.{i}.task: {own.task!r} is not a built-in; use one of {', '.join(BUILT_IN)}, or an import path "
@@ -40,7 +41,8 @@ def load_checked(file: str, overrides: Sequence[str]) -> RunConfig:
         for i, own in enumerate(config.environments)
         if own.task not in BUILT_IN and ":" not in own.task
     ]
-    if faults := [*faults, *packed_faults(config)]:
+    faults += [*missing_packages(config.observe), *packed_faults(config)]
+    if faults:
         raise ConfigError(faults)
     return config
 

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index", type=int, default=0, help="which of the file's environments, from 0")
     parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append")
     parser.add_argument("--trajectories-url")
+    parser.add_argument("--patience-seconds", type=float, default=60.0, help="for a trajectory server that is away")
     parser.add_argument("--into", type=Path, default=Path(), help="with `new`: the folder of the files")
 
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(["--engine-url, --trajectories-url: missing; say where engine and trajectory server listen"])
     set_up_logging()
     config = load(args.file, args.overrides)
-    asyncio.run(_work(config, args.index, engine_urls=args.engine_urls, trajectories_url=args.trajectories_url))
+    asyncio.run(_work(config, args))
     return 0
 
 
@@ -47,17 +48,18 @@ def _new(names: list[str], folder: Path) -> int:
     return 0
 
 
-async def _work(config: RunConfig, index: int, *, engine_urls: list[str], trajectories_url: str) -> None:
+async def _work(config: RunConfig, args: argparse.Namespace) -> None:
     from syncline.cli.sampling import open_policy, training_environment
     from syncline.envs.worker import EnvironmentWorker
     from syncline.trajectory.client import TrajectorySink
     from syncline.trajectory.guard import TOKEN_VARIABLE
 
-    own = config.environments[index]
-    environment = training_environment(config, index)
+    own = config.environments[args.index]
+    environment = training_environment(config, args.index)
+    token, patience = os.environ.get(TOKEN_VARIABLE), args.patience_seconds
     async with (
-        open_policy(config, engine_urls, temperature=config.sampling.temperature) as policy,
-        TrajectorySink(trajectories_url, token=os.environ.get(TOKEN_VARIABLE)) as sink,
+        open_policy(config, args.engine_urls, temperature=config.sampling.temperature) as policy,
+        TrajectorySink(args.trajectories_url, token=token, retry_seconds=patience) as sink,
     ):
         worker = EnvironmentWorker(
             environment,

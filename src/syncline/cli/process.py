@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", required=True)
     parser.add_argument("--num-groups", type=int, default=8)
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    parser.add_argument("--out", type=Path, required=True, help=f"a folder, for {GROUPS_FILE} and {PAGE_FILE}")
+    parser.add_argument(
+        "--out", type=Path, required=True, help=f"a folder, for {GROUPS_FILE} and {PAGE_FILE}; or a .jsonl file"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,11 +35,12 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.file, args.overrides)
     if not 0 <= args.index < len(config.environments):
         raise ConfigError([f"--index: {args.index}, but {args.file} has {len(config.environments)} environments"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / GROUPS_FILE).open("wb") as file:
+    groups = args.out if args.out.suffix == ".jsonl" else args.out / GROUPS_FILE
+    groups.parent.mkdir(parents=True, exist_ok=True)
+    with groups.open("wb") as file:
         asyncio.run(_process(config, args, file))
-    print(args.out / GROUPS_FILE)
-    print(write_page(args.out / GROUPS_FILE, args.out / PAGE_FILE, limit=args.num_groups))
+    print(groups)
+    print(write_page(groups, groups.with_suffix(".html"), limit=args.num_groups))
     return 0
 
 

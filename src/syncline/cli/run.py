@@ -9,7 +9,7 @@ from typing import Any
 from syncline.cli.check import load_checked
 from syncline.config import RunConfig
 from syncline.errors import ConfigError, SynclineError
-from syncline.launch.plan import Machine, plan, wanted_ports
+from syncline.launch.plan import Machine, plan, url, wanted_ports
 from syncline.launch.ports import lease_ports
 from syncline.launch.run_folder import RunFolder, claim
 from syncline.launch.supervisor import Interrupted, Supervisor
@@ -43,7 +43,7 @@ def supervise(config: RunConfig, *, resume: bool, overwrite: bool, machine: Mach
     with lease_ports(wanted_ports(config)) as ports:
         specs = plan(config, ports=ports, machine=machine)
         with claim(config, resume=resume, overwrite=overwrite) as folder:
-            _watch(config, folder, specs)
+            _watch(config, folder, specs, page=f"{url(config.trajectory.host, ports['trajectory.port'])}/ui")
             return _sum_up(folder.path)
 
 
@@ -51,7 +51,7 @@ def resume_command(file: str, overrides: list[str]) -> str:
     return shlex.join(["syncline", "run", file, *overrides, "--resume"])
 
 
-def _watch(config: RunConfig, folder: RunFolder, specs: Any) -> None:
+def _watch(config: RunConfig, folder: RunFolder, specs: Any, *, page: str) -> None:
     from rich.console import Console
 
     from syncline.observe.progress import Progress
@@ -62,6 +62,7 @@ def _watch(config: RunConfig, folder: RunFolder, specs: Any) -> None:
             specs, folder=folder.path, show=progress.print, refresh=progress.refresh, lock_fd=folder.lock_fd
         ) as supervisor,
     ):
+        progress.print(f"the run as a web page: {page}")
         supervisor.run()
 
 

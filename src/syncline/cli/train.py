@@ -4,10 +4,10 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from syncline.cli.bridge import build_bridge, connect_engines
 from syncline.cli.ranks import is_rank, run_ranks
@@ -40,16 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from syncline.learner.distributed import num_ranks, refuse_other_number
+
+    config = load(args.file, args.overrides)
+    if num_ranks(config.learner) > 1 and not is_rank():
+        return run_ranks(num_ranks(config.learner), sys.argv[1:])
+    refuse_other_number(config.learner)
+    return learn(config, args)
+
+
+def learn(config: RunConfig, args: argparse.Namespace, *, watch: "Callable[[Parts], Parts] | None" = None) -> int:
+    """The learner, to its end. `watch` sees its parts before the first step, and may add to them."""
+    from syncline.bridges.ranks import DATA_PARALLEL, TENSOR_PARALLEL
     from syncline.learner.distributed import joined_ranks, rank_device
     from syncline.learner.loop import train
     from syncline.learner.model import learner_device
     from syncline.observe.logs import set_up_logging
 
-    config = load(args.file, args.overrides)
-    if config.learner.tensor_parallel_size > 1 and not is_rank():
-        return run_ranks(config.learner.tensor_parallel_size, sys.argv[1:])
     device = rank_device(learner_device(config.learner.device))
-    with joined_ranks(device, timeout_seconds=_longest_wait(config)) as ranks:
+    dimension = DATA_PARALLEL if config.learner.data_parallel_size > 1 else TENSOR_PARALLEL
+    with joined_ranks(device, timeout_seconds=_longest_wait(config), dimension=dimension) as ranks:
         set_up_logging(logging.INFO if ranks.is_first else logging.WARNING)
         engines = connect_engines(config, args.engine_urls, args.bridge_config, device=device, ranks=ranks)
         url = args.trajectories_url
@@ -57,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             assemble(config, ranks, device=device, engines=engines, trajectories_url=url) as parts,
             parts.stop.listening() if ranks.world_size == 1 else nullcontext(),
         ):
-            state = train(config, parts)
+            state = train(config, watch(parts) if watch else parts)
     log.info(
         "finished: step %d, policy version %d, %d tokens trained",
         state.step,
@@ -101,6 +111,7 @@ def assemble(
         training_log = TrainingLog(config, [engine.url for engine in engines])
     torch.manual_seed(config.run.seed)
     if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to sum in one order
         torch.use_deterministic_algorithms(True)
     model = load_model(config.model, device=device, running=config.learner, ranks=ranks)
     if config.learner.gradients == "float32":
@@ -113,13 +124,16 @@ def assemble(
         bridge = build_bridge(config, engines, assets, ranks=ranks)
         stack.callback(bridge.close)
         bridge.attach(model)
-        checkpoints = Checkpoints(folder / "checkpoints", config.learner.num_checkpoints, assets, ranks)
+        named = folder / config.learner.checkpoint_name
+        checkpoints = Checkpoints(named.parent, config.learner.num_checkpoints, assets, ranks, named.name)
         resumed_step = checkpoints.newest_step()
         sink, source = (None, None)
         if ranks.is_first:
             sink, source = _outside(
                 config, stack, trajectories_url=trajectories_url, resumed_step=resumed_step, training_log=training_log
             )
+        if ranks.split_data:
+            torch.manual_seed(config.run.seed + ranks.rank)  # other tokens, other dropout
         yield Parts(
             model=model,
             optimizer=SplitMasterAdamW(trainable_parameters(model), config.learner.optimizer, ranks=ranks),
@@ -141,18 +155,23 @@ def _outside(
     resumed_step: int,
     training_log: "MetricSink | None",
 ) -> tuple["MetricSink", "RolloutSource"]:
+    from syncline.cli.trajectories import run_terms
+    from syncline.observe.exports import ExportingSink, open_exports
     from syncline.observe.sinks import JsonlSink, MultiSink
     from syncline.observe.training_log import CompletionsCsv
     from syncline.trajectory.client import TrajectorySource
     from syncline.trajectory.guard import TOKEN_VARIABLE
 
-    sinks: list[MetricSink] = [JsonlSink(Path(config.run.dir), resumed_step=resumed_step)]
-    sinks += [CompletionsCsv(Path(config.observe.completions_csv))] if config.observe.completions_csv else []
-    sinks += [training_log] if training_log else []
-    sink = MultiSink(sinks)
+    folder = Path(config.run.dir)
+    exports = open_exports(config.observe, folder, resumed_step=resumed_step)
+    own: list[MetricSink] = [JsonlSink(folder, resumed_step=resumed_step, decode=_tokenizer(config).decode)]
+    own += [CompletionsCsv(Path(config.observe.completions_csv))] if config.observe.completions_csv else []
+    own += [training_log] if training_log else []
+    sink = ExportingSink(MultiSink(own), exports)
     stack.callback(sink.close)
     source = TrajectorySource(
         trajectories_url,
+        terms=run_terms(config),
         token=os.environ.get(TOKEN_VARIABLE),
         wait_timeout_seconds=config.trajectory.wait_timeout_seconds,
     )
@@ -173,17 +192,22 @@ def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device", r
         device=device,
         max_completion_tokens=config.sampling.max_tokens,
         num_steps=config.run.num_steps,
+        ranks=ranks,
     )
 
 
-def _gate(config: RunConfig, engine_urls: Sequence[str], ranks: "Ranks") -> "ParityGate":
+def _tokenizer(config: RunConfig) -> Any:
     from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+
+
+def _gate(config: RunConfig, engine_urls: Sequence[str], ranks: "Ranks") -> "ParityGate":
     from syncline.engines.pool import EnginePool
     from syncline.learner.model import Scorer
     from syncline.learner.parity import ParityGate
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+    tokenizer = _tokenizer(config)
     return ParityGate(
         config=config.parity,
         connect=lambda: EnginePool(engine_urls, timeout_seconds=config.engine.request_timeout_seconds),

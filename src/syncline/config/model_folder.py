@@ -33,9 +33,4 @@ def packed_faults(config: RunConfig) -> list[str]:
             f"model.dtype: {config.model.dtype!r} may be float32, and vLLM computes MXFP4 in bfloat16 alone; set it to "
             "bfloat16"
         )
-    if config.learner.tensor_parallel_size > 1:
-        faults.append(
-            f"learner.tensor_parallel_size: {config.learner.tensor_parallel_size} does not split experts in MXFP4; set "
-            "it to 1"
-        )
     return faults

@@ -115,6 +115,11 @@ def _memory(config: RunConfig) -> Iterator[str]:
             f"learner.optimizer.in_backward: true steps before ranks have added up their gradients, and "
             f"tensor_parallel_size = {learner.tensor_parallel_size}; set it to false"
         )
+    if learner.data_parallel_size > 1:
+        yield (
+            f"learner.optimizer.in_backward: true steps while ranks still add up gradients, and data_parallel_size = "
+            f"{learner.data_parallel_size}, which leaves a rank but a part of them; set it to false"
+        )
     if config.bridge.name == "shared" and config.model.lora is None:
         yield (
             "learner.optimizer.in_backward: true writes weights during the backward pass, and with bridge.name = "
@@ -132,6 +137,11 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
 
 
 def _environments(config: RunConfig) -> Iterator[str]:
+    if not config.environments and config.evaluation.num_tasks:
+        yield (
+            f"evaluation.num_tasks: {config.evaluation.num_tasks} are asked of environments = [], which has none; name "
+            "an environment, or set it to 0"
+        )
     names = [e.name or e.task for e in config.environments]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -153,11 +163,17 @@ def _devices(config: RunConfig) -> Iterator[str]:
             f"replicas of {engine.tensor_parallel_size} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
             "name that many, or set engine.device to cpu"
         )
-    if learner.device != "cpu" and len(set(learner.devices)) != learner.tensor_parallel_size:
+    num_gpus = len(set(learner.devices))
+    if learner.device != "cpu" and learner.data_parallel_size == 1 and num_gpus != learner.tensor_parallel_size:
         yield (
-            f"learner.devices: {list(learner.devices)} names {len(set(learner.devices))} GPUs for "
-            f"learner.tensor_parallel_size = {learner.tensor_parallel_size}; name one for each rank, or set "
-            "learner.device to cpu"
+            f"learner.devices: {list(learner.devices)} names {num_gpus} GPUs for learner.tensor_parallel_size = "
+            f"{learner.tensor_parallel_size}; name one for each rank, or set learner.device to cpu"
+        )
+    if learner.device != "cpu" and learner.data_parallel_size > 1 and learner.data_parallel_size % max(1, num_gpus):
+        yield (
+            f"learner.devices: {list(learner.devices)} names {num_gpus} GPUs for learner.data_parallel_size = "
+            f"{learner.data_parallel_size}; name one for each rank (of several hosts under torchrun, those of one), or "
+            "set learner.device to cpu"
         )
     if "cpu" in (config.engine.device, config.learner.device) and "cuda" in (
         config.engine.device,
@@ -170,10 +186,25 @@ def _devices(config: RunConfig) -> Iterator[str]:
 
 
 def _ranks(config: RunConfig) -> Iterator[str]:
-    size = config.learner.tensor_parallel_size
-    if size == 1:
-        return
-    if config.model.lora:
+    learner = config.learner
+    size, num_data = learner.tensor_parallel_size, learner.data_parallel_size
+    if size > 1 and num_data > 1:
+        yield (
+            f"learner.data_parallel_size: {num_data} splits parameters, and learner.tensor_parallel_size = {size} does "
+            "so otherwise; set one of the two to 1"
+        )
+    if num_data > 1 and config.bridge.name == "shared":
+        remedy = "lora" if config.model.lora else "broadcast, or learner.tensor_parallel_size instead"
+        yield (
+            f"learner.data_parallel_size: {num_data} leaves a rank a part of every parameter, and bridge.name = "
+            f"'shared' needs parameters as the engine has them in one place; set bridge.name to {remedy}"
+        )
+    if num_data > 1 and config.model.lora and config.model.lora.target_parameters:
+        yield (
+            f"learner.data_parallel_size: {num_data} does not split adapters of parameters, and "
+            "model.lora.target_parameters names some; set it to 1, or leave those out"
+        )
+    if size > 1 and config.model.lora:
         yield (
             f"learner.tensor_parallel_size: {size} does not split adapters, and model.lora is set; set it to 1, or "
             "leave model.lora out"
@@ -215,6 +246,25 @@ def _bridge(config: RunConfig) -> Iterator[str]:
             yield (
                 f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "
                 "bridge.name = 'shared' trains in place; leave it out, or use restart"
+            )
+
+
+def _published(config: RunConfig) -> Iterator[str]:
+    """Between publishes learner and engines differ, so what compares them, or is resumed from, waits for one."""
+    interval = config.bridge.interval
+    if interval > 1 and config.bridge.name == "shared" and config.model.lora is None:
+        yield (
+            f"bridge.interval: {interval} leaves engines on an older version, and with bridge.name = 'shared' every "
+            "step changes what they read; set it to 1, or use restart"
+        )
+    for field, value in (
+        ("learner.checkpoint_interval", config.learner.checkpoint_interval),
+        ("parity.interval", config.parity.interval),
+    ):
+        if value % interval and value < config.run.num_steps:
+            yield (
+                f"{field}: {value} falls between two publishes, which are every bridge.interval = {interval} steps; "
+                "make it a multiple of that"
             )
 
 
@@ -322,6 +372,7 @@ _RULES = (
     _ranks,
     _in_flight,
     _bridge,
+    _published,
     _broadcast,
     _adapter,
     _deadlines,

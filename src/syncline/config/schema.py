@@ -208,6 +208,9 @@ class Learner(Section):
     """GPU indices, one a rank; ignored on a CPU."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks that train one model together, each with its part of every layer: one a GPU, or processes on a CPU."""
+    data_parallel_size: PositiveInt = 1
+    """Ranks that see other tokens each, and keep a part of every parameter, gradient and moment (FSDP). As above; more
+    than `devices` names when torchrun starts them on several hosts."""
     num_threads: NonNegativeInt = 0
     token_budget: PositiveInt = 8192
     """Tokens of a micro-batch; peak memory follows it, not the group."""
@@ -230,6 +233,8 @@ class Learner(Section):
     stop the run, or take them: the logprobs become the learner's own, and staleness is not bounded."""
     checkpoint_interval: PositiveInt = 10
     """Steps between checkpoints."""
+    checkpoint_name: Annotated[str, Field(pattern=r"^[^{}]*\{step(:0\d+d)?\}$")] = "checkpoints/step-{step:06d}"
+    """Folder of a step's checkpoint, in run.dir."""
     num_checkpoints: PositiveInt = 2
     """Checkpoints kept."""
 
@@ -239,6 +244,8 @@ class Bridge(Section):
     """`shared`: one copy of the weights in the memory of one device; `broadcast`: full weights to engines on other
     GPUs; `lora`: the adapter alone, swapped while requests run; `restart`: checkpoints, works with everything. With
     `model.lora`, `shared` is one base and swapped adapters."""
+    interval: PositiveInt = 1
+    """Steps between publishes. Above 1 engines sample several steps from one version."""
     restart: Literal["in_place", "process"] = "in_place"
     """Reload the running engine's weights, or replace its process."""
     in_flight: Literal["drain", "keep", "abort"] = "drain"
@@ -272,16 +279,6 @@ class Parity(Section):
     max_k3_kl: PositiveFloat = 0.005
 
 
-class Observe(Section):
-    """What the learner writes beside `metrics.jsonl`, for eyes and programs that know other trainers' files."""
-
-    training_log: bool = False
-    """`training.log` in run.dir: what the learner logs, the generation's settings, each step's metrics under TRL's
-    names."""
-    completions_csv: str | None = None
-    """A file that gets a row for every completion trained on: step, prompt, completion, reward and its parts."""
-
-
 class Evaluation(Section):
     """Accuracy on the environments' held-out tasks, before and after training."""
 
@@ -292,11 +289,26 @@ class Evaluation(Section):
     temperature: NonNegativeFloat = 0.0
 
 
+class Observe(Section):
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go beside the run's own `metrics.jsonl`; each needs the package of its name. TensorBoard's files
+    are in `<run.dir>/tensorboard`; wandb and trackio take their own environment variables (`WANDB_MODE=offline`)."""
+    project: str = "syncline"
+    """In wandb and trackio; the group is named as the run's folder."""
+    training_log: bool = False
+    """`training.log` in run.dir: what the learner logs, the generation's settings, each step's metrics under TRL's
+    names."""
+    completions_csv: str | None = None
+    """A file that gets a row for every completion trained on: step, prompt, completion, reward and its parts."""
+
+
 class RunConfig(Section):
     run: Run
     model: Model
     sampling: Sampling
-    environments: Annotated[tuple[Environment, ...], Field(min_length=1)]
+    environments: tuple[Environment, ...]
+    """Empty: whoever comes to the trajectory server, be it `syncline env` (its weight is 1) or an environment of the
+    Atropos wire."""
     engine: Engine = Engine()
     trajectory: Trajectory = Trajectory()
     learner: Learner = Learner()

@@ -95,9 +95,19 @@ class EnvironmentWorker:
     async def _free_permits(self, in_flight: set[asyncio.Task[None]], stopping: asyncio.Task[bool]) -> list[Permit]:
         free = self._concurrency - len(in_flight)
         if free:
-            return await self._sink.permits(self._name, free, timeout_seconds=POLL_SECONDS)
+            return await self._asked(free, stopping)
         await asyncio.wait({*in_flight, stopping}, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         return []
+
+    async def _asked(self, free: int, stopping: asyncio.Task[bool]) -> list[Permit]:
+        """What the sink gives. One that is away may be tried for long; a worker that is stopped waits only so long."""
+        asking = asyncio.create_task(self._sink.permits(self._name, free, timeout_seconds=POLL_SECONDS))
+        try:
+            await asyncio.wait({asking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({asking}, timeout=STOP_SECONDS)
+            return asking.result() if asking.done() else []
+        finally:
+            asking.cancel()
 
     async def _attempt(self, permit: Permit, stopping: asyncio.Task[bool]) -> None:
         """One permit from start to finish. What escapes from the environment is read off its task, as data."""

@@ -178,7 +178,11 @@ class _Planner:
 
     def learner(self, *, starts_after: tuple[str, ...]) -> ProcessSpec:
         """One process; with several ranks it starts them itself, and they end with it."""
-        devices, ranks = self._gpus["learner"], self._config.learner.tensor_parallel_size
+        learner, devices = self._config.learner, self._gpus["learner"]
+        ranks = learner.tensor_parallel_size * learner.data_parallel_size
+        if devices and len(devices) != ranks:
+            fault = f"{ranks} ranks on {len(devices)} GPUs, and `syncline run` starts them on this host alone"
+            raise ConfigError([f"learner.data_parallel_size: {fault}; name as many devices, or use torchrun"])
         return ProcessSpec(
             name="learner",
             argv=self._argv("train", *self._urls()),

@@ -38,11 +38,13 @@ MAY_CHANGE = (
     "engine.request_timeout_seconds",
     "trajectory",
     "learner.devices",
+    "learner.data_parallel_size",
     "learner.num_threads",
     "learner.checkpoint_interval",
     "learner.num_checkpoints",
     "bridge.timeout_seconds",
     "parity.interval",
+    "observe",
 )
 """Fields, or whole sections, that a resumed run may change: how long and on what it runs, not what it learns."""
 

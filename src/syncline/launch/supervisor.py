@@ -27,10 +27,9 @@ from syncline.launch.child import Child, Exited
 from syncline.launch.groups import subreaper
 from syncline.launch.guardian import DONE
 from syncline.launch.plan import Kind, ProcessSpec, Ready
-from syncline.observe.files import last_lines, write_atomically
+from syncline.observe.files import PROCESSES_FILE, last_lines, write_atomically
 from syncline.observe.logs import LogTail
 
-PROCESSES_FILE = "processes.json"
 TICK_SECONDS = 0.2
 HEALTH_SECONDS = 0.1
 HEALTH_TIMEOUT_SECONDS = 2.0

@@ -7,43 +7,49 @@ vLLM adds B·A·x of plain linear layers and of fused experts and nothing else, 
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from syncline.bridges.adapter import LoraLayer, listed
 from syncline.errors import SyncError
 from syncline.learner.expert_adapter import expert_pair, is_expert_lora
 from syncline.learner.model import causal_lm, trainable_parameters
 from syncline.learner.mxfp4 import is_expert
+from syncline.learner.places import gathered
 
 EXPERT_DIM = 3
 OTHER = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters under the adapter, by their checkpoint names, tied ones once."""
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters under the adapter, by their checkpoint names, tied ones once; gathered where ranks have parts."""
     for name, parameter in causal_lm(model).named_parameters():
         if "lora_" not in name:
-            yield name.replace(".base_layer", ""), parameter
+            yield name.replace(".base_layer", ""), gathered(parameter)
 
 
-def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """As `base_parameters`, without the experts, of a base whose experts an engine keeps in another form."""
     return ((name, parameter) for name, parameter in base_parameters(model) if not is_expert(name))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Each adapted layer by its name in the checkpoint. Raises `SyncError` naming what is trained beside them."""
+    """Each adapted layer by its name in the checkpoint, gathered where ranks have parts.
+
+    Raises `SyncError` naming what is trained beside them.
+    """
     named = causal_lm(model).named_modules()
     layers = {_name(name, module): layer for name, module in named if (layer := _plain_lora(module))}
     _refuse_half_adapted_experts(layers)
-    pairs = {tensor.data_ptr() for layer in layers.values() for tensor in (layer.a, layer.b)}
-    others = [name for name, parameter in trainable_parameters(model) if parameter.data_ptr() not in pairs]
+    tensors = [tensor for layer in layers.values() for tensor in (layer.a, layer.b)]
+    pairs = {id(tensor._base if tensor.dim() == EXPERT_DIM else tensor) for tensor in tensors}
+    others = [name for name, parameter in trainable_parameters(model) if id(parameter) not in pairs]
     if others or not layers:
         raise SyncError(
             "vLLM serves LoRA pairs of linear layers alone; train without what follows, or set bridge.name to "
             f"restart, which merges DoRA and biases:\n{listed(others or ['the model has no LoRA layer'])}"
         )
-    yield from layers.items()
+    for name, layer in layers.items():
+        yield name, LoraLayer(gathered(layer.a), gathered(layer.b), layer.scaling)
 
 
 def _plain_lora(module: Any) -> LoraLayer | None:

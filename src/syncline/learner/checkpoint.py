@@ -1,16 +1,17 @@
 """Checkpoints: whole or absent, resumable to the bit, and loadable as a Hugging Face model.
 
-A checkpoint is a folder `step-000123` with the weights (or the adapter) in safetensors, `optimizer.safetensors`
-(moments and the low 16 bits of split masters), `rng.safetensors` and `state.json`. Weights are named and cut as the
-family's files are (`saved_parameters`), whatever transformers makes of them in memory. It is written beside, synced to
-disk and renamed, so a folder without `.partial` is complete; the newest is the one to resume from. Tensors are whole in
-it, however many ranks trained them: rank 0 writes, and any number of ranks can resume.
+A checkpoint is a folder such as `step-000123` with the weights (or the adapter) in safetensors, `optimizer.safetensors`
+(moments and the low 16 bits of split masters; of several ranks, a file each), `rng.safetensors` and `state.json`.
+Weights are named and cut as the family's files are (`saved_parameters`), whatever transformers makes of them in memory.
+It is written beside, synced to disk and renamed, so a folder without `.partial` is complete; the newest is the one to
+resume from. Weights are whole in it, and of the rest is known which piece of what it is (`pieces.py`): any number of
+ranks can resume.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,33 +25,35 @@ from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.restart import copy_assets
 from syncline.bridges.saved import tensors_as_in_memory
 from syncline.errors import CheckpointError
-from syncline.learner.model import saved_parameters
+from syncline.learner.model import saved_parameters, trainable_parameters
+from syncline.learner.pieces import read_pieces, write_pieces
 from syncline.learner.places import cut, shard, wholes
 
-PREFIX = "step-"
+NAME = "step-{step:06d}"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run stands: the last finished step and the policy version it published."""
+    """Where a run stands: the last finished step and the last policy version it published."""
 
     step: int = 0
     policy_version: int = 0
     trained_tokens: int = 0
 
-    def next(self, *, trained_tokens: int) -> "TrainState":
-        return TrainState(self.step + 1, self.policy_version + 1, self.trained_tokens + trained_tokens)
+    def next(self, *, trained_tokens: int, publishes: bool = True) -> "TrainState":
+        return TrainState(self.step + 1, self.policy_version + publishes, self.trained_tokens + trained_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
     """The checkpoints of one run, in `folder`, the newest `num_kept` of them. `assets` is a folder with the config and
-    tokenizer files that make each loadable with `from_pretrained`."""
+    tokenizer files that make each loadable with `from_pretrained`; `name` is `learner.checkpoint_name`'s last part."""
 
     folder: Path
     num_kept: int
     assets: Path
     ranks: Ranks = ONE_RANK
+    name: str = NAME
 
     def newest(self) -> Path | None:
         paths = self.ranks.from_first(self._complete)
@@ -59,19 +62,21 @@ class Checkpoints:
     def newest_step(self) -> int:
         """0 when there is no checkpoint."""
         newest = self.newest()
-        return int(newest.name.removeprefix(PREFIX)) if newest else 0
+        return self._step(newest) if newest else 0
 
     def save(self, state: TrainState, model: nn.Module, optimizer: Any, *, digest: str) -> Path:
-        trained, moments = _trained(model), optimizer.state_dict()
-        shards = {name: shard(tensor) for name, tensor in trained.items()}
+        shards = {name: shard(tensor) for name, tensor in _trained(model).items()}
         weights = wholes(shards.items(), self.ranks) if _is_adapted(model) else saved_parameters(model, self.ranks)
         files = {
             _weights_name(model): self._on_cpu(weights),
-            "optimizer.safetensors": self._on_cpu(wholes(_shards_of_state(moments, shards).items(), self.ranks)),
-            "rng.safetensors": _random_state(),
+            "rng.safetensors": _numbered(self.ranks.gathered(_random_state())),
         }
-        path = self.folder / f"{PREFIX}{state.step:06d}"
-        self.ranks.from_first(lambda: self._write(path, files, model, json.dumps(asdict(state) | {"digest": digest})))
+        path = self.folder / self.name.format(step=state.step)
+        partial = self.ranks.from_first(lambda: self._new(path.with_name(path.name + ".partial")))
+        own = _shards_of_state(optimizer, model)
+        self.ranks.together(lambda: self._write_own(own, partial))
+        told = json.dumps(asdict(state) | {"digest": digest})
+        self.ranks.from_first(lambda: self._write(path, partial, files, model=model, state=told))
         return path
 
     def load(self, path: Path, model: nn.Module, optimizer: Any) -> tuple[TrainState, str]:
@@ -83,12 +88,11 @@ class Checkpoints:
             values = json.loads((path / "state.json").read_text())
             digest = values.pop("digest")
             state = TrainState(**values)
-            shards = {name: shard(tensor) for name, tensor in _trained(model).items()}
-            adapter = load_file(path / _weights_name(model)) if _is_adapted(model) else None
-            _restore(model, adapter or dict(tensors_as_in_memory(path, shards.keys())), path)
-            own = _shards_of_state(optimizer.state_dict(), shards)
-            optimizer.load_state_dict(_cut_like(own, load_file(path / "optimizer.safetensors")))
-            _set_random_state(load_file(path / "rng.safetensors"))
+            adapter = load_file(path / _weights_name(model)).items() if _is_adapted(model) else None
+            _restore(model, adapter or tensors_as_in_memory(path, _trained(model).keys()), path)
+            own = _shards_of_state(optimizer, model)
+            optimizer.load_state_dict(read_pieces(own, path, "optimizer"))
+            _set_random_state(load_file(path / "rng.safetensors"), self.ranks)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: cannot be resumed from: {error}; remove it to fall back to an older one"
@@ -99,17 +103,28 @@ class Checkpoints:
         """Of rank 0; other ranks give their pieces and keep nothing."""
         return {name: whole.cpu() for name, whole in named if self.ranks.is_first}
 
-    def _write(self, path: Path, files: Mapping[str, Mapping[str, torch.Tensor]], model: Any, state: str) -> None:
-        partial = path.with_name(path.name + ".partial")
+    def _new(self, partial: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        return partial
+
+    def _write_own(self, shards: Mapping[str, Shard], partial: Path) -> None:
+        if not partial.is_dir():
+            raise CheckpointError(f"{partial} is not there for rank {self.ranks.rank}; all hosts must share run.dir")
+        _sync_to_disk(write_pieces(shards, partial, "optimizer", self.ranks))
+
+    def _write(
+        self, path: Path, partial: Path, files: Mapping[str, Mapping[str, torch.Tensor]], *, model: Any, state: str
+    ) -> None:
         copy_assets(self.assets, partial)
         for name, tensors in files.items():
             _save(tensors, partial / name)
         for adapter in getattr(model, "peft_config", {}).values():
             adapter.save_pretrained(partial)
         (partial / "state.json").write_text(state)
-        _sync_to_disk(partial)
+        for file in _files(partial):
+            _sync_to_disk(file)
+        _sync_entry(partial)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
         _sync_entry(self.folder)
@@ -121,7 +136,11 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         """Oldest first; a `.partial` folder is none."""
-        return sorted(p for p in self.folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit())
+        prefix = self.name.partition("{")[0]
+        return sorted((p for p in self.folder.glob(f"{prefix}*") if p.name[len(prefix) :].isdigit()), key=self._step)
+
+    def _step(self, path: Path) -> int:
+        return int(path.name.removeprefix(self.name.partition("{")[0]))
 
 
 def _is_adapted(model: nn.Module) -> bool:
@@ -141,35 +160,43 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-def _shards_of_state(state: Mapping[str, torch.Tensor], shards: Mapping[str, Shard]) -> dict[str, Shard]:
+def _shards_of_state(optimizer: Any, model: nn.Module) -> dict[str, Shard]:
     """The optimizer's tensors have their parameters' places; what belongs to no parameter is its own whole."""
+    shards = {name: shard(parameter) for name, parameter in trainable_parameters(model)}
     placed: dict[str, Shard] = {}
-    for name, tensor in state.items():
+    for name, tensor in optimizer.state_dict().items():
         parameter = shards.get(name.rpartition(".")[0])
-        placed[name] = replace(parameter, tensor=tensor) if parameter else shard(tensor)
+        placed[name] = _beside(parameter, tensor) if parameter else shard(tensor)
     return placed
 
 
-def _cut_like(own: Mapping[str, Shard], saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """This rank's pieces of what was saved. What has another shape, or no owner, is left for the optimizer to name."""
-    fits = {name for name, tensor in saved.items() if name in own and tuple(tensor.shape) == own[name].shape}
-    return {name: cut(t, own[name], own[name].tensor.shape) if name in fits else t for name, t in saved.items()}
+def _beside(parameter: Shard, tensor: torch.Tensor) -> Shard:
+    """What has an element for each of the parameter's, or (scales of 8-bit moments) some for each of its rows."""
+    if tensor.shape == parameter.tensor.shape:
+        return replace(parameter, tensor=tensor)
+    others = tuple(tensor.shape[1:])
+    return replace(
+        parameter, tensor=tensor, shape=(parameter.shape[0], *others), start=(parameter.start[0], *(0 for _ in others))
+    )
 
 
-def _restore(model: nn.Module, saved: Mapping[str, torch.Tensor], path: Path) -> None:
+def _restore(model: nn.Module, saved: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
     """In place: a parameter may be a view of memory that another process reads."""
-    current = _trained(model)
-    if missing := sorted(current.keys() ^ saved.keys()):
-        raise ValueError(f"{path.name} and the model differ in {len(missing)} parameters, such as {missing[0]}")
+    current, seen = _trained(model), set[str]()
     with torch.no_grad():
-        for name, parameter in current.items():
-            own = shard(parameter)
-            if own.shape != tuple(saved[name].shape) or parameter.dtype != saved[name].dtype:
+        for name, tensor in saved:
+            seen.add(name)
+            if name not in current:
+                continue
+            own = shard(current[name])
+            if own.shape != tuple(tensor.shape) or own.tensor.dtype != tensor.dtype:
                 raise ValueError(
-                    f"{name} is {saved[name].dtype}{list(saved[name].shape)} in the checkpoint "
-                    f"and {parameter.dtype}{list(own.shape)} in the model"
+                    f"{name} is {tensor.dtype}{list(tensor.shape)} in the checkpoint "
+                    f"and {own.tensor.dtype}{list(own.shape)} in the model"
                 )
-            own.tensor.copy_(cut(saved[name], own, own.tensor.shape))
+            own.tensor.copy_(cut(tensor, own, own.tensor.shape))
+    if missing := sorted(current.keys() ^ seen):
+        raise ValueError(f"{path.name} and the model differ in {len(missing)} parameters, such as {missing[0]}")
 
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -183,17 +210,25 @@ def _random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _set_random_state(state: Mapping[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _numbered(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Every rank's: `torch` is the first's, `torch.1` the second's."""
+    return {f"{kind}.{i}" if i else kind: value for i, state in enumerate(states) for kind, value in state.items()}
 
 
-def _sync_to_disk(folder: Path) -> None:
-    for path in _files(folder):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_entry(folder)
+def _set_random_state(saved: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+    """This rank's own; where other ranks had saved, one that follows from the first's."""
+    num_saved = sum(name.partition(".")[0] == "torch" for name in saved)
+    suffix = f".{ranks.rank}" if ranks.rank and num_saved == ranks.world_size else ""
+    torch.set_rng_state(saved[f"torch{suffix}"])
+    if f"cuda{suffix}" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved[f"cuda{suffix}"])
+    if ranks.split_data and num_saved != ranks.world_size:
+        torch.manual_seed(int(torch.randint(1 << 62, ())) + ranks.rank)
+
+
+def _sync_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_entry(folder: Path) -> None:

@@ -1,10 +1,12 @@
 """A learner of several processes: how they meet, and how parts that one of them has serve all.
 
-The ranks are a torchrun start's. Every collective has a deadline, and a rank that ends breaks its connections, which
-ends the others: nobody waits for the dead.
+The ranks are a torchrun start's, of one host or of several. Every collective has a deadline, and a rank that ends
+breaks its connections, which ends the others: nobody waits for the dead. Whoever gives up says so in the store where
+the ranks met; who is silent there is who was waited for.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +17,25 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from syncline.bridges.ranks import ONE_RANK, TENSOR_PARALLEL, Ranks
-from syncline.errors import TrainingError
+from syncline.config.schema import Learner
+from syncline.errors import ConfigError, TrainingError
+
+ROLL_CALL_SECONDS = 5.0
+"""How long ranks that gave up wait for each other to say so."""
+
+
+def num_ranks(learner: Learner) -> int:
+    return learner.tensor_parallel_size * learner.data_parallel_size
+
+
+def refuse_other_number(learner: Learner) -> None:
+    """Raises `ConfigError` when torchrun started another number of ranks than the configuration has."""
+    started, field = int(os.environ.get("WORLD_SIZE", 1)), "data_parallel_size"
+    if learner.tensor_parallel_size > 1:
+        field = "tensor_parallel_size"
+    if started != num_ranks(learner):
+        fault = f"{getattr(learner, field)}, but torchrun started {started} ranks; set it to {started}"
+        raise ConfigError([f"learner.{field}: {fault}, or start {num_ranks(learner)} ranks"])
 
 
 def rank_device(device: torch.device) -> torch.device:
@@ -27,10 +47,11 @@ def rank_device(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def joined_ranks(device: torch.device, *, timeout_seconds: float) -> Iterator[Ranks]:
+def joined_ranks(device: torch.device, *, timeout_seconds: float, dimension: str = TENSOR_PARALLEL) -> Iterator[Ranks]:
     """The ranks of a torchrun start (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`), or the one rank without.
 
-    `device` is this rank's. Raises `TrainingError` naming this rank when another one is lost or past the deadline.
+    `device` is this rank's, `dimension` what the ranks split. Raises `TrainingError` naming the ranks that are lost or
+    past the deadline.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -40,14 +61,32 @@ def joined_ranks(device: torch.device, *, timeout_seconds: float) -> Iterator[Ra
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-        yield Ranks(rank, size, init_device_mesh(device.type, (size,), mesh_dim_names=(TENSOR_PARALLEL,)))
+        yield Ranks(rank, size, init_device_mesh(device.type, (size,), mesh_dim_names=(dimension,)), dimension)
     except RuntimeError as error:
         if not _is_collective(error):
             raise
         raise TrainingError(
-            f"rank {rank} of {size} lost another rank, or waited for it longer than {timeout_seconds:g} s: {error}"
+            f"rank {rank} of {size} lost {_silent(rank, size)}, or waited for it longer than {timeout_seconds:g} s: "
+            f"{error}"
         ) from error
     dist.destroy_process_group()
+
+
+def _silent(rank: int, size: int) -> str:
+    """The ranks that say nothing while those that gave up say so; `another rank` when that cannot be known."""
+    if not dist.is_initialized():
+        return "another rank"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"gave-up/{rank}", b"")
+        deadline = time.monotonic() + ROLL_CALL_SECONDS
+        while silent := [r for r in range(size) if not store.check([f"gave-up/{r}"])]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+    except RuntimeError:  # the store has died with the rank, or the launcher, that held it
+        return "another rank"
+    return f"rank {', '.join(map(str, silent))}" if silent else "a connection between ranks"
 
 
 def _is_collective(error: RuntimeError) -> bool:

@@ -23,7 +23,7 @@ from syncline.learner.stopping import Stopped, StopRequest
 from syncline.learner.telemetry import log_step, staleness, timings
 from syncline.learner.versions import refuse_unproved
 from syncline.observe.metrics import Metrics
-from syncline.protocols import MetricSink, RolloutSource, WeightBridge
+from syncline.protocols import MetricSink, RolloutSource, SyncReport, WeightBridge
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
     parts.source.start(policy_version=state.policy_version, step=state.step)
     while state.step < config.run.num_steps:
         report, started = Metrics(), time.perf_counter()
-        with _saved_when_stopped(parts, state, synced.receipt.digest):
+        with _saved_when_stopped(config, parts, state, synced.receipt.digest):
             groups = parts.source.next_batch(config.run.groups_per_step)
         refuse_unproved(groups, proved=state.policy_version)
         sampled = time.perf_counter()
@@ -66,8 +66,11 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
         with parts.bridge.updating():
             parts.step.apply_gradients(optimizer, state.step, report)
             learned = time.perf_counter()
-            state = state.next(trained_tokens=num_tokens)
-            synced = parts.bridge.publish(model, policy_version=state.policy_version)
+            state = state.next(trained_tokens=num_tokens, publishes=publishes_after(state.step + 1, config))
+            if state.policy_version > synced.receipt.policy_version:
+                synced = parts.bridge.publish(model, policy_version=state.policy_version)
+            else:
+                synced = SyncReport(synced.receipt, 0, 0.0, 0.0)
         parts.source.acknowledge(groups, step=state.step, policy_version=state.policy_version)
         report.update(reward_metrics(groups))
         report.update(parts.source.metrics())
@@ -81,12 +84,13 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
 
 
 @contextmanager
-def _saved_when_stopped(parts: Parts, state: TrainState, digest: str) -> Iterator[None]:
+def _saved_when_stopped(config: RunConfig, parts: Parts, state: TrainState, digest: str) -> Iterator[None]:
+    """The last step, if it was published: a checkpoint tells the digest that an engine will be asked for."""
     try:
         with parts.stop.here():
             yield
     except Stopped:
-        if state.step > parts.checkpoints.newest_step():
+        if publishes_after(state.step, config) and state.step > parts.checkpoints.newest_step():
             _save(parts, state, digest)
         raise
 
@@ -94,6 +98,10 @@ def _saved_when_stopped(parts: Parts, state: TrainState, digest: str) -> Iterato
 def _save(parts: Parts, state: TrainState, digest: str) -> None:
     parts.checkpoints.save(state, parts.model, parts.optimizer, digest=digest)
     parts.source.commit(step=state.step)
+
+
+def publishes_after(step: int, config: RunConfig) -> bool:
+    return step % config.bridge.interval == 0 or step == config.run.num_steps
 
 
 def resume(parts: Parts) -> tuple[TrainState, str | None]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from syncline.config.schema import Learner, Lora, Model
 from syncline.errors import ConfigError
 from syncline.learner.attention import check_attention
 from syncline.learner.attention_choice import choose_attention
+from syncline.learner.data_parallel import in_parts, shard_over, with_parameters
 from syncline.learner.expert_adapter import found_parameters, is_expert_lora, with_delta
 from syncline.learner.layers import compile_layers, recompute_layers
 from syncline.learner.logprobs import token_logprobs
 from syncline.learner.mxfp4 import dequantised, in_one_type
 from syncline.learner.packing import PackedBatch
-from syncline.learner.places import shard, wholes
+from syncline.learner.places import gathered, shard, wholes
 from syncline.learner.tensor_parallel import parallelize
 
 log = logging.getLogger("syncline.model")
@@ -64,13 +65,17 @@ def load_model(
         raise ConfigError([f"model.path: {config.path!r} cannot be trained: {error}"]) from error
     refuse_unknown_logits(model.config)
     model.config.use_cache = False
-    parallelize(model, ranks)
-    model = in_one_type(model, dtype).to(device).train()  # pyright: ignore[reportArgumentType]
+    if not ranks.split_data:
+        parallelize(model, ranks)
+        model = in_one_type(model, dtype).to(device)  # pyright: ignore[reportArgumentType]
     if config.lora:
         model = add_lora(model, config.lora)
+    if ranks.split_data:
+        shard_over(causal_lm(model), ranks, sum_in=torch.float32 if running.gradients == "float32" else None)
+        model = model.to(device)
     run_layers_as(running, model, device=device, ranks=ranks)
     log.info("Loaded policy model dtype=%s", dtype)
-    return model
+    return model.train()
 
 
 def run_layers_as(running: Learner, model: nn.Module, *, device: torch.device, ranks: Ranks = ONE_RANK) -> None:
@@ -168,12 +173,19 @@ def checkpoint_shards(model: nn.Module) -> Iterator[tuple[str, Shard]]:
     return ((name, shard(parameter)) for name, parameter in checkpoint_parameters(model))
 
 
+def checkpoint_wholes(model: nn.Module, ranks: Ranks = ONE_RANK) -> Iterable[tuple[str, torch.Tensor]]:
+    """As `checkpoint_parameters`, whole on every rank, one at a time; all ranks must ask together, to the end."""
+    if ranks.split_data:
+        return ((name, gathered(parameter)) for name, parameter in checkpoint_parameters(model))
+    return wholes(checkpoint_shards(model), ranks)
+
+
 def saved_parameters(model: nn.Module, ranks: Ranks = ONE_RANK) -> Iterable[tuple[str, torch.Tensor]]:
     """`checkpoint_parameters` as the family's files name and cut them, which is what engines load: transformers fuses
     experts, and renames some layers, in memory alone. Of a model split over ranks the wholes, one at a time."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    lm, named = causal_lm(model), wholes(checkpoint_shards(model), ranks)
+    lm, named = causal_lm(model), checkpoint_wholes(model, ranks)
     if ranks.world_size == 1:
         return revert_weight_conversion(lm, dict(named)).items()
     return (saved for name, whole in named for saved in revert_weight_conversion(lm, {name: whole}).items())
@@ -190,14 +202,14 @@ def _adapted_by(lm: Any, prefix: str, leaf: str) -> Any | None:
 
 
 def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    merged = weight.detach().float()
+    merged = gathered(weight).float()
     for adapter in layer.active_adapters:
         if layer.lora_bias.get(adapter):
             raise ConfigError([f"the adapter's own bias (lora_bias) of {layer} is not merged; train without it"])
-        a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+        a, b = (gathered(lora[adapter].weight).float() for lora in (layer.lora_A, layer.lora_B))
         merged = merged + layer.scaling[adapter] * (b @ a)
         if adapter in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector[adapter].weight.float()
+            magnitude = gathered(layer.lora_magnitude_vector[adapter].weight).float()
             merged = merged * (magnitude / merged.norm(dim=1))[:, None]
     return merged.detach().to(weight.dtype)
 
@@ -216,6 +228,9 @@ class Scorer:
     def score(self, model: nn.Module, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """`(logprobs [N], entropy [N])` of the batch's N sampled tokens, at the sampling temperature."""
         lm = causal_lm(model)
+        return with_parameters(lm, lambda: self._score(lm, batch))
+
+    def _score(self, lm: Any, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = lm.get_decoder()(
             input_ids=batch.token_ids[None],
             position_ids=batch.position_ids[None],
@@ -251,8 +266,12 @@ class Reference:
             return cls(policy, policy.disable_adapter)
         return cls(load_model(config, device=device, running=running, ranks=ranks).requires_grad_(False).eval())
 
-    def switched(self) -> AbstractContextManager[Any]:
-        return self.disable() if self.disable else nullcontext()
+    @contextmanager
+    def switched(self) -> Iterator[None]:
+        """PEFT freezes an adapter that is off: the parts of it, not what is gathered, or it would stay frozen."""
+        in_parts(causal_lm(self.model))
+        with self.disable() if self.disable else nullcontext():
+            yield
 
 
 def assets_folder(path: str) -> Path:

@@ -4,7 +4,7 @@ The 8-bit code and its rounding are torchao's. What does not fill whole blocks, 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -28,12 +28,15 @@ class Moment(Protocol):
     def state(self, name: str) -> dict[str, Tensor]: ...
 
 
-def moment_of(shape: torch.Size, device: torch.device, kind: str, *, signed: bool) -> Moment:
-    """Zeros. Raises `ConfigError` when 8 bits are asked for without torchao."""
+def moment_of(shape: torch.Size, device: torch.device, kind: str, *, signed: bool, whole: Sequence[int] = ()) -> Moment:
+    """Zeros, for all or some rows of a `whole`, whose size decides: pieces are kept alike, however many there are.
+
+    Raises `ConfigError` when 8 bits are asked for without torchao.
+    """
     if kind == "float32":
         return _Float32(torch.zeros(shape, device=device))
     quantizer = _quantizer()
-    if len(shape) < 2 or math.prod(shape) < SMALLEST or math.prod(shape[1:]) % BLOCK:
+    if len(shape) < 2 or math.prod(whole or shape) < SMALLEST or math.prod(shape[1:]) % BLOCK:
         return _Float32(torch.zeros(shape, device=device))
     codes = torch.full(shape, quantizer.zero(signed), dtype=torch.uint8, device=device)
     scales = torch.zeros((shape[0], math.prod(shape[1:]) // BLOCK), device=device)

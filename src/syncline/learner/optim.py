@@ -229,13 +229,13 @@ class SplitMasterAdamW:
 def _slot(name: str, parameter: nn.Parameter, config: Optimizer) -> _Slot:
     if parameter.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"parameter {name!r} is {parameter.dtype}; the optimizer takes float32 and bfloat16")
-    shape, device = local(parameter).shape, parameter.device
+    shape, device, place = local(parameter).shape, parameter.device, place_of(parameter)
     return _Slot(
         name=name,
         parameter=parameter,
-        place=place_of(parameter),
-        exp_avg=moment_of(shape, device, config.moments, signed=True),
-        exp_avg_sq=moment_of(shape, device, config.moments, signed=False),
+        place=place,
+        exp_avg=moment_of(shape, device, config.moments, signed=True, whole=place.shape),
+        exp_avg_sq=moment_of(shape, device, config.moments, signed=False, whole=place.shape),
         low_bits=torch.zeros(shape, dtype=torch.int16, device=device) if parameter.dtype == torch.bfloat16 else None,
         weight_decay=config.weight_decay if parameter.ndim >= 2 else 0.0,
     )

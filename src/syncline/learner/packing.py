@@ -1,7 +1,8 @@
 """Rollout groups to micro-batches: sequences end to end, nothing padded, never more than `token_budget` tokens.
 
 What every token weighs in the loss is settled here, once, from counts of the whole batch. So the gradients of the
-micro-batches add up to the gradient of one big batch, whatever the budget.
+micro-batches add up to the gradient of one big batch, whatever the budget. Ranks that split the data make the same
+plan, and each fills its own part of it.
 """
 
 import heapq
@@ -19,7 +20,7 @@ from syncline.errors import ConfigError
 from syncline.learner.advantages import num_sampled
 from syncline.learner.losses import ALGORITHMS, BatchCounts
 from syncline.learner.unrecorded import sampler_logprobs
-from syncline.types import Rollout, RolloutGroup, RolloutStatus, TrainingSample
+from syncline.types import Lack, Rollout, RolloutGroup, RolloutStatus, TrainingSample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +49,8 @@ class PackedBatch:
     """`[N]` float32."""
     loss_weights: Tensor
     """`[N]` float32, of the whole batch: see `losses`."""
+    idle: bool = False
+    """A few tokens that weigh nothing, for a rank that has none while others compute: its gradients are zeros."""
 
     @property
     def num_tokens(self) -> int:
@@ -74,6 +77,17 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """The micro-batches of one of `of` ranks."""
+
+    index: int = 0
+    of: int = 1
+
+
+ALL = Share()
+
+
+@dataclass(frozen=True, slots=True)
 class _Sequence:
     """A sample on its way into a micro-batch. `where` names it to people."""
 
@@ -96,8 +110,11 @@ def pack(
     loss: Loss,
     token_budget: int,
     max_completion_tokens: int,
+    share: Share = ALL,
 ) -> list[PackedBatch]:
     """Micro-batches of at most `token_budget` tokens, on the CPU; the same input gives the same batches.
+
+    As many for every share, about as long, with about as many tokens in all; idle ones where there is nothing to do.
 
     Out of the loss stay rollouts without a reward, a sampled token or a weight, and truncated ones if
     `loss.mask_truncated`; the normalisers do not count them. Nothing to train on gives an empty list. Raises
@@ -121,7 +138,7 @@ def pack(
         for j, sample in enumerate(rollout.samples)
         if sample.num_sampled
     ]
-    return _microbatches(sequences, token_budget)
+    return [_collate(members) if members else _idle() for members in _microbatches(sequences, token_budget, share)]
 
 
 def pack_samples(samples: Sequence[TrainingSample], *, token_budget: int) -> list[PackedBatch]:
@@ -130,7 +147,12 @@ def pack_samples(samples: Sequence[TrainingSample], *, token_budget: int) -> lis
     Samples without a sampled token are left out.
     """
     sequences = [_Sequence(sample, f"sample {i}") for i, sample in enumerate(samples) if sample.num_sampled]
-    return _microbatches(sequences, token_budget)
+    return [_collate(members) for members in _microbatches(sequences, token_budget, ALL)]
+
+
+def _idle() -> PackedBatch:
+    sample = TrainingSample((0,) * 4, (False, False, False, True), (0.0,) * 4, (), (Lack.LOGPROBS, Lack.VERSIONS))
+    return replace(_collate([_Sequence(sample, "idle")]), idle=True)
 
 
 def _in_loss(rollout: Rollout, loss: Loss) -> bool:
@@ -138,16 +160,30 @@ def _in_loss(rollout: Rollout, loss: Loss) -> bool:
     return rollout.reward is not None and rollout.weight > 0 and not masked and num_sampled(rollout) > 0
 
 
-def _microbatches(sequences: list[_Sequence], token_budget: int) -> list[PackedBatch]:
+def _microbatches(sequences: list[_Sequence], token_budget: int, share: Share) -> list[list[_Sequence]]:
     """As few as first fit decreasing needs, then as even as they get: peak memory follows the fullest of them."""
     ordered = sorted(sequences, key=lambda sequence: -sequence.length)
     if ordered and (longest := ordered[0].length) > token_budget:
         fault = f"{token_budget} is below the {longest} tokens of {ordered[0].where}; raise it to at least {longest}"
         raise ConfigError([f"learner.token_budget: {fault}"])
     fewest = _first_fit(ordered, token_budget)
-    even = _evenly(ordered, len(fewest))
-    fits = all(sum(sequence.length for sequence in members) <= token_budget for members in even)
-    return [_collate(members) for members in (even if fits else fewest)]
+    even = _evenly(ordered, -(-len(fewest) // share.of) * share.of)
+    fits = all(_num_tokens(members) <= token_budget for members in even)
+    return _dealt(even if fits else fewest, share)
+
+
+def _num_tokens(members: list[_Sequence]) -> int:
+    return sum(sequence.length for sequence in members)
+
+
+def _dealt(members: list[list[_Sequence]], share: Share) -> list[list[_Sequence]]:
+    """Longest first, to and fro over the ranks: neighbours in time are alike, for ranks wait for each other."""
+    if share.of == 1:
+        return members
+    ordered = sorted(members, key=_num_tokens, reverse=True)
+    rounds = [ordered[i : i + share.of] for i in range(0, len(ordered), share.of)]
+    own = [share.index if i % 2 == 0 else share.of - 1 - share.index for i in range(len(rounds))]
+    return [batches[place] if place < len(batches) else [] for batches, place in zip(rounds, own, strict=True)]
 
 
 def _first_fit(ordered: list[_Sequence], token_budget: int) -> list[list[_Sequence]]:

@@ -1,8 +1,8 @@
 """Which piece of a parameter this rank holds, where its gradient is whole, and how pieces become wholes again.
 
 A parameter of a model nobody split is its own whole, so the optimizer, checkpoints and bridges ask here and need not
-know how a model was split. Split linear layers are torch's DTensors, which say so themselves; the rest is noted on the
-parameter by who split it.
+know how a model was split. Split linear layers and all that FSDP shards are torch's DTensors, which say so themselves;
+the rest is noted on the parameter by who split it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from syncline.bridges.manifest import Shard
-from syncline.bridges.ranks import TENSOR_PARALLEL, Ranks
+from syncline.bridges.ranks import Ranks
 
 
 class Gradient(StrEnum):
@@ -50,11 +50,13 @@ def place_of(parameter: Tensor) -> Place:
 
 
 def _place_of_dtensor(parameter: DTensor) -> Place:
+    """Parts are equal but the last ones, which have what is left, or nothing (`torch.chunk`)."""
     mesh, [placement] = parameter.device_mesh, parameter.placements
-    rank, start = mesh.get_local_rank(TENSOR_PARALLEL), [0] * parameter.ndim
+    rank, start = mesh.get_local_rank(), [0] * parameter.ndim
     if not placement.is_shard():
         return Place(tuple(parameter.shape), tuple(start), Gradient.EQUAL, counted=rank == 0)
-    start[placement.dim] = rank * (parameter.shape[placement.dim] // mesh.size())  # pyright: ignore
+    size = parameter.shape[placement.dim]  # pyright: ignore[reportAttributeAccessIssue]
+    start[placement.dim] = min(rank * -(-size // mesh.size()), size)  # pyright: ignore[reportAttributeAccessIssue]
     return Place(tuple(parameter.shape), tuple(start))
 
 
@@ -64,6 +66,11 @@ def local(parameter: Tensor) -> Tensor:
     `DTensor.to_local` would do for writing, but answers a tensor of its own, whose rebinding nobody sees.
     """
     return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """A sharded parameter's whole, on every rank; all must ask together. A whole one as it is."""
+    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:

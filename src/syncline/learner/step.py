@@ -1,30 +1,36 @@
 """One optimizer step: micro-batch by micro-batch, one backward each, then the gradients applied.
 
 Peak memory follows the token budget, not the group: a micro-batch's activations are freed by its own backward. Every
-normaliser was fixed by `pack` over the whole step, so the summed gradient is the full batch's.
+normaliser was fixed by `pack` over the whole step, so the summed gradient is the full batch's, also where ranks split
+the step between them.
 """
 
 import logging
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import reduce
+from operator import add
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.config.schema import Learner
 from syncline.learner.importance import ImportanceTally, importance_weights
 from syncline.learner.losses import ALGORITHMS, ClipTally, clip_tally, k3_kl, weighted_loss
 from syncline.learner.model import Reference, Scorer
 from syncline.learner.optim import SplitMasterAdamW
-from syncline.learner.packing import PackedBatch, pack
+from syncline.learner.packing import ALL, PackedBatch, Share, pack
 from syncline.learner.schedule import learning_rate
 from syncline.learner.unrecorded import refuse_unrecorded, replace_unknown
 from syncline.observe.metrics import Metrics, Reduction
 from syncline.types import RolloutGroup
 
 log = logging.getLogger("syncline.step")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -37,6 +43,7 @@ class _Tally:
     num_tokens: int = 0
     clip: ClipTally | None = None
     importance: ImportanceTally | None = None
+    peak_bytes: int = 0
 
     def add(
         self, loss: Tensor, entropy: Tensor, kl: Tensor | None, clip: ClipTally, importance: ImportanceTally
@@ -48,6 +55,20 @@ class _Tally:
         self.clip = clip if self.clip is None else self.clip + clip
         self.importance = importance if self.importance is None else self.importance + importance
 
+    def __add__(self, other: "_Tally") -> "_Tally":
+        """Of two ranks."""
+        return _Tally(
+            loss=self.loss + other.loss,
+            entropy_sum=self.entropy_sum + other.entropy_sum,
+            kl_sum=self.kl_sum + other.kl_sum,
+            num_tokens=self.num_tokens + other.num_tokens,
+            clip=self.clip + other.clip if self.clip and other.clip else self.clip or other.clip,
+            importance=self.importance + other.importance
+            if self.importance and other.importance
+            else self.importance or other.importance,
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -57,6 +78,7 @@ class Step:
     device: torch.device
     max_completion_tokens: int
     num_steps: int
+    ranks: Ranks = ONE_RANK
 
     def backward(
         self,
@@ -70,7 +92,7 @@ class Step:
     ) -> int:
         """Leaves the gradient of step `step` on the parameters, or with `optimizer.in_backward` applies it at once.
 
-        Returns the tokens trained on, 0 when there were none.
+        Returns the tokens trained on, by all ranks, 0 when there were none.
         """
         refuse_unrecorded(groups, self.config)
         batches = pack(
@@ -79,15 +101,16 @@ class Step:
             token_budget=self.config.token_budget,
             loss=self.config.loss,
             max_completion_tokens=self.max_completion_tokens,
+            share=Share(self.ranks.rank, self.ranks.world_size) if self.ranks.split_data else ALL,
         )
-        tally = _Tally()
-        peaks: list[int | None] = []
+        tally, unseen = _Tally(), _Tally()
         for i, batch in enumerate(batches):
             last = self.config.optimizer.in_backward and i == len(batches) - 1
             with self._applied(optimizer, step, report) if last else nullcontext():
-                peaks.append(self._with_peak(i, model, batch, tally))
-        if measured := [peak for peak in peaks if peak is not None]:
-            report.add("memory/microbatch_peak_bytes", max(measured), reduction=Reduction.MAX)
+                self._with_peak(i, model, batch, unseen if batch.idle else tally)
+        tally.peak_bytes = max(tally.peak_bytes, unseen.peak_bytes)
+        if self.ranks.split_data:
+            tally = reduce(add, self.ranks.gathered(_on_cpu(tally)))
         _report(tally, len(batches), report, kl=self.reference is not None)
         return tally.num_tokens
 
@@ -110,8 +133,8 @@ class Step:
             yield
         report.add("grad_norm", float(torch.stack(squares).sum().sqrt()))
 
-    def _with_peak(self, index: int, model: nn.Module, batch: PackedBatch, tally: _Tally) -> int | None:
-        """Returns the most device memory the micro-batch had at once, weights and gradients included; none on a CPU."""
+    def _with_peak(self, index: int, model: nn.Module, batch: PackedBatch, tally: _Tally) -> None:
+        """Tallies the most device memory the micro-batch had at once, weights and gradients included; 0 on a CPU."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -121,10 +144,10 @@ class Step:
             log.info(
                 "micro-batch %d: %d tokens, process peak %.2f GB (no GPU)", index, batch.num_tokens, resident / 1e9
             )
-            return None
+            return
         peak = torch.cuda.max_memory_allocated(self.device)
         log.info("micro-batch %d: %d tokens, peak %.2f GB of GPU memory", index, batch.num_tokens, peak / 1e9)
-        return peak
+        tally.peak_bytes = max(tally.peak_bytes, peak)
 
     def _microbatch(self, model: nn.Module, batch: PackedBatch, tally: _Tally) -> None:
         loss_config = self.config.loss
@@ -161,9 +184,22 @@ class Step:
         return k3_kl(logprobs, ref_logprobs)
 
 
+def _on_cpu(tally: T) -> T:
+    """Numbers on one GPU mean nothing to the rank of another."""
+    moved: dict[str, Any] = {}
+    for field in fields(tally):  # pyright: ignore[reportArgumentType]
+        value = getattr(tally, field.name)
+        moved[field.name] = (
+            value.cpu() if isinstance(value, Tensor) else _on_cpu(value) if is_dataclass(value) else value
+        )
+    return replace(tally, **moved)  # pyright: ignore[reportArgumentType]
+
+
 def _report(tally: _Tally, num_microbatches: int, report: Metrics, *, kl: bool) -> None:
     report.add("loss", float(tally.loss))
     report.add("step/num_microbatches", num_microbatches)
+    if tally.peak_bytes:
+        report.add("memory/microbatch_peak_bytes", tally.peak_bytes, reduction=Reduction.MAX)
     report.add("tokens/trained", tally.num_tokens, reduction=Reduction.SUM)
     if tally.clip is None or tally.importance is None:
         return

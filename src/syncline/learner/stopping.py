@@ -19,7 +19,7 @@ class Stopped(SynclineError):
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
-        super().__init__(f"stopped by {signal.Signals(number).name}; the last step is saved")
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on from the last checkpoint with --resume")
 
 
 class StopRequest:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ BEFORE_FILE = "evaluation-before.json"
 AFTER_FILE = "evaluation-after.json"
 ENGINE_FILE = "engine.json"
 CONFIG_FILE = "config.yaml"
+PROCESSES_FILE = "processes.json"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -76,6 +78,60 @@ class LineFollower:
         lines = self.poll()
         last, self._partial = self._partial, b""
         return [*lines, last.decode("utf-8", errors="backslashreplace")] if last else lines
+
+
+class NotALine(ValueError):
+    """An offset is not where a line begins: the file was cut since, or it never was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Whole lines of a file, unparsed, and where in it they lie, in bytes."""
+
+    lines: list[bytes]
+    start: int
+    end: int
+
+
+def lines_after(path: Path, offset: int, *, max_bytes: int) -> Piece:
+    """The complete lines from `offset` on: about `max_bytes` of them, at least one. No file is an empty one. Raises
+    `NotALine`."""
+    if not path.exists():
+        return Piece([], 0, 0)
+    with path.open("rb") as file:
+        file.seek(max(0, offset - 1))
+        if offset and file.read(1) != b"\n":
+            raise NotALine(f"{path.name} has no line that begins at byte {offset}")
+        text = file.read(max_bytes)
+        if b"\n" not in text:
+            text += file.readline()
+    text = text[: text.rfind(b"\n") + 1]
+    return Piece(text.split(b"\n")[:-1], offset, offset + len(text))
+
+
+def lines_before(path: Path, offset: int | None, *, max_bytes: int) -> Piece:
+    """The complete lines that end before `offset`, or at the end of the file; about `max_bytes`, at least one."""
+    if not path.exists():
+        return Piece([], 0, 0)
+    with path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        end = end if offset is None else min(offset, end)
+        start = max(0, end - max_bytes)
+        file.seek(start)
+        text = file.read(end - start)
+        while start and b"\n" not in text[: text.rfind(b"\n")]:
+            grown = max(0, start - max_bytes)
+            file.seek(grown)
+            text, start = file.read(start - grown) + text, grown
+    first = text.find(b"\n") + 1 if start else 0
+    whole = text[first : text.rfind(b"\n") + 1]
+    return Piece(whole.split(b"\n")[:-1], start + first, start + first + len(whole))
+
+
+def newest_object(path: Path) -> dict[str, Any] | None:
+    """What the last complete line of a JSONL file says, or `None`."""
+    lines = lines_before(path, None, max_bytes=64 << 10).lines
+    return json.loads(lines[-1]) if lines else None
 
 
 def last_lines(path: Path, count: int) -> list[str]:

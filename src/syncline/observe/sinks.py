@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from syncline.observe.tokens import Decode, tokens_for_people
 from syncline.protocols import MetricSink
 from syncline.types import Message, Rollout, RolloutGroup
 
@@ -27,12 +28,20 @@ class JsonlSink:
     """
 
     def __init__(
-        self, folder: Path, *, resumed_step: int, num_groups: int = 2, clock: Callable[[], float] = time.time
+        self,
+        folder: Path,
+        *,
+        resumed_step: int,
+        num_groups: int = 2,
+        decode: Decode | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`resumed_step` is the last step a checkpoint holds, 0 for a new run; `num_groups` are kept of each step."""
+        """`resumed_step` is the last step a checkpoint holds, 0 for a new run; `num_groups` are kept of each step, with
+        their attempts' tokens where `decode` says what these mean."""
         folder.mkdir(parents=True, exist_ok=True)
         self._step = resumed_step
         self._num_groups = num_groups
+        self._decode = decode
         self._clock = clock
         self._metrics = _open_after_cut(folder / METRICS_FILE, resumed_step)
         self._rollouts = _open_after_cut(folder / ROLLOUTS_FILE, resumed_step)
@@ -47,8 +56,15 @@ class JsonlSink:
         self, step: int, groups: Iterable[RolloutGroup], advantages: Mapping[str, Sequence[float]]
     ) -> None:
         kept = [group for _, group in zip(range(self._num_groups), groups, strict=False)]
-        lines = [{"step": step} | group_for_people(group, advantages[group.group_id]) for group in kept]
+        lines = [{"step": step} | self._told(group, advantages[group.group_id]) for group in kept]
         _write_lines(self._rollouts, lines)
+
+    def _told(self, group: RolloutGroup, advantages: Sequence[float]) -> dict[str, Any]:
+        told = group_for_people(group, advantages)
+        for rollout, line in zip(group.rollouts, told["rollouts"], strict=True):
+            if self._decode is not None and rollout.samples:
+                line["tokens"] = tokens_for_people(rollout.samples[-1], self._decode)
+        return told
 
     def close(self) -> None:
         self._metrics.close()

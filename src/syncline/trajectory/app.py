@@ -24,12 +24,15 @@ from syncline.protocols import Permit
 from syncline.trajectory import atropos_run, wire
 from syncline.trajectory.atropos import BODIES, HOLD_SECONDS, AtroposWire, add_atropos_routes, as_rollout_group
 from syncline.trajectory.atropos_wire import Registration
-from syncline.trajectory.guard import Guard, read_json
+from syncline.trajectory.guard import LARGE_BODIES, Guard, read_json
+from syncline.trajectory.live import add_live_routes
 from syncline.trajectory.openapi import describe, takes
+from syncline.trajectory.prometheus import add_metrics_route
 from syncline.trajectory.queue import PutOutcome, Refused, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import queue_status, why_no_permit, why_waiting
-from syncline.trajectory.store import StoreFull, TrajectoryStore
+from syncline.trajectory.store import StoreFull, TrajectoryStore, pack
+from syncline.trajectory.tickets import Ticket
 
 RETRY_AFTER_SECONDS = 1
 
@@ -120,12 +123,15 @@ def build_app(
     app.add_middleware(Guard, token=token)
     app.state.turns = Turns(store)
     app.state.max_request_bytes = max_request_bytes
+    app.state.large_bodies = asyncio.Semaphore(LARGE_BODIES)
     for fault, status in _FAULTS.items():
         app.add_exception_handler(fault, _answer_with(status))
     _add_reports(app, store)
     _add_environment_routes(app, store)
     _add_learner_routes(app, store)
-    add_atropos_routes(app, AtroposWire(store, app.state.turns, own, hold_seconds))
+    add_atropos_routes(app, AtroposWire(store, app.state.turns, own, hold_seconds, max_request_bytes))
+    add_live_routes(app, store, own)
+    add_metrics_route(app, store)
     describe(app, [*BODIES, *_BODIES])
     return app
 
@@ -149,23 +155,25 @@ def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
     @app.post("/permits", **takes(wire.PermitsRequest))
     async def permits(request: Request, body: Annotated[wire.PermitsRequest, _body(wire.PermitsRequest)]) -> Response:
         ask = Ask(body.environment, body.worker, body.num_permits)
+
+        def grant(queue: TrajectoryQueue) -> list[Ticket]:
+            return queue.grant(ask, room=store.room(queue))
+
         await turns.take(lambda queue: queue.ask(ask, held=body.held))
         try:
-            granted = await turns.poll(
-                lambda queue: queue.grant(ask), timeout_seconds=body.timeout_seconds, request=request
-            )
+            granted = await turns.poll(grant, timeout_seconds=body.timeout_seconds, request=request)
         finally:
             await turns.take(lambda queue: queue.withdraw(ask))
         if not granted:
-            why = await turns.take(why_no_permit)
+            why = await turns.take(lambda queue: store.why_full if store.room(queue) == 0 else why_no_permit(queue))
             raise HTTPException(429, why, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
         answer = wire.PermitsAnswer(permits=tuple(Permit(t.permit_id, t.task_index) for t in granted))
         return _json(answer.model_dump_json())
 
     @app.post("/groups", **takes(None))
     async def groups(permit_id: str, body: Annotated[bytes, Depends(read_json)]) -> Response:
-        group = await asyncio.to_thread(wire.decode_group, body)
-        outcome = await turns.take(lambda queue: store.put(queue, group, permit_id, body=body))
+        group, packed = await asyncio.to_thread(lambda: (wire.decode_group(body), pack(body)))
+        outcome = await turns.take(lambda queue: store.put(queue, group, permit_id, packed=packed))
         if outcome is PutOutcome.UNREPLACED:
             log.warning(
                 "%r: run.max_refills groups of equal rewards were replaced and more came; this step trains on them",
@@ -186,7 +194,7 @@ def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
 
     @app.post("/start", **takes(wire.StartRequest))
     async def start(body: Annotated[wire.StartRequest, _body(wire.StartRequest)]) -> dict[str, Any]:
-        await turns.take(lambda queue: queue.start(**body.model_dump()))
+        await turns.take(lambda queue: atropos_run.begin(queue, body))
         return {}
 
     @app.post("/lease", **takes(wire.LeaseRequest))
@@ -196,7 +204,7 @@ def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
             return [as_rollout_group(t, body) for t, body in zip(tickets, store.payloads(tickets), strict=True)]
 
         found = await turns.poll(action, timeout_seconds=body.timeout_seconds, request=request)
-        why = "" if found else await turns.take(lambda queue: why_waiting(queue, body.num_groups))
+        why = "" if found else await turns.take(lambda queue: _why_waiting(queue, store, body.num_groups))
         return _json(wire.lease_body(found, why))
 
     @app.post("/acknowledge", **takes(wire.AcknowledgeRequest))
@@ -208,6 +216,11 @@ def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
     async def commit(body: Annotated[wire.CommitRequest, _body(wire.CommitRequest)]) -> dict[str, Any]:
         await turns.take(lambda queue: queue.commit(**body.model_dump()))
         return {}
+
+
+def _why_waiting(queue: TrajectoryQueue, store: TrajectoryStore, num_groups: int) -> str:
+    why = why_waiting(queue, num_groups)
+    return f"{why}; {store.why_full}" if why and store.room(queue) == 0 else why
 
 
 def _body(model: type[M]) -> Any:

@@ -10,8 +10,9 @@ import asyncio
 import hashlib
 import json
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -23,10 +24,10 @@ from syncline.trajectory import wire
 from syncline.trajectory.atropos_wire import EnvIdentifier, RegisterEnv, Registration, ScoredData, from_group, to_group
 from syncline.trajectory.guard import read_json
 from syncline.trajectory.openapi import takes
-from syncline.trajectory.queue import TrajectoryQueue
+from syncline.trajectory.queue import PutOutcome, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import why_no_permit
-from syncline.trajectory.store import TrajectoryStore
+from syncline.trajectory.store import TrajectoryStore, pack, unpack
 from syncline.trajectory.tickets import Ticket, Wire
 
 if TYPE_CHECKING:
@@ -43,47 +44,63 @@ _EMPTY_EXAMPLE = {
     **{"tokens": [], "masks": [], "scores": [], "advantages": [], "ref_logprobs": [], "generation_params": []},
     **{"inference_logprobs": [], "messages": [], "images": []},
 }
+_GROUP = TypeAdapter(ScoredData)
 _GROUPS = TypeAdapter(list[ScoredData])
+M = TypeVar("M")
 BODIES = (Registration, RegisterEnv, EnvIdentifier, ScoredData)
 
 
 class AtroposWire:
     """The wire's state outside the queue: what is being sent, and the last example."""
 
-    def __init__(self, store: TrajectoryStore, turns: "Turns", own: Registration | None, hold_seconds: float) -> None:
+    def __init__(
+        self,
+        store: TrajectoryStore,
+        turns: "Turns",
+        own: Registration | None,
+        hold_seconds: float,
+        max_waiting_bytes: int,
+    ) -> None:
+        """Uploads wait for room up to `hold_seconds`, and only as many as `max_waiting_bytes`, packed, can hold."""
         self.store, self.turns, self.own = store, turns, own
-        self._hold_seconds = hold_seconds
+        self._hold_seconds, self._max_waiting_bytes = hold_seconds, max_waiting_bytes
+        self._waiting_bytes = 0
         self._decoders = asyncio.Semaphore(_DECODERS)
         self.sending: set[str] = set()
         self.latest: bytes | None = None
 
-    async def decode(self, adapter: TypeAdapter[Any], body: bytes) -> Any:
+    async def decode(self, adapter: TypeAdapter[M], body: bytes) -> M:
         async with self._decoders:
-            try:
-                return await asyncio.to_thread(adapter.validate_json, body)
-            except ValidationError as error:
-                raise wire.Malformed(wire.explain("body", error)) from error
+            return await asyncio.to_thread(_decode, adapter, body)
 
-    async def take(self, group: ScoredData, request: Request) -> dict[str, Any]:
+    async def pack(self, adapter: TypeAdapter[Any], body: bytes) -> list["Packed"]:
+        """The groups of a body. Their numbers as Python has them take ten times their JSON, so they end here."""
+        async with self._decoders:
+            return await asyncio.to_thread(_pack, adapter, body)
+
+    async def take(self, group: "Packed", request: Request) -> dict[str, Any]:
         """Stores a group and says so as theirs does; waits for room first. Raises 429."""
-        body = group.model_dump_json().encode()
-        digest = hashlib.sha256(body).hexdigest()
-        upload = _Upload(self.store, group, body, digest)
+        upload = _Upload(self.store, group)
         try:
             if not await self.turns.take(lambda queue: upload.begin(queue, self.own)):
                 await self._wait_for_room(upload, request)
         except rules.Busy as error:
             raise HTTPException(429, str(error), headers={"Retry-After": str(RETRY_AFTER_SECONDS)}) from error
-        self.latest = body
+        self.latest = group.body
         if await request.is_disconnected():
             await self.turns.take(upload.note_unanswered)
         return upload.answer
 
     async def _wait_for_room(self, upload: "_Upload", request: Request) -> None:
+        num_bytes = len(upload.group.body)
         try:
+            self._waiting_bytes += num_bytes
+            if self._waiting_bytes > self._max_waiting_bytes:
+                raise rules.Busy(f"{self._waiting_bytes} bytes of groups wait for room already")
             if not await self.turns.poll(upload.admit, timeout_seconds=self._hold_seconds, request=request):
                 raise rules.Busy(await self.turns.take(upload.why_no_room))
         finally:
+            self._waiting_bytes -= num_bytes
             await self.turns.take(upload.withdraw)
 
     def next_batch(self, queue: TrajectoryQueue) -> tuple[str, list[bytes]] | str:
@@ -102,50 +119,84 @@ class AtroposWire:
             self.sending.discard(batch_id)
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A group that was checked, as it is stored, and what must be known of it without unpacking."""
+
+    env_id: int | None
+    scores: Sequence[float]
+    longest: int
+    digest: str
+    body: bytes
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.scores)
+
+
+def _decode(adapter: TypeAdapter[M], body: bytes) -> M:
+    try:
+        return adapter.validate_json(body)
+    except ValidationError as error:
+        raise wire.Malformed(wire.explain("body", error)) from error
+
+
+def _pack(adapter: TypeAdapter[Any], body: bytes) -> list[Packed]:
+    found = _decode(adapter, body)
+    return [_packed(group) for group in (found if isinstance(found, list) else [found])]
+
+
+def _packed(group: ScoredData) -> Packed:
+    body = group.model_dump_json().encode()
+    digest = hashlib.sha256(body).hexdigest()
+    return Packed(group.env_id, group.scores, max(map(len, group.tokens)), digest, pack(body))
+
+
 class _Upload:
     """One group on its way into the queue. Its methods are called inside the store's transactions."""
 
-    def __init__(self, store: TrajectoryStore, group: ScoredData, body: bytes, digest: str) -> None:
-        self._store, self._group, self._body, self._digest = store, group, body, digest
+    def __init__(self, store: TrajectoryStore, group: Packed) -> None:
+        self._store, self.group = store, group
         self._ask: Ask | None = None
         self.answer: dict[str, Any] = {"status": "received"}
 
     def begin(self, queue: TrajectoryQueue, own: Registration | None) -> bool:
         """Whether it is in, or was before. Raises `Refused`."""
-        rules.check_size(queue, len(self._group.tokens), max(map(len, self._group.tokens)), own)
+        rules.check_size(queue, self.group.num_sequences, self.group.longest, own)
         if queue.state.policy_version < 0:
             raise rules.Busy(why_no_permit(queue))
-        self._ask = Ask(rules.line_of(queue, self._group.env_id), uuid.uuid4().hex, 1)
-        if queue.is_repetition(self._digest):
+        self._ask = Ask(rules.line_of(queue, self.group.env_id), uuid.uuid4().hex, 1)
+        if queue.is_repetition(self.group.digest):
             return True
         queue.ask(self._ask, held=())
         return self.admit(queue)
 
     def admit(self, queue: TrajectoryQueue) -> bool:
         assert self._ask is not None
-        if not self._store.has_room(len(self._body)):
+        if not self._store.has_room(len(self.group.body)):
             return False
-        ticket = queue.admit(self._ask, num_rollouts=len(self._group.tokens), digest=self._digest)
-        if ticket is None:
+        admitted = queue.admit(self._ask, rewards=self.group.scores, digest=self.group.digest)
+        if admitted is None:
             return False
-        self._store.keep(ticket.permit_id, self._body)
-        if self._group.env_id is not None:
-            env = rules.find_env(queue, self._group.env_id)
-            if len(self._group.tokens) != env.group_size:
+        ticket, outcome = admitted
+        if outcome is PutOutcome.REPLACED:
+            return True
+        self._store.keep(ticket.permit_id, self.group.body)
+        if self.group.env_id is not None:
+            env = rules.find_env(queue, self.group.env_id)
+            if self.group.num_sequences != env.group_size:
                 self.answer = {"status": "buffered", "buffer_size": rules.awaiting_pack(queue, env)}
         return True
 
     def why_no_room(self, queue: TrajectoryQueue) -> str:
-        return (
-            why_no_permit(queue) if self._store.has_room(len(self._body)) else "trajectory.max_store_bytes is used up"
-        )
+        return why_no_permit(queue) if self._store.has_room(len(self.group.body)) else self._store.why_full
 
     def withdraw(self, queue: TrajectoryQueue) -> None:
         if self._ask is not None:
             queue.withdraw(self._ask)
 
     def note_unanswered(self, queue: TrajectoryQueue) -> None:
-        queue.note_unanswered(self._digest)
+        queue.note_unanswered(self.group.digest)
 
 
 class _BatchAnswer(Response):
@@ -226,7 +277,7 @@ def _add_trainer_routes(app: FastAPI, at: AtroposWire) -> None:
 
     @app.get("/latest_example")
     async def latest_example() -> Response:
-        return Response(at.latest, media_type="application/json") if at.latest else _json(_EMPTY_EXAMPLE)
+        return Response(unpack(at.latest), media_type="application/json") if at.latest else _json(_EMPTY_EXAMPLE)
 
     @app.get("/reset_data")
     async def reset_data() -> PlainTextResponse:
@@ -272,12 +323,12 @@ def _add_environment_routes(app: FastAPI, at: AtroposWire) -> None:
 def _add_upload_routes(app: FastAPI, at: AtroposWire) -> None:
     @app.post("/scored_data", **takes(ScoredData))
     async def scored_data(request: Request) -> dict[str, Any]:
-        group = await at.decode(TypeAdapter(ScoredData), await read_json(request))
+        [group] = await at.pack(_GROUP, await read_json(request))
         return await at.take(group, request)
 
     @app.post("/scored_data_list", **takes(ScoredData, many=True))
     async def scored_data_list(request: Request) -> dict[str, Any]:
-        groups = await at.decode(_GROUPS, await read_json(request))
+        groups = await at.pack(_GROUPS, await read_json(request))
         answers = [await at.take(group, request) for group in groups]
         buffered = [answer["buffer_size"] for answer in answers if answer["status"] == "buffered"]
         answer: dict[str, Any] = {"status": "received", "groups_processed": len(groups)}

@@ -15,7 +15,8 @@ from typing import Any
 from syncline.trajectory.atropos_wire import MIN_WEIGHT, AtroposState, RegisteredEnv, RegisterEnv, Registration
 from syncline.trajectory.batches import Candidate, choose, sequences_promised
 from syncline.trajectory.queue import Refused, TrajectoryQueue
-from syncline.trajectory.tickets import LIVE, Counters, Ticket, TicketState
+from syncline.trajectory.tickets import HOLDS_GROUP, LIVE, Counters, Ticket, TicketState
+from syncline.trajectory.wire import StartRequest
 
 TRAINER = "atropos trainer"
 """The learner's name while a trainer of this wire consumes; it may be many processes."""
@@ -42,7 +43,19 @@ def registration(queue: TrajectoryQueue, own: Registration | None) -> Registrati
     """What holds for this run now; `None` before there is a trainer or learner."""
     if queue.state.learner == TRAINER:
         return queue.state.atropos.registration
-    return own if queue.state.policy_version >= 0 else None
+    terms = queue.state.terms
+    return (own or (terms and terms.registration)) if queue.state.policy_version >= 0 else None
+
+
+def begin(queue: TrajectoryQueue, asked: StartRequest) -> None:
+    """A learner of ours starts. Where it says of what run, nothing of another one is left, nor, at step 0, of an
+    earlier life: what that trained on is lost with it."""
+    state = queue.state
+    if asked.terms is not None and queue.limits.admits_runs:
+        if asked.step == 0 or state.terms is None or state.terms.run_id != asked.terms.run_id:
+            _forget(queue, HOLDS_GROUP)
+        state.terms = asked.terms
+    queue.start(learner=asked.learner, policy_version=asked.policy_version, step=asked.step)
 
 
 def register(queue: TrajectoryQueue, asked: Registration) -> None:
@@ -51,7 +64,8 @@ def register(queue: TrajectoryQueue, asked: Registration) -> None:
     state = queue.state
     if state.learner not in ("", TRAINER):
         raise Refused(
-            f"this run's learner is {state.learner!r}, not a trainer of the Atropos wire; pull over POST /lease"
+            f"this run's learner is {state.learner!r}, not a trainer of the Atropos wire; pull over POST /lease, or, "
+            "on a server that was started for no run, begin another under http://host:port/runs/NAME"
         )
     state.atropos.registration = asked
     version = max(state.policy_version, 0)
@@ -218,14 +232,21 @@ def reset(queue: TrajectoryQueue) -> None:
     state = queue.state
     if state.learner not in ("", TRAINER):
         raise Refused("the groups are those of a running syncline learner; stop the run instead of resetting it")
-    for ticket in queue.ledger.within(*LIVE):
-        queue.ledger.move(ticket, TicketState.DISCARDED)
+    _forget(queue, LIVE)
     for env in state.atropos.envs:
         queue.ledger.weights.pop(env.name, None)
         state.lines.pop(env.name, None)
-    state.learner, state.policy_version, state.step, state.training, state.capacity = "", -1, 0, False, None
-    state.atropos, state.counters = AtroposState(), Counters()
+    state.learner, state.policy_version, state.training, state.terms = "", -1, False, None
+    state.atropos = AtroposState()
     queue.learner_heard = False
+
+
+def _forget(queue: TrajectoryQueue, states: Collection[TicketState]) -> None:
+    """What is in these states, and every count; not who takes part."""
+    state = queue.state
+    for ticket in queue.ledger.within(*states):
+        queue.ledger.move(ticket, TicketState.DISCARDED)
+    state.step, state.capacity, state.counters = 0, None, Counters()
     queue.ledger.dirty = True
 
 

@@ -136,12 +136,14 @@ class TrajectorySink:
 
 
 class TrajectorySource:
-    """`RolloutSource` over HTTP, for one learner process. Use as a context manager."""
+    """`RolloutSource` over HTTP, for one learner process. Use as a context manager. `terms` tell a server that was
+    started for no run what this one is."""
 
     def __init__(
         self,
         url: str,
         *,
+        terms: wire.RunTerms | None = None,
         token: str | None = None,
         wait_timeout_seconds: float = 600.0,
         retry_seconds: float = 60.0,
@@ -151,6 +153,7 @@ class TrajectorySource:
     ) -> None:
         self._url = url
         self._learner = uuid.uuid4().hex
+        self._terms = terms
         self._wait_timeout_seconds = wait_timeout_seconds
         self._retry_seconds = retry_seconds
         self._clock, self._sleep = clock, sleep
@@ -163,7 +166,7 @@ class TrajectorySource:
         self._http.close()
 
     def start(self, *, policy_version: int, step: int) -> None:
-        body = wire.StartRequest(learner=self._learner, policy_version=policy_version, step=step)
+        body = wire.StartRequest(learner=self._learner, policy_version=policy_version, step=step, terms=self._terms)
         self._post("/start", body, f"start after step {step}")
 
     def next_batch(self, num_groups: int) -> list[RolloutGroup]:

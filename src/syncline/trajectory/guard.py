@@ -6,11 +6,13 @@ token or as the password of HTTP basic authentication, which is what clients tha
 `http://syncline:TOKEN@host:port`.
 """
 
+import asyncio
 import base64
 import binascii
 import hmac
 import ipaddress
 import zlib
+from contextlib import nullcontext
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
@@ -21,9 +23,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from syncline.errors import ConfigError
 
 TOKEN_VARIABLE = "SYNCLINE_TRAJECTORY_TOKEN"
+BODY_SECONDS = 120.0
+"""How long a body may take to arrive."""
+LARGE_BODIES = 8
+"""Bodies of more than `SMALL_BYTES`, or packed, that are read at once: what bounds their memory."""
+SMALL_BYTES = 1 << 20
 _SAME = ("same-origin", "none")
 _OPEN = ("/health",)
 """What needs no token: whether it runs."""
+_CHALLENGES = ("Bearer", 'Basic realm="syncline, the token is the password"')
+"""A header each, since browsers, which ask a person for the second, do not take both from one."""
 
 
 def is_loopback(host: str) -> bool:
@@ -66,11 +75,12 @@ class Guard:
             and needs_token
             and not hmac.compare_digest(_presented(headers), self._token.encode())
         ):
-            return JSONResponse(
-                {"error": "send the run's token: Authorization: Bearer TOKEN, or http://syncline:TOKEN@host:port"},
-                401,
-                {"WWW-Authenticate": "Bearer"},
+            answer = JSONResponse(
+                {"error": "send the run's token: Authorization: Bearer TOKEN, or http://syncline:TOKEN@host:port"}, 401
             )
+            for challenge in _CHALLENGES:
+                answer.headers.append("WWW-Authenticate", challenge)
+            return answer
         return None
 
 
@@ -95,7 +105,18 @@ async def read_json(request: Request) -> bytes:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip"):
         raise HTTPException(415, f"Content-Encoding {encoding!r} is not read here; send gzip or none")
-    unpack = _Gzip(limit) if encoding == "gzip" else None
+    unpack = _Gzip() if encoding == "gzip" else None
+    length = request.headers.get("content-length", "")
+    is_small = unpack is None and length.isdecimal() and int(length) <= SMALL_BYTES
+    try:
+        async with asyncio.timeout(BODY_SECONDS), nullcontext() if is_small else request.app.state.large_bodies:
+            return await _read(request, limit, unpack)
+    except TimeoutError as error:
+        message = f"the body had not arrived after {BODY_SECONDS:g} s; send it faster, or fewer at once"
+        raise HTTPException(503, message, headers={"Retry-After": "5", "Connection": "close"}) from error
+
+
+async def _read(request: Request, limit: int, unpack: "_Gzip | None") -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk if unpack is None else unpack.feed(chunk, room=limit + 1 - len(body))
@@ -109,9 +130,8 @@ async def read_json(request: Request) -> bytes:
 class _Gzip:
     """Unpacks no more than there is room for, however much a few bytes would expand to."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self) -> None:
         self._unpack = zlib.decompressobj(wbits=31)
-        self._limit = limit
 
     @property
     def is_whole(self) -> bool:

@@ -5,7 +5,7 @@ Every move is noted in `changed`, for the store; what is out has a deadline on t
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from syncline.trajectory.tickets import LIVE, OUTSTANDING, Line, QueueState, Ticket, TicketState
 
@@ -22,6 +22,10 @@ class QueueLimits:
     """Groups of equal rewards that may be replaced between two acknowledgements."""
     max_faults: int = 3
     """A task that fails more often than this is given up."""
+    admits_environments: bool = False
+    """Those the configuration does not name take part too, from when they first ask."""
+    admits_runs: bool = False
+    """There is no configuration: the learner says what holds (`RunTerms`), and another run's learner begins anew."""
 
     @property
     def capacity(self) -> int:
@@ -40,7 +44,7 @@ class Ledger:
         state: QueueState | None = None,
         tickets: Iterable[Ticket] = (),
     ) -> None:
-        self.limits = limits
+        self._limits = limits
         self.clock = clock
         self.state = state or QueueState()
         self.weights = dict(weights)
@@ -49,12 +53,27 @@ class Ledger:
         self._settled: dict[str, Ticket] = {}
         self._deadlines: dict[str, float] = {}
         self._changed: dict[str, Ticket] = {}
+        self._forgotten: list[str] = []
         for name in weights:
             self.state.lines.setdefault(name, Line())
         for name in self.state.lines:
             self.weights.setdefault(name, self.state.atropos.weight_of(name))
         for ticket in tickets:
             self._file(ticket)
+
+    @property
+    def limits(self) -> QueueLimits:
+        """The configuration's, or what the learner said of its run."""
+        terms = self.state.terms
+        if terms is None:
+            return self._limits
+        return replace(
+            self._limits,
+            groups_per_step=terms.groups_per_step,
+            rollouts_per_group=terms.rollouts_per_group,
+            max_staleness=terms.max_staleness,
+            max_refills=terms.max_refills,
+        )
 
     def find(self, permit_id: str) -> Ticket | None:
         return self.live.get(permit_id) or self._settled.get(permit_id)
@@ -92,6 +111,11 @@ class Ledger:
         """Tickets changed since the last call."""
         changed, self._changed, self.dirty = list(self._changed.values()), {}, False
         return changed
+
+    def take_forgotten(self) -> list[str]:
+        """Permit ids of the tickets settled so long ago that nobody asks for them, since the last call."""
+        forgotten, self._forgotten = self._forgotten, []
+        return forgotten
 
     def issue(self, permit_id: str, environment: str, *, worker: str) -> Ticket:
         """A permit for the environment's next task index."""
@@ -153,4 +177,5 @@ class Ledger:
         if ticket.state in (TicketState.PERMITTED, TicketState.LEASED):
             self._deadlines[ticket.permit_id] = self.clock() + self.limits.lease_seconds
         if len(self._settled) > SETTLED_REMEMBERED:
-            del self._settled[next(iter(self._settled))]
+            self._forgotten.append(next(iter(self._settled)))
+            del self._settled[self._forgotten[-1]]

@@ -7,7 +7,7 @@ No environment can block another: permits go only to those asking now (`shares`)
 learner holds comes back by itself after `lease_seconds`. Every method first expires what is overdue.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from syncline.errors import TrajectoryError
@@ -58,7 +58,6 @@ class TrajectoryQueue:
     ) -> None:
         """`state` and `tickets` are what a predecessor left; what they hold is granted `lease_seconds` anew."""
         self.ledger = Ledger(limits, weights, clock=clock, state=state, tickets=tickets)
-        self.limits = limits
         self.state = self.ledger.state
         self.clock = clock
         self.asks: dict[tuple[str, str], Ask] = {}
@@ -73,6 +72,10 @@ class TrajectoryQueue:
         """By this queue, not by a predecessor whose state it took over: until then the engine may serve anything."""
         self._new_id = new_id
 
+    @property
+    def limits(self) -> QueueLimits:
+        return self.ledger.limits
+
     # Environments
 
     def ask(self, ask: Ask, *, held: Collection[str]) -> None:
@@ -80,6 +83,8 @@ class TrajectoryQueue:
 
         Permits it should have but does not hold were lost with an answer or its predecessor, and are taken back.
         """
+        if ask.environment not in self.ledger.weights and self.limits.admits_environments:
+            self.join(ask.environment, 1.0)
         if ask.environment not in self.ledger.weights:
             known = sorted(self.ledger.weights)
             raise Refused(f"environment {ask.environment!r} is not part of this run; known: {known}")
@@ -102,13 +107,15 @@ class TrajectoryQueue:
         self.state.lines.setdefault(environment, Line(share=self.state.virtual_time))
         self.ledger.dirty = True
 
-    def grant(self, ask: Ask) -> list[Ticket]:
-        """The asker's fair part of the free capacity; when it gets any, its ask is answered and gone."""
+    def grant(self, ask: Ask, *, room: int | None = None) -> list[Ticket]:
+        """The asker's fair part of the free capacity; when it gets any, its ask is answered and gone. `room`: groups
+        that may still be stored."""
         self.expire()
         if self.asks.get(ask.key) is not ask or not self.learner_heard:
             return []
         tags = {name: self._start_tag(name) for name, _ in self.asks}
-        parts = allot(list(self.asks.values()), tags, weights=self.ledger.weights, free=self.ledger.num_free)
+        free = self.ledger.num_free if room is None else min(self.ledger.num_free, room)
+        parts = allot(list(self.asks.values()), tags, weights=self.ledger.weights, free=free)
         granted = [self._permit(ask) for _ in range(parts[ask.key])]
         if granted:
             self.withdraw(ask)
@@ -128,21 +135,26 @@ class TrajectoryQueue:
         if _above(ticket.newest, ticket.ceiling):
             self.ledger.hand_back(ticket, TicketState.REWOUND)
             return PutOutcome.REWOUND
-        outcome = self._worth(group)
+        outcome = self._worth({rollout.reward for rollout in group.rollouts if rollout.reward is not None})
         if outcome is PutOutcome.REPLACED:
             self.ledger.replace(ticket)
         else:
             self.ledger.enqueue(ticket)
         return outcome
 
-    def admit(self, ask: Ask, *, num_rollouts: int, digest: str) -> Ticket | None:
-        """Queues a group that came without a permit, over the Atropos wire, once it is its environment's turn."""
+    def admit(self, ask: Ask, *, rewards: Sequence[float], digest: str) -> tuple[Ticket, PutOutcome] | None:
+        """Takes a group that came without a permit, over the Atropos wire, once it is its environment's turn: queues
+        it, or replaces it, as one that came with a permit."""
         for ticket in self.grant(ask):
-            ticket.group_id, ticket.num_rollouts = ticket.permit_id, num_rollouts
+            ticket.group_id, ticket.num_rollouts = ticket.permit_id, len(rewards)
             ticket.wire, ticket.digest = Wire.ATROPOS, digest
             self.last_group[ask.environment] = self.clock()
-            self.ledger.enqueue(ticket)
-            return ticket
+            outcome = self._worth(set(rewards))
+            if outcome is PutOutcome.REPLACED:
+                self.ledger.replace(ticket)
+            else:
+                self.ledger.enqueue(ticket)
+            return ticket, outcome
         return None
 
     def is_repetition(self, digest: str) -> bool:
@@ -285,13 +297,13 @@ class TrajectoryQueue:
             raise Refused(f"group_id {group.group_id!r} is taken by another group of this run")
         self._check_versions(group, ticket)
 
-    def _worth(self, group: RolloutGroup) -> PutOutcome:
+    def _worth(self, rewards: Collection[float]) -> PutOutcome:
         """Dynamic sampling (DAPO, arXiv 2503.14476 §3.2): equal rewards have no gradient, so another task is sampled.
 
         `max_refills` bounds what a step may cost; a task family that is all right or all wrong still gets trained on.
         """
         refills, state = self.limits.max_refills, self.state
-        if not refills or len({r.reward for r in group.rollouts if r.reward is not None}) > 1:
+        if not refills or len(rewards) > 1:
             return PutOutcome.ACCEPTED
         if state.num_refills < refills:
             state.num_refills += 1
@@ -315,8 +327,8 @@ class TrajectoryQueue:
             raise Refused(f"groups {consumed} were trained on in an earlier step")
         if step <= self.state.step:
             raise Refused(f"step {step} must be above {self.state.step}, the last one")
-        if policy_version <= self.state.policy_version:
-            raise Refused(f"policy_version {policy_version} must be above {self.state.policy_version}, the one served")
+        if policy_version < self.state.policy_version:
+            raise Refused(f"policy_version {policy_version} is below {self.state.policy_version}, the one served")
 
     def _permit(self, ask: Ask) -> Ticket:
         line, start = self.state.lines[ask.environment], self._start_tag(ask.environment)

@@ -61,6 +61,7 @@ def run_server(
         max_staleness=run.max_staleness,
         lease_seconds=trajectory.lease_seconds,
         max_refills=run.max_refills,
+        admits_environments=not environments,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     path = Path(run.dir) / STORE_NAME

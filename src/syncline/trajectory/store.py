@@ -60,6 +60,7 @@ class TrajectoryStore:
         self.run_id = run_id
         self._limits, self._weights, self._clock = limits, weights, clock
         self._max_bytes = max_bytes
+        self._largest = 0
         self._guard = threading.Lock()
         self._queue: TrajectoryQueue | None = None
         self._lock_file = _lock(path.with_name(path.name + ".lock"))
@@ -106,32 +107,49 @@ class TrajectoryStore:
         if refusal:
             raise refusal
 
-    def put(self, queue: TrajectoryQueue, group: RolloutGroup, permit_id: str, *, body: bytes) -> PutOutcome:
-        """`TrajectoryQueue.put`, and the group's JSON with it. Call inside `transaction`."""
-        if not self.has_room(len(body)):
-            raise StoreFull(
-                f"{self.path} holds trajectory.max_store_bytes = {self._max_bytes}; the learner must consume"
-            )
+    def put(self, queue: TrajectoryQueue, group: RolloutGroup, permit_id: str, *, packed: bytes) -> PutOutcome:
+        """`TrajectoryQueue.put`, and the group's JSON with it, as `pack` made it. Call inside `transaction`."""
+        if not self.has_room(len(packed)):
+            raise StoreFull(self.why_full)
         outcome = queue.put(group, permit_id)
         ticket = queue.ledger.find(permit_id)
         if ticket and ticket.state in HOLDS_GROUP:
-            self.keep(permit_id, body)
+            self.keep(permit_id, packed)
         return outcome
+
+    @property
+    def why_full(self) -> str:
+        return (
+            f"the store holds trajectory.max_store_bytes = {self._max_bytes}; room comes back when the learner commits "
+            "a checkpoint (learner.checkpoint_interval)"
+        )
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether so many more may be stored. Call inside `transaction`."""
-        page, count, free = (self._pragma(name) for name in ("page_size", "page_count", "freelist_count"))
-        return page * (count - free) + num_bytes <= self._max_bytes
+        return self.stored_bytes() + num_bytes <= self._max_bytes
 
-    def keep(self, permit_id: str, body: bytes) -> None:
-        """The group's JSON, as it came. Call inside `transaction`."""
-        compressed = zlib.compress(body, level=1)
-        self._db.execute("INSERT OR IGNORE INTO payloads VALUES (?, ?)", (permit_id, compressed))
+    def room(self, queue: TrajectoryQueue) -> int | None:
+        """Groups beyond those permitted that still fit if they are as large as the largest so far; `None` before there
+        was one. Call inside `transaction`."""
+        if not self._largest:
+            return None
+        fit = (self._max_bytes - self.stored_bytes()) // self._largest
+        return max(0, fit - queue.ledger.count(TicketState.PERMITTED))
+
+    def stored_bytes(self) -> int:
+        """On disk and in use. Call inside `transaction`."""
+        page, count, free = (self._pragma(name) for name in ("page_size", "page_count", "freelist_count"))
+        return page * (count - free)
+
+    def keep(self, permit_id: str, packed: bytes) -> None:
+        """The group's JSON, as it came and as `pack` made it. Call inside `transaction`."""
+        self._largest = max(self._largest, len(packed))
+        self._db.execute("INSERT OR IGNORE INTO payloads VALUES (?, ?)", (permit_id, packed))
 
     def payloads(self, tickets: Iterable[Ticket]) -> list[bytes]:
         """The groups of these tickets as JSON, each as its wire wrote it. Call inside `transaction`."""
         query = "SELECT body FROM payloads WHERE permit_id = ?"
-        return [zlib.decompress(self._db.execute(query, (t.permit_id,)).fetchone()[0]) for t in tickets]
+        return [unpack(self._db.execute(query, (t.permit_id,)).fetchone()[0]) for t in tickets]
 
     def _pragma(self, name: str) -> int:
         return self._db.execute(f"PRAGMA {name}").fetchone()[0]
@@ -158,6 +176,7 @@ class TrajectoryStore:
 
     def _load(self) -> TrajectoryQueue:
         row = self._db.execute("SELECT body FROM state").fetchone()
+        self._largest = self._db.execute("SELECT ifnull(max(length(body)), 0) FROM payloads").fetchone()[0]
         live = ", ".join(_quote(state) for state in LIVE)
         select = f"SELECT {', '.join(_COLUMNS)} FROM tickets WHERE state"
         rows = self._db.execute(f"{select} NOT IN ({live}) ORDER BY rowid DESC LIMIT {SETTLED_REMEMBERED}").fetchall()[
@@ -181,7 +200,22 @@ class TrajectoryStore:
         self._db.executemany(f"INSERT OR REPLACE INTO tickets VALUES ({marks})", [astuple(t) for t in changed])
         gone = [(t.permit_id,) for t in changed if t.state not in HOLDS_GROUP]
         self._db.executemany("DELETE FROM payloads WHERE permit_id = ?", gone)
+        forgotten = [(permit_id,) for permit_id in queue.ledger.take_forgotten()]
+        self._db.executemany("DELETE FROM tickets WHERE permit_id = ?", forgotten)
         self._db.execute("INSERT OR REPLACE INTO state VALUES (1, ?)", (_STATE.dump_json(queue.state).decode(),))
+
+
+def pack(body: bytes) -> bytes:
+    """A group's JSON as it is stored. Takes a while: not to be done inside a transaction.
+
+    Token ids and log-probabilities hardly repeat, so looking for repetitions costs time and gains nothing.
+    """
+    packer = zlib.compressobj(level=1, strategy=zlib.Z_HUFFMAN_ONLY)
+    return packer.compress(body) + packer.flush()
+
+
+def unpack(packed: bytes) -> bytes:
+    return zlib.decompress(packed)
 
 
 def _ticket(row: tuple[Any, ...]) -> Ticket:

@@ -77,9 +77,8 @@ class Tenants:
     def _open(self, name: str) -> None:
         folder = self._folder / name
         folder.mkdir(exist_ok=True)
-        limits = QueueLimits(
-            groups_per_step=1, rollouts_per_group=2, max_staleness=0, lease_seconds=self._trajectory.lease_seconds
-        )
+        lease_seconds = self._trajectory.lease_seconds
+        limits = QueueLimits(1, 2, 0, lease_seconds, admits_environments=True, admits_runs=True)
         store = self._stack.enter_context(
             TrajectoryStore(
                 folder / STORE_NAME,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from syncline.trajectory.atropos_wire import AtroposState
+from syncline.trajectory.wire import RunTerms
 
 
 class TicketState(StrEnum):
@@ -131,3 +132,5 @@ class QueueState:
     counters: Counters = field(default_factory=Counters)
     lines: dict[str, Line] = field(default_factory=dict)
     atropos: AtroposState = field(default_factory=AtroposState)
+    terms: RunTerms | None = None
+    """What the learner said of its run, where no configuration does."""

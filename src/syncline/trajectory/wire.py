@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from syncline.errors import TrajectoryError
 from syncline.protocols import Permit
+from syncline.trajectory.atropos_wire import Registration
 from syncline.types import RolloutGroup
 
 WIRE_VERSION = 1
@@ -57,10 +58,23 @@ class GiveBackRequest(WireMessage):
     """Empty: unused, nothing went wrong. Otherwise it counts against the task."""
 
 
+class RunTerms(WireMessage):
+    """What a server that was started for no run must know of one: the configuration's limits, and what environments of
+    the Atropos wire are told."""
+
+    run_id: str
+    groups_per_step: Positive
+    rollouts_per_group: Positive
+    max_staleness: Count
+    max_refills: Count
+    registration: Registration
+
+
 class StartRequest(WireMessage):
     learner: Name
     policy_version: Count
     step: Count
+    terms: RunTerms | None = None
 
 
 class LeaseRequest(WireMessage):

@@ -45,6 +45,22 @@ def test_what_is_written_is_found_and_opens_the_same_bytes() -> None:
     assert torch.equal(open_views(found.handles[0], device=CPU)["w"].tensor, torch.arange(12.0).view(4, 3))
 
 
+def test_an_engine_that_is_still_loading_is_waited_for() -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            write()
+
+    find = {"model": "m", "device": CPU, "sleep": sleep}
+    assert find_bridge_file(AUTO, **find, patience_seconds=60).url == "http://127.0.0.1:1"
+    assert sum(slept) == 3 * bridge_file.POLL_SECONDS
+    with pytest.raises(SyncError, match="no vllm_bridge_config"):
+        find_bridge_file("elsewhere", **find, patience_seconds=2)
+    assert sum(slept) == 3 * bridge_file.POLL_SECONDS + 2
+
+
 def test_the_file_is_this_users_alone_and_says_what_the_trainers_document_promises(places: dict[str, Path]) -> None:
     path = write()
     assert path == places["logdir"] / FILE_NAME

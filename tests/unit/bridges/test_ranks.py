@@ -114,5 +114,5 @@ def left(ranks: Ranks) -> None:
 
 
 def test_a_dead_rank_ends_the_others_with_an_error() -> None:
-    with pytest.raises(AssertionError, match=r"TrainingError: rank 0 of 2 lost another rank, or waited for it longer"):
+    with pytest.raises(AssertionError, match=r"TrainingError: rank 0 of 2 lost rank 1, or waited for it longer"):
         on_ranks(left)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from character_tokenizer import CharacterTokenizer, completion
 
+from syncline.envs import worker as module
 from syncline.envs.rendering import ChatPolicy
 from syncline.envs.tasks.arithmetic import Arithmetic
 from syncline.envs.worker import FAILED_ROUNDS, UNUSED, EnvironmentWorker
@@ -177,3 +178,15 @@ def test_environment_that_makes_too_few_rollouts_is_told_so():
     sink = Watched()
     with pytest.raises(SynclineError, match="made 1 rollouts, asked for 2"):
         asyncio.run(run_until(worker(Short(), sink), lambda: False))
+
+
+def test_a_worker_that_is_stopped_does_not_wait_for_a_sink_that_is_away(monkeypatch):
+    class Away(Watched):
+        async def permits(self, environment: str, num_permits: int, *, timeout_seconds: float) -> list[Permit]:
+            asked.append(environment)
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    asked: list[str] = []
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.0)
+    asyncio.run(run_until(worker(Arithmetic(seed=3), Away()), lambda: bool(asked)))

@@ -79,6 +79,22 @@ def test_the_ranks_of_a_learner_are_one_process_that_sees_all_their_devices() ->
     assert specs["learner"].env["OMP_NUM_THREADS"] == specs["engine"].env["OMP_NUM_THREADS"] == "2", "of 5 cores"
 
 
+def test_ranks_that_split_the_data_have_their_devices_on_this_host() -> None:
+    ranks = {"devices": [0, 1], "data_parallel_size": 2}
+    machine = Machine(num_cores=8, gpus=("4", "7", "9"), python="python")
+    specs = planned(machine, engine={"devices": [2]}, learner=ranks)
+    assert specs["learner"].env["CUDA_VISIBLE_DEVICES"] == "4,7"
+    assert (
+        planned(engine={"device": "cpu"}, learner={"device": "cpu", "data_parallel_size": 2})["learner"].env[
+            "OMP_NUM_THREADS"
+        ]
+        == "2"
+    ), "of 5 cores"
+    several_hosts = {"devices": [0, 1], "data_parallel_size": 4}
+    with pytest.raises(ConfigError, match=r"data_parallel_size: 4 ranks on 2 GPUs.*or use torchrun"):
+        planned(machine, engine={"devices": [2]}, learner=several_hosts)
+
+
 def test_cores_are_shared_only_when_both_compute_at_once() -> None:
     assert shared_threads(config(), 5) == {"engine": 5, "learner": 5}
     assert shared_threads(config(run={"max_staleness": 1}), 5) == {"engine": 3, "learner": 2}

@@ -59,6 +59,17 @@ def test_a_resumed_run_continues_to_the_bit(model_path: Path, tmp_path: Path, lo
     assert all(torch.equal(expected[name], tensor) for name, tensor in second.bits().items())
 
 
+def test_the_newest_is_the_one_of_the_highest_step_whatever_it_is_called(model_path: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, model_path, name="step_{step}")
+    trained = Trained(model_path, steps=1)
+    for step in (9, 10, 11):
+        checkpoints.save(TrainState(step, step), trained.model, trained.optimizer, digest="")
+    (tmp_path / "step_old").mkdir()
+    (tmp_path / "step_99.partial").mkdir()
+    assert checkpoints.newest_step() == 11
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_11", "step_99.partial", "step_old"]
+
+
 def test_loading_writes_into_the_parameters_own_memory(model_path: Path, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 2, model_path)
     trained = Trained(model_path, steps=1)

@@ -149,6 +149,21 @@ def test_a_step_publishes_before_it_acknowledges_and_saves_before_it_commits(mod
     assert [s for s, _ in parts.sink.logged] == [1, 2, 3]  # type: ignore[attr-defined]
 
 
+def test_versions_are_published_at_their_interval_and_after_the_last_step(model_path: Path, tmp_path: Path) -> None:
+    config = config_of(model_path, tmp_path, num_steps=5)
+    config = config.model_copy(update={"bridge": config.bridge.model_copy(update={"interval": 3})})
+    events: list[str] = []
+    parts = parts_of(config, first_group=0, events=events)
+    state = train(config, parts)
+    assert (state.step, state.policy_version) == (5, 2)
+    assert parts.bridge.versions == [0, 1, 2]  # type: ignore[attr-defined]
+    metrics = [metrics for _, metrics in parts.sink.logged]  # type: ignore[attr-defined]
+    assert [int(one["policy_version"]) for one in metrics] == [0, 0, 1, 1, 2]
+    held = {path.name: Checkpoints.load(parts.checkpoints, path, parts.model, parts.optimizer)[0] for path in
+            sorted(parts.checkpoints.folder.iterdir())}  # fmt: skip
+    assert {name: state.policy_version for name, state in held.items()} == {"step-000003": 1, "step-000005": 2}
+
+
 def test_a_resumed_run_takes_the_very_same_steps(model_path: Path, tmp_path: Path) -> None:
     whole = config_of(model_path, tmp_path / "whole", num_steps=6)
     uninterrupted = parts_of(whole, first_group=0, events=[])

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from syncline.config.schema import Loss
 from syncline.errors import ConfigError
 from syncline.learner.losses import ALGORITHMS
-from syncline.learner.packing import PackedBatch, pack, pack_samples
+from syncline.learner.packing import PackedBatch, Share, pack, pack_samples
 from syncline.types import Rollout, RolloutGroup, RolloutStatus, TrainingSample, VersionSpan
 
 TRUNCATED = RolloutStatus.TRUNCATED
@@ -157,3 +158,40 @@ def test_any_budget_holds_the_same_tokens_with_the_same_weights(masks: list[str]
     for batch in small:
         assert batch.num_tokens <= budget
         assert (batch.token_ids[batch.predict_index] + 1).tolist() == batch.labels.tolist()
+
+
+def shares(*lengths: int, of: int, budget: int) -> list[list[list[int]]]:
+    """Each rank's micro-batches as the labels they train on, none for idle ones. Sequence i begins at 1000 i."""
+    rollouts = tuple(rollout(sample(1000 * i, "." + "#" * length)) for i, length in enumerate(lengths, start=1))
+    group, advantages = RolloutGroup("g", "task", 0, rollouts), {"g": (1.0,) * len(rollouts)}
+    options: dict[str, Any] = {"loss": Loss(), "token_budget": budget, "max_completion_tokens": 99}
+    ranks = [pack([group], advantages, share=Share(index, of), **options) for index in range(of)]
+    assert all(batch.num_tokens <= budget for rank in ranks for batch in rank)
+    return [[[] if batch.idle else batch.labels.tolist() for batch in rank] for rank in ranks]
+
+
+@pytest.mark.parametrize("of", [2, 3, 5])
+def test_ranks_share_every_token_once_in_as_many_micro_batches_of_about_the_same_length(of: int) -> None:
+    lengths = (19, 3, 7, 20, 11, 5, 5, 16, 2, 8, 13, 9, 4)
+    ranks = shares(*lengths, of=of, budget=20)
+    labels = sorted(label for rank in ranks for batch in rank for label in batch)
+    assert labels == sorted(1000 * i + 1 + j for i, length in enumerate(lengths, start=1) for j in range(length))
+    assert len({len(rank) for rank in ranks}) == 1
+    totals = [sum(map(len, rank)) for rank in ranks]
+    assert max(totals) - min(totals) <= max(lengths)
+    for at_once in zip(*ranks, strict=True):
+        assert max(map(len, at_once)) - min(map(len, at_once)) <= 10, "they wait for each other"
+
+
+def test_a_rank_without_tokens_computes_some_that_weigh_nothing() -> None:
+    assert shares(6, of=3, budget=20) == [[[1001, 1002, 1003, 1004, 1005, 1006]], [[]], [[]]]
+    group = RolloutGroup("g", "task", 0, (rollout(sample(5, ".##")),))
+    [idle] = pack([group], {"g": (1.0,)}, loss=Loss(), token_budget=9, max_completion_tokens=9, share=Share(1, 2))
+    assert idle.loss_weights.tolist() == [0.0]
+    assert idle.sampler_logprobs.isnan().all(), "as the learner's own: a ratio of 1"
+
+
+def test_nothing_to_train_on_is_nothing_for_any_rank() -> None:
+    failed = RolloutGroup("g", "task", 0, (rollout(status=RolloutStatus.ERROR),))
+    options: dict[str, Any] = {"loss": Loss(), "token_budget": 9, "max_completion_tokens": 9}
+    assert [pack([failed], {"g": (0.0,)}, share=Share(i, 2), **options) for i in range(2)] == [[], []]

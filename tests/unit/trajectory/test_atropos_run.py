@@ -150,3 +150,56 @@ class _Answer:
 
     async def text(self) -> str:
         return self._answer.text
+
+
+def test_only_so_many_bytes_of_uploads_wait_for_room(tmp_path):
+    """The others are told at once, and what waited is forgotten when its sender gives up."""
+    with our_server(tmp_path, hold_seconds=20.0, max_request_bytes=2000) as server:
+        server.start(batch_size=2)
+        env_id = server.register_env()
+        for mark in range(8):
+            server.push(scored(mark, env_id=env_id))
+
+        async def scenario() -> None:
+            turns = server.http.app.state.turns
+            transport = httpx.ASGITransport(server.http.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
+
+                async def push(mark: int) -> httpx.Response:
+                    return await http.post("/scored_data", json=scored(mark, env_id=env_id))
+
+                for _ in range(2):
+                    waiting = [asyncio.create_task(push(100 + mark)) for mark in range(40)]
+                    done, held = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    while len(done) + await turns.take(lambda queue: len(queue.asks)) < len(waiting):
+                        done, held = await asyncio.wait(waiting, timeout=0.05)
+                    assert {answer.result().status_code for answer in done} == {429}
+                    assert "bytes of groups wait for room already" in done.pop().result().json()["error"]
+                    assert 5 <= len(held) <= 15
+                    for task in held:
+                        task.cancel()
+                    await asyncio.wait(held)
+
+        server.http.portal.call(scenario)
+
+
+def test_a_store_that_may_not_grow_says_so(server, monkeypatch):
+    server.start(batch_size=2)
+    store = server.http.app.state.turns._store
+    monkeypatch.setattr(store, "_max_bytes", store.stored_bytes())
+    answer = server.post("/scored_data", scored(0))
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
+    assert "trajectory.max_store_bytes" in answer.json()["error"]
+
+
+def test_a_wall_clock_that_jumps_moves_no_deadline(tmp_path, monkeypatch):
+    """An administrator sets the date, years on and back: what is leased stays leased, and nobody counts as silent."""
+    with our_server(tmp_path) as server:
+        server.start(batch_size=2)
+        server.register_env()
+        server.push(scored(0), scored(1))
+        before = server.get("/status").json()
+        for years in (30, -30):
+            monkeypatch.setattr("time.time", lambda now=1.7e9 + years * 3.2e7: now)
+            assert server.get("/status").json() == before
+        assert [server.batch(), server.batch(), server.batch()] == [[0], [1], None]

@@ -10,7 +10,7 @@ import pytest
 from syncline.errors import TrajectoryError
 from syncline.protocols import Permit
 from syncline.testing import make_group
-from syncline.trajectory import wire
+from syncline.trajectory import guard, wire
 from syncline.trajectory.app import build_app
 from syncline.trajectory.client import TrajectorySink, TrajectorySource
 from syncline.trajectory.ledger import QueueLimits
@@ -211,6 +211,23 @@ def test_a_body_over_the_limit_is_413_while_it_arrives(serve):
         assert "trajectory.max_request_bytes = 100" in answer.json()["error"]
 
     serve(scenario, max_request_bytes=100)
+
+
+def test_a_body_that_does_not_arrive_gives_its_place_to_another(serve, monkeypatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.05)
+
+    async def dribble():
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async def scenario(server):
+        slow = [server.http.post("/start", content=dribble(), headers=JSON) for _ in range(guard.LARGE_BODIES + 1)]
+        for answer in await asyncio.gather(*slow):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            assert answer.json()["error"].startswith("the body had not arrived after 0.05 s")
+        assert (await server.start()).status_code == 200
+
+    serve(scenario)
 
 
 def test_web_pages_cannot_write(serve):

@@ -362,6 +362,29 @@ def test_a_lone_reward_has_no_sibling_to_differ_from_and_a_failure_stays_one(rew
     assert bench.put(ticket, rewards=rewards) is outcome
 
 
+def test_a_group_without_a_permit_is_replaced_as_one_with_a_permit_is():
+    bench = Bench(groups_per_step=2, max_refills=1)
+    bench.start()
+    outcomes = [bench.queue.admit(bench.ask(), rewards=rewards, digest="") for rewards in (UNIFORM, MIXED, UNIFORM)]
+    assert [found and found[1] for found in outcomes] == [
+        PutOutcome.REPLACED,
+        PutOutcome.ACCEPTED,
+        PutOutcome.UNREPLACED,
+    ]
+    assert bench.queue.admit(bench.ask(), rewards=MIXED, digest="") is None, "the step's groups are there"
+    assert indices(bench.lease()) == [1, 2]
+
+
+def test_an_environment_nobody_named_takes_part_where_the_run_admits_it():
+    closed, opened = Bench(), Bench(groups_per_step=4, admits_environments=True)
+    with pytest.raises(Refused, match="'code' is not part of this run"):
+        closed.grant("code")
+    opened.start()
+    assert [len(opened.grant(name, num_permits=2)) for name in ("code", "math")] == [2, 2]
+    opened.start()
+    assert opened.queue.ledger.weights == {"math": 1.0, "code": 1.0}
+
+
 def test_without_refills_equal_rewards_are_accepted_as_they_come():
     bench = Bench(groups_per_step=1)
     bench.start()
@@ -464,8 +487,8 @@ def test_steps_and_versions_only_grow():
     leased = bench.lease()
     with pytest.raises(Refused, match="step 4 must be above 4"):
         bench.acknowledge(leased, step=4, policy_version=5)
-    with pytest.raises(Refused, match="policy_version 4 must be above 4"):
-        bench.acknowledge(leased, step=5, policy_version=4)
+    with pytest.raises(Refused, match="policy_version 3 is below 4"):
+        bench.acknowledge(leased, step=5, policy_version=3)
     with pytest.raises(Refused, match="step 5 cannot be committed: the last step acknowledged is 4"):
         bench.queue.commit(learner="L", step=5)
 

@@ -14,7 +14,7 @@ from syncline.trajectory.ledger import QueueLimits
 from syncline.trajectory.queue import PutOutcome, Refused
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import queue_status
-from syncline.trajectory.store import TrajectoryStore
+from syncline.trajectory.store import TrajectoryStore, pack
 from syncline.trajectory.tickets import TicketState
 
 LIMITS = QueueLimits(groups_per_step=2, rollouts_per_group=2, max_staleness=1, lease_seconds=100.0)
@@ -41,7 +41,7 @@ def grant(store, num_permits):
 def put(store, ticket, **group):
     group = make_group("math", ticket.task_index, **group)
     with store.transaction() as queue:
-        return store.put(queue, group, ticket.permit_id, body=wire.encode_group(group))
+        return store.put(queue, group, ticket.permit_id, packed=pack(wire.encode_group(group)))
 
 
 def start(store, *, policy_version=0, step=0):
@@ -233,3 +233,32 @@ def test_a_file_that_is_no_database_is_refused_by_name(open_store, tmp_path):
     (tmp_path / "t.sqlite").write_bytes(b"not a database, but long enough to be taken for one" * 100)
     with pytest.raises(TrajectoryError, match=r"t\.sqlite: cannot be opened as a trajectory store"):
         open_store()
+
+
+def test_tickets_settled_long_ago_take_no_more_disk(open_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("syncline.trajectory.ledger.SETTLED_REMEMBERED", 3)
+    with open_store() as store:
+        start(store)
+        for step in range(1, 9):
+            put(store, grant(store, 1)[0], policy_version=step - 1)
+            lease(store, 1, str(step))
+            acknowledge(store, [step - 1], step=step)
+            with store.transaction() as queue:
+                queue.commit(learner="L", step=step)
+        assert rows(tmp_path, "SELECT task_index FROM tickets ORDER BY rowid") == [(5,), (6,), (7,)]
+    with open_store() as store:
+        assert status(store).counters["trained"] == 8
+        assert grant(store, 1) == [], "no learner has been heard"
+
+
+def test_permits_want_room_for_groups_as_large_as_the_largest(open_store, tmp_path):
+    with open_store() as store:
+        start(store)
+        with store.transaction() as queue:
+            assert store.room(queue) is None, "nobody knows how large a group is"
+        put(store, grant(store, 1)[0])
+        [(largest,)] = rows(tmp_path, "SELECT length(body) FROM payloads")
+        store._max_bytes = store.stored_bytes() + 3 * largest
+        grant(store, 2)
+        with store.transaction() as queue:
+            assert store.room(queue) == 1

@@ -11,9 +11,11 @@ import socket
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from syncline.bridges.bridge_file import write_bridge_file
 from syncline.config import RunConfig
@@ -21,6 +23,7 @@ from syncline.engines.vllm import compat
 from syncline.engines.vllm.adapter_routes import adapter_routes, by_hand_routes
 from syncline.engines.vllm.adapters import Adapters
 from syncline.engines.vllm.arguments import Start, engine_device, parse, set_environment
+from syncline.engines.vllm.bridge_routes import bridge_routes
 from syncline.engines.vllm.broadcast_routes import broadcast_routes
 from syncline.engines.vllm.door import engine_behind
 from syncline.engines.vllm.gate import Gate
@@ -36,8 +39,15 @@ from syncline.launch.plan import url
 WATCH_SECONDS = 0.5
 
 
-def serve(config: RunConfig, start: Start, *, run_dir: Path | None, argv: list[str]) -> int:
-    """Serves until SIGTERM; returns the exit code. `argv` is this process's command, for a restart."""
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def serve(
+    config: RunConfig, start: Start, *, run_dir: Path | None, argv: list[str], say: Callable[[str], None] = _say
+) -> int:
+    """Serves until SIGTERM; returns the exit code. `argv` is the command of `syncline` that serves so, for a restart;
+    `say` takes the lines for people."""
     refuse_unregistered()
     device = engine_device(config)
     set_environment(config, device)
@@ -51,7 +61,9 @@ def serve(config: RunConfig, start: Start, *, run_dir: Path | None, argv: list[s
     listen_address, sock = compat.server_parts().setup_server(args, reuse_port=False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it here: 40 ms an answer
     try:
-        restart, died = asyncio.run(_serve(args, sock, start, about, run_dir, shares=config.bridge.name == "shared"))
+        restart, died = asyncio.run(
+            _serve(args, sock, start, about, run_dir, shares=config.bridge.name == "shared", say=say)
+        )
     finally:
         sock.close()
     if restart is not None:
@@ -63,7 +75,14 @@ def serve(config: RunConfig, start: Start, *, run_dir: Path | None, argv: list[s
 
 
 async def _serve(
-    args: Namespace, sock: Any, start: Start, about: dict[str, str], run_dir: Path | None, *, shares: bool
+    args: Namespace,
+    sock: Any,
+    start: Start,
+    about: dict[str, str],
+    run_dir: Path | None,
+    *,
+    shares: bool,
+    say: Callable[[str], None],
 ) -> tuple[Restart | None, str | None]:
     parts = compat.server_parts()
     died: list[str] = []
@@ -76,7 +95,7 @@ async def _serve(
         if shares and not start.attach_to:
             await served.each_rank("syncline_share")
         if start.bridge_config:
-            await _write_bridge_file(served, start, args)
+            await _write_bridge_file(served, start, args, say)
         served.handed = (await served.each_rank("syncline_handed"))[0]
         await served.remeasure()
         if start.policy_version >= 0:
@@ -84,28 +103,50 @@ async def _serve(
             await served.gate.close()
             await compat.pause(engine, "abort")
             served.gate.freeze()
-        weights = (weight_routes, broadcast_routes, adapter_routes, by_hand_routes)
+        weights = (weight_routes, broadcast_routes, adapter_routes, by_hand_routes, bridge_routes)
         routes = (sampling_routes, generate_routes, pause_routes, *weights)
         add_routes(app, *(router(served) for router in routes))
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))
         watch = asyncio.create_task(_watch(engine, died))
+        announcement = asyncio.create_task(_announce(args.host, start.port, say))
         shutdown = await parts.serve_http(
             app, sock=sock, host=args.host, port=args.port, log_level="warning", access_log=False, timeout_keep_alive=30
         )
         watch.cancel()
+        announcement.cancel()
     with suppress(asyncio.CancelledError):
         await shutdown
     return served.restart_from, died[0] if died else None
 
 
-async def _write_bridge_file(served: Served, start: Start, args: Namespace) -> None:
+async def _write_bridge_file(served: Served, start: Start, args: Namespace, say: Callable[[str], None]) -> None:
     """For a learner that is started apart. Raises `SyncError`."""
     assert start.bridge_config
     handles = await served.each_rank("syncline_export", False)
-    address = url("127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host, start.port)
-    path = write_bridge_file(start.bridge_config, url=address, model=served.about["model"], handles=handles)
-    print(f"Exported {len(handles[0]['tensors'])} params to {path}", flush=True)
+    path = write_bridge_file(
+        start.bridge_config, url=_own_url(args.host, start.port), model=served.about["model"], handles=handles
+    )
+    say(f"Exported {sum(len(rank['storages']) for rank in handles)} IPC handles for single-copy mode")
+    say(f"Exported {len(handles[0]['tensors'])} params to {path}")
+
+
+def _own_url(host: str, port: int) -> str:
+    """Where this host reaches this server."""
+    return url("127.0.0.1" if host in ("0.0.0.0", "::") else host, port)
+
+
+async def _announce(host: str, port: int, say: Callable[[str], None]) -> None:
+    """Says where it listens as soon as it does; uvicorn, which was given the socket, does not."""
+    address = urlsplit(_own_url(host, port))
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(address.hostname, address.port)
+        except OSError:
+            await asyncio.sleep(0.05)
+            continue
+        writer.close()
+        return say(f"Uvicorn running on {url(host, port)}")
 
 
 async def _watch(engine: Any, died: list[str]) -> None:
