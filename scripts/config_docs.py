@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from syncline.config.offline import OfflineConfig
 from syncline.config.schema import RunConfig
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "config.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 INTRODUCTION = """\
 # Configuration
@@ -24,15 +25,34 @@ A run is one YAML file; `a.b=c` on the command line sets a field over it, list i
 every value and the processes that the run would start. Nothing rewrites a value after loading: what `check` prints is
 what runs.
 """
+OFFLINE_INTRODUCTION = """\
+# The pipeline file
+
+<!-- Written by scripts/config_docs.py from src/syncline/config/offline.py and offline_collect.py; edit these. -->
+
+What `syncline pipeline`, `collect`, `pairs`, `dpo` and `evaluate` read; [offline.md](offline.md) tells what they do. As
+in a run's file, unknown keys are refused by name, all faults are listed, and `a.b=c` on the command line sets a field.
+`model`, `engine` and `bridge` are those of [config.md](config.md).
+"""
+TOLD_THERE = ("model", "engine", "bridge")
 
 
 def main() -> None:
-    TARGET.write_text(document())
+    for path, text in documents().items():
+        path.write_text(text)
 
 
-def document() -> str:
-    sections = "\n".join(line for name, model in _sections("", RunConfig) for line in _section(name, model))
-    return f"{INTRODUCTION}\n{sections}\n"
+def documents() -> dict[Path, str]:
+    own = [(n, m) for n, m in _sections("", OfflineConfig) if n.partition(".")[0] not in TOLD_THERE]
+    return {
+        DOCS / "config.md": _document(INTRODUCTION, [*_sections("", RunConfig)]),
+        DOCS / "offline_config.md": _document(OFFLINE_INTRODUCTION, own),
+    }
+
+
+def _document(introduction: str, sections: list[tuple[str, type[BaseModel]]]) -> str:
+    lines = "\n".join(line for name, model in sections for line in _section(name, model))
+    return f"{introduction}\n{lines}\n"
 
 
 def _sections(name: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 ENVIRONMENT = Path(__file__).parents[1] / "atropos_environment.py"
-NUM_STEPS = 40
+NUM_STEPS = 10
 
 
 @contextmanager
@@ -77,6 +77,6 @@ def test_an_environment_of_theirs_trains_a_model_through_us(tmp_path: Path) -> N
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [step["policy_version"] for step in steps] == list(range(1, NUM_STEPS + 1))
     rewards = [step["reward"] for step in steps]
-    first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+    first, last = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
     print(f"reward {first:.3f} -> {last:.3f}")
-    assert last > first + 0.2
+    assert last > first + 0.3

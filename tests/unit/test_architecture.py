@@ -141,7 +141,12 @@ def test_public_names() -> None:
         "train",
         "verify",
         "evaluate",
+        "pipeline",
+        "merge",
+        "dpo",
         "bench",
+        "collect",
+        "pairs",
         "report",
     }
 

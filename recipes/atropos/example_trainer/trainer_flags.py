@@ -20,8 +20,8 @@ BRIDGES = {"none": "restart", "shared_vllm": "shared", "lora_only": "lora", "lor
 PARITY_STEPS = 20
 _ADAPTER_LAYERS = "use --weight-bridge-mode lora_only with --lora-layer-indices"
 _ONE_TRAINER = (
-    "two trainers would draw the same queue empty and move one engine to two policies; for a model over several GPUs "
-    "use `syncline train` with learner.tensor_parallel_size"
+    "two trainers would draw the same queue empty and move one engine to two policies; for a learner of several GPUs "
+    "use `syncline run` with learner.data_parallel_size"
 )
 _DISTILLED = "distillation has no loss here, nor in the last version of the original; leave it out"
 ALWAYS_REFUSED: dict[str, tuple[Any, str]] = {

@@ -20,14 +20,21 @@ VERBS = {
     "view": "a page of the groups in a JSON lines file",
     "train": "the learner alone",
     "verify": "whether a running engine holds a checkpoint's weights",
-    "evaluate": "accuracy on the environments' held-out tasks",
+    "evaluate": "accuracy on held-out tasks, of a run's environments or a pipeline's sets (also: eval)",
     "bench": "measure the bridges beside the link and TRL",
+    "pipeline": "collect, pairs, DPO, evaluate and report, in one command that can be killed and run again",
+    "merge": "an adapter merged into its base, proved by logits",
+    "collect": "rollouts of one policy, scored by Regime W, for preferences",
+    "pairs": "preferences from rollouts: right over wrong, coherent over less so",
+    "dpo": "train an adapter on preference pairs",
     "report": "write a run's report page again",
 }
+ALIASES = {"eval": "evaluate"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    argv[:1] = [ALIASES.get(verb, verb) for verb in argv[:1]]
     parser = argparse.ArgumentParser(prog="syncline", description="GRPO with learner and engine provably in sync.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     modules = {}

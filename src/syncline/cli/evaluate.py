@@ -1,4 +1,4 @@
-"""`syncline evaluate FILE`: accuracy on the environments' held-out tasks, against a running engine.
+"""`syncline evaluate FILE`: accuracy on held-out tasks: of a run's environments, or of a pipeline file's sets.
 
 What was evaluated is named by digest, asked before and after: weights that move under an evaluation are an error.
 """
@@ -6,6 +6,7 @@ What was evaluated is named by digest, asked before and after: weights that move
 import argparse
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -17,13 +18,28 @@ from syncline.protocols import Receipt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="the run's YAML file; evaluation.num_tasks says how many tasks")
+    parser.add_argument("file", help="a run's YAML file (evaluation.num_tasks says how many tasks), or a pipeline's")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", required=True)
-    parser.add_argument("--out", type=Path, required=True, help="where the JSON goes; a folder: one file a digest")
+    parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", default=[])
+    parser.add_argument("--out", type=Path, help="of a run: where the JSON goes; a folder: one file a digest")
+    parser.add_argument("--adapter", type=Path, help="of a pipeline: a PEFT folder to evaluate over the model")
+    parser.add_argument("--baseline", type=Path, help="of a pipeline: the folder of an evaluation to compare with")
 
 
 def run(args: argparse.Namespace) -> int:
+    from syncline.config.load import read_values
+
+    if "eval" in read_values(args.file):
+        from syncline.cli.assess import run_sets
+
+        return run_sets(args)
+    missing = [f"--{name}" for name, value in (("engine-url", args.engine_urls), ("out", args.out)) if not value]
+    if missing:
+        raise ConfigError([f"{name}: missing; the evaluation of a run's environments needs it" for name in missing])
+    return run_environments(args)
+
+
+def run_environments(args: argparse.Namespace) -> int:
     from syncline.observe.files import write_atomically
     from syncline.observe.logs import set_up_logging
 
@@ -31,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.file, args.overrides)
     if config.evaluation.num_tasks == 0:
         raise ConfigError(["evaluation.num_tasks: 0 evaluates nothing; set it to the tasks of each environment"])
-    receipt = _receipt(config, args.engine_urls)
+    receipt = receipt_of(config, args.engine_urls)
     model = {"path": config.model.path, **asdict(receipt)}
     result = {"model": model, **asyncio.run(_evaluate(config, engine_urls=args.engine_urls))}
-    if (after := _receipt(config, args.engine_urls)) != receipt:
+    if (after := receipt_of(config, args.engine_urls)) != receipt:
         raise SyncError(f"the weights moved under the evaluation, from {receipt} to {after}; evaluate again")
     out = args.out / f"{receipt.digest.replace(':', '-')}.json" if args.out.is_dir() else args.out
     write_atomically(out, json.dumps(result, indent=2) + "\n")
@@ -53,7 +69,7 @@ def _told(one: dict[str, Any]) -> list[str]:
     return [f"{where}: {name} {rate:.3f}{interval} on {one['num_tasks']} tasks" for name, rate, interval in shown]
 
 
-def _receipt(config: RunConfig, engine_urls: list[str]) -> Receipt:
+def receipt_of(config: RunConfig, engine_urls: Sequence[str]) -> Receipt:
     """What every one of the engines holds. Raises `SyncError` when they differ."""
     from syncline.engines.client import EngineController
 

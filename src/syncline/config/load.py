@@ -2,18 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from syncline.config.rules import broken_rules
 from syncline.config.schema import RunConfig
 from syncline.errors import ConfigError
 
+S = TypeVar("S", bound=BaseModel)
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, applies `a.b=c` overrides in order, validates. Raises `ConfigError` with all faults."""
+    return resolve(read_values(path, overrides))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What the file and the overrides say, unchecked."""
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -29,19 +36,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     faults = [fault for override in overrides for fault in _apply(values, override)]
     if faults:
         raise ConfigError(faults)
-    return resolve(values)
+    return values
 
 
 def resolve(values: dict[str, Any]) -> RunConfig:
     """Validates plain values. Raises `ConfigError` listing every fault, field faults and cross-section faults alike."""
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError([_explain(e) for e in error.errors()]) from error
+    config = validated(RunConfig, values)
     faults = broken_rules(config)
     if faults:
         raise ConfigError(faults)
     return config
+
+
+def validated(schema: type[S], values: dict[str, Any]) -> S:
+    """Raises `ConfigError` listing every fault of a field, each by its dotted name."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_explain(e, schema) for e in error.errors()]) from error
 
 
 def _apply(values: dict[str, Any], override: str) -> list[str]:
@@ -78,10 +90,10 @@ def _child(here: Any, part: str) -> Any:
     return found if isinstance(found, dict | list) else None
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, schema: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "(top level)"
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key (value {error['input']!r}); {_nearest(error['loc'])}"
+        return f"{where}: unknown key (value {error['input']!r}); {_nearest(error['loc'], schema)}"
     if error["type"] == "missing":
         return f"{where}: required, but missing; add it"
     if error["type"] == "value_error":
@@ -90,20 +102,18 @@ def _explain(error: Any) -> str:
     return f"{where}: {error['input']!r} is not usable: {remedy}"
 
 
-def _nearest(loc: tuple[str | int, ...]) -> str:
+def _nearest(loc: tuple[str | int, ...], schema: type[BaseModel]) -> str:
     import difflib
 
-    fields = _fields_at(loc[:-1])
+    fields = _fields_at(loc[:-1], schema)
     close = difflib.get_close_matches(str(loc[-1]), fields, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
 
 
-def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
+def _fields_at(loc: tuple[str | int, ...], schema: type[BaseModel]) -> list[str]:
     from typing import get_args
 
-    from pydantic import BaseModel
-
-    model: Any = RunConfig
+    model: Any = schema
     for part in loc:
         if isinstance(part, int):
             continue

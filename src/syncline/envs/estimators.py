@@ -53,3 +53,11 @@ def _share_right(answers: Sequence[str | None], right: set[str | None]) -> float
 def sizes(num_samples: int) -> list[int]:
     """The ks to report: powers of two, and all samples. 6 → 1, 2, 4, 6."""
     return sorted({1 << i for i in range(num_samples.bit_length()) if 1 << i <= num_samples} | {num_samples})
+
+
+def mcnemar(num_fixed: int, num_broken: int) -> float:
+    """Two-sided p of a paired comparison, exact: what only one of two models got right, as tosses of a fair coin
+    (McNemar 1947, Psychometrika 12; the binomial test of Edwards 1948). 1.0 where they never differ."""
+    discordant = num_fixed + num_broken
+    tail = sum(math.comb(discordant, i) for i in range(min(num_fixed, num_broken) + 1))
+    return min(1.0, 2 * tail / 2**discordant)

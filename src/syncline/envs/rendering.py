@@ -23,6 +23,16 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError([f"model.tokenizer: {path!r} has no tokenizer that loads; {remedy} ({error})"]) from error
 
 
+def rendered(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Prompt tokens of messages, as `ChatPolicy` tells."""
+    if [m.role for m in messages] == [RENDERED]:
+        return tokenizer.encode(messages[0].content, add_special_tokens=False)
+    if tokenizer.chat_template:
+        chat = [{"role": m.role, "content": m.content} for m in messages]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    return tokenizer.encode("".join(m.content for m in messages))
+
+
 class NoRoom(ValueError):
     """A prompt as long as the model's context, or longer."""
 
@@ -54,12 +64,7 @@ class ChatPolicy:
         return tuple(ids)
 
     def _rendered(self, messages: Sequence[Message]) -> list[int]:
-        if [m.role for m in messages] == [RENDERED]:
-            return self._tokenizer.encode(messages[0].content, add_special_tokens=False)
-        if self._tokenizer.chat_template:
-            chat = [{"role": m.role, "content": m.content} for m in messages]
-            return self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        return self._tokenizer.encode("".join(m.content for m in messages))
+        return rendered(self._tokenizer, messages)
 
     def _continued(self, messages: Sequence[Message], after: tuple[int, ...]) -> Sequence[int]:
         """`after` and the tokens of what the rendered text has beyond it; a new rendering where the text is another.

@@ -25,6 +25,7 @@ class Curve:
     unit: str = ""
     band: str | None = None
     stacked: bool = False
+    x_label: str = "step"
 
 
 CURVES = (
@@ -83,7 +84,7 @@ def curve_png(curve: Curve, rows: Rows) -> bytes | None:
     drawn = {label: found for name, label in curve.metrics.items() if (found := series(rows, name))}
     if not drawn:
         return None
-    figure, axes = _canvas(curve.title, curve.unit)
+    figure, axes = _canvas(curve.title, curve.unit, x_label=curve.x_label)
     if curve.stacked:
         _stack(axes, drawn)
     else:

@@ -41,7 +41,7 @@ def write_report(run_dir: Path) -> Path:
     config = run_dir / CONFIG_FILE
     sections = [
         section("Summary", _summary_table(summary)),
-        section("Curves", _pictures(pictures) or "<p>No step was logged yet.</p>"),
+        section("Curves", pictures_html(pictures) or "<p>No step was logged yet.</p>"),
         section("Sample rollouts", _rollouts(read_lines(run_dir / ROLLOUTS_FILE))),
         section("Configuration", f"<pre>{escape(config.read_text())}</pre>" if config.exists() else ""),
     ]
@@ -56,7 +56,7 @@ def write_comparison_report(run_dirs: Sequence[Path], out: Path) -> Path:
     )
     summaries = {label: summarise(path) for label, path in zip(labels, run_dirs, strict=True)}
     sections = [
-        section("Reward", _pictures([picture], css_class="wide")),
+        section("Reward", pictures_html([picture], css_class="wide")),
         section("Runs", _comparison_table(summaries)),
     ]
     return write_atomically(out, page(f"syncline: {len(run_dirs)} runs", sections))
@@ -86,7 +86,8 @@ def _comparison_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _pictures(pictures: Sequence[bytes | None], *, css_class: str = "curve") -> str:
+def pictures_html(pictures: Sequence[bytes | None], *, css_class: str = "curve") -> str:
+    """PNGs as images that lie in the page itself; `None` is left out."""
     images = [
         f'<img class="{css_class}" alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         for png in pictures

@@ -1,12 +1,13 @@
 """What is written of each step, and that a resumed run writes no step twice."""
 
+import json
 from itertools import count
 from pathlib import Path
 
 import pytest
 
 from syncline.observe.files import read_lines
-from syncline.observe.sinks import JsonlSink
+from syncline.observe.sinks import JsonlSink, MultiSink
 from syncline.types import (
     Completion,
     FinishReason,
@@ -113,3 +114,13 @@ def test_tokens_are_kept_where_somebody_knows_what_they_say(tmp_path: Path) -> N
     failed, right = read_lines(tmp_path / "rollouts.jsonl")[0]["rollouts"]
     assert "tokens" not in failed
     assert right["tokens"] == {"texts": ["j", "c"], "logprobs": [-0.5, -0.25], "versions": [3, 4], "num_left_out": 0}
+
+
+def test_several_sinks_get_the_same(tmp_path: Path) -> None:
+    both = MultiSink([sink(tmp_path / "a"), sink(tmp_path / "b")])
+    both.log(1, {"reward": 1.0})
+    both.log_rollouts(1, (g for g in [group()]), {"g": [0.0, 1.0]})
+    both.close()
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        a, b = ((tmp_path / folder / name).read_text() for folder in "ab")
+        assert json.loads(a) == json.loads(b), "a generator of groups reaches both"

@@ -1,0 +1,95 @@
+"""`syncline collect FILE`: rollouts of one frozen policy, scored by Regime W; goes on where it was killed."""
+
+import argparse
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from syncline.config.offline import OfflineConfig, engine_run, load_offline
+
+STAGE = "collect"
+LOCAL_ONLY = {"requests_per_engine", "lost_after_seconds"}
+"""Fields of `collect` that no result depends on."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="the pipeline's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument(
+        "--engine-url",
+        dest="engine_urls",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="a running engine, as often as there are engines; without it they are started, and stopped",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from syncline.observe.logs import set_up_logging
+
+    set_up_logging()
+    config = load_offline(args.file, args.overrides)
+    with engines(config, args.engine_urls) as urls:
+        done = collect_stage(config, lambda: urls)
+    for name, value in done.facts.items():
+        print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+    print(done.folder / "rollouts.jsonl")
+    return 0
+
+
+@contextmanager
+def engines(config: OfflineConfig, given: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Those at the URLs, or as many as the file says, started here."""
+    from syncline.offline.engines import running_engines
+
+    if given:
+        yield tuple(given)
+        return
+    adapted = config.model_copy(update={"run": config.run.model_copy(update={"dir": f"{config.run.dir}/engines"})})
+    with running_engines(engine_run(adapted, config.model.path)) as urls:
+        yield urls
+
+
+def collect_stage(
+    config: OfflineConfig, engine_urls: Callable[[], tuple[str, ...]], *, model: str | None = None
+) -> Any:
+    """The finished stage. `model`: the digest of what the engines hold; absent, they are asked. `engine_urls` is called
+    when something is to be sampled, or asked."""
+    from syncline.launch.plan import Machine
+    from syncline.offline.collect import ROLLOUTS_FILE, Place, collect, model_held
+    from syncline.offline.stage import Notes, Stage, run_stage
+
+    timeout = config.engine.request_timeout_seconds
+    held = model or asyncio.run(model_held(engine_urls(), adapter=config.collect.adapter, timeout_seconds=timeout))
+    tokenizer = config.model.tokenizer or config.model.path
+    known = config.collect.model_dump(mode="json", exclude=LOCAL_ONLY)
+    asked = {"collect": known, "seed": config.run.seed, "max_length": config.model.max_length, "tokenizer": tokenizer}
+    stage = Stage(STAGE, asked, {"model": held, **_questions_digest(config)})
+    gpus = Machine.here().gpus
+
+    def work(notes: Notes) -> None:
+        place = Place(
+            folder=notes.folder,
+            engine_urls=engine_urls(),
+            tokenizer=tokenizer,
+            max_length=config.model.max_length,
+            timeout_seconds=timeout,
+            slots=config.engine.max_num_seqs,
+            gpus=tuple(gpus[i] for i in config.engine.devices if i < len(gpus)),
+        )
+        found = collect(config.collect, place, model=held, seed=config.run.seed, show=partial(print, flush=True))
+        notes.tokens = found["total_tokens"]
+        notes.facts |= found
+
+    return run_stage(Path(config.run.dir), stage, work, outputs=(ROLLOUTS_FILE,))
+
+
+def _questions_digest(config: OfflineConfig) -> dict[str, str]:
+    from syncline.offline.stage import file_digest
+
+    path = config.collect.questions.path
+    return {"questions": file_digest(Path(path))} if path and Path(path).is_file() else {}

@@ -1,0 +1,174 @@
+"""The whole pipeline, its stages real, on a model of a few thousand parameters behind a small engine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="the extra `offline` is not installed")
+
+import torch
+import yaml
+from real_engine import make_tiny_model
+from small_engine import small_engine
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from syncline.cli import main
+
+SUMS = [(a, b) for a in range(1, 9) for b in range(1, 5)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It has seen that a sum is answered by a number near it, so a fifth of its answers is right."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("pipeline") / "model", hidden_size=64)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    texts = [f"{a}+{b}={max(0, a + b + off)}<eos>" for a, b in SUMS for off in (-2, -1, 0, 1, 2)]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_file(folder: Path, model: Path, *, num_rounds: int = 2) -> Path:
+    rows = [json.dumps({"question": f"{a}+{b}=", "answer": f"#### {a + b}"}) + "\n" for a, b in SUMS]
+    (folder / "train.jsonl").write_text("".join(rows[:24]))
+    (folder / "heldout.jsonl").write_text("".join(rows[24:]))
+    values = {
+        "run": {"dir": str(folder / "run")},
+        "model": {"path": str(model), "max_length": 32, "lora": {"rank": 4}},
+        "bridge": {"name": "restart"},
+        "collect": {
+            "questions": {"path": str(folder / "train.jsonl")},
+            "prompt": "{question}",
+            "rephrase": False,
+            "num_samples": 8,
+            "max_tokens": 6,
+        },
+        "pairs": {"heldout_fraction": 0.2},
+        "dpo": {
+            "num_rounds": num_rounds,
+            "learning_rate": 5e-3,
+            "pairs_per_step": 4,
+            "microbatch_pairs": 4,
+            "num_epochs": 3,
+            "checkpoint_interval": 2,
+            "guard": {"interval": 2, "max_drop": 5.0},
+        },
+        "eval": {
+            "sets": [{"name": "sums", "path": str(folder / "heldout.jsonl")}],
+            "prompt": "{question}",
+            "max_tokens": 6,
+            "num_samples": 2,
+            "temperature": 1.0,
+        },
+    }
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(values))
+    return folder / "pipeline.yaml"
+
+
+def manifests(run: Path, stage: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(run.glob(f"{stage}-*/manifest.json"))]
+
+
+def test_two_rounds_end_with_a_report_and_done_again_ask_no_engine(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(write_file(tmp_path, model))
+    with small_engine(model) as (engine, url):
+        assert main(["pipeline", file, "--engine-url", url]) == 0
+        assert engine.num_generated == 2 * 24 * 8 + 3 * 8 * (1 + 2)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    digests = [one["model"] for one in summary["evaluations"]]
+    assert len(set(digests)) == 3, "base, first and second adapter"
+    for number, own in enumerate(summary["rounds"]):
+        rollouts = (tmp_path / "run" / own["collect"] / "rollouts.jsonl").read_text().splitlines()
+        assert {json.loads(line)["model"] for line in rollouts} == {digests[number]}
+    policies = sorted(
+        (m["facts"]["policy_version"], m["facts"]["digest"]) for m in manifests(tmp_path / "run", "policy")
+    )
+    assert policies == [(-1, digests[0]), (1, digests[1]), (2, digests[2])]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "McNemar" in page and page.count("data:image/png") >= 6 and digests[-1] in page
+
+    capsys.readouterr()
+    assert main(["pipeline", file, "--engine-url", "http://127.0.0.1:9"]) == 0
+    assert capsys.readouterr().out.count("was finished") == 9
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert main(["eval", file, "run.seed=0", "--engine-url", "http://127.0.0.1:9"]) == 0
+
+
+@pytest.mark.slow
+def test_a_changed_field_does_again_what_depends_on_it_and_no_more(model: Path, tmp_path: Path) -> None:
+    file = str(write_file(tmp_path, model, num_rounds=1))
+    with small_engine(model) as (_, url):
+        assert main(["pipeline", file, "--engine-url", url]) == 0
+    with small_engine(model) as (engine, url):
+        assert main(["pipeline", file, "dpo.learning_rate=1e-3", "--engine-url", url]) == 0
+        assert engine.num_generated == 8 * (1 + 2), "the new adapter was evaluated, nothing else was asked"
+    counts = {stage: len(manifests(tmp_path / "run", stage)) for stage in ("collect", "pairs", "dpo", "evaluate")}
+    assert counts == {"collect": 1, "pairs": 1, "dpo": 2, "evaluate": 3}
+
+
+def test_rollouts_without_a_pair_stop_it_by_name(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_file(tmp_path, model, num_rounds=1)
+    with small_engine(model) as (_, url):
+        rows = (tmp_path / "train.jsonl").read_text().splitlines()
+        wrong = [json.dumps({**json.loads(row), "answer": "#### 123456789"}) + "\n" for row in rows]
+        (tmp_path / "train.jsonl").write_text("".join(wrong))
+        assert main(["pipeline", str(file), "--engine-url", url]) == 2
+    assert "pair" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_adapter(model: Path, tmp_path: Path) -> None:
+    """Killed by SIGKILL while it samples, trains and evaluates; no question is asked twice."""
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    for folder in (calm, killed):
+        folder.mkdir()
+    with small_engine(model) as (_, url):
+        assert main(["pipeline", str(write_file(calm, model, num_rounds=1)), "--engine-url", url]) == 0
+    argv = [sys.executable, "-m", "syncline", "pipeline", str(write_file(killed, model, num_rounds=1))]
+    run = killed / "run"
+    with small_engine(model) as (engine, url):
+        for reached in (
+            lambda: engine.num_generated >= 10,
+            lambda: engine.num_generated >= 100,
+            lambda: any(run.glob("dpo-*/checkpoints/checkpoint-4/complete")),
+            lambda: len(list(run.glob("evaluate-*"))) == 2,
+        ):
+            kill_when(reached, [*argv, "--engine-url", url], killed / "log")
+        with (killed / "log").open("a") as log:
+            assert subprocess.run([*argv, "--engine-url", url], stdout=log, stderr=log, timeout=200).returncode == 0
+        assert engine.num_generated <= 24 * 8 + 2 * 8 * 3 + 3 * 512, "what was in flight alone is asked again"
+    for stage, file in (("collect", "rollouts.jsonl"), ("pairs", "pairs.jsonl"), ("evaluate", "evaluation.json")):
+        written = [{m["outputs"][file] for m in manifests(path, stage)} for path in (calm / "run", run)]
+        assert written[0] == written[1], stage
+    adapters = [next(path.glob("run/dpo-*/adapter/adapter_model.safetensors")).read_bytes() for path in (calm, killed)]
+    assert adapters[0] == adapters[1]
+    assert sum(len(m["attempts"]) for stage in ("collect", "dpo", "evaluate") for m in manifests(run, stage)) >= 7
+
+
+def kill_when(reached, argv: list[str], log_path: Path) -> None:
+    with log_path.open("a") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log, env=dict(os.environ))
+    deadline = time.monotonic() + 200
+    while not reached():
+        assert process.poll() is None, f"it ended before it was killed:\n{log_path.read_text()[-3000:]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()

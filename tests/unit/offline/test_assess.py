@@ -1,0 +1,88 @@
+"""Evaluations whose answers are there: no engine is asked, and answers of other weights or questions are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from real_engine import save_tokenizer
+
+from syncline.config.offline import Eval
+from syncline.config.offline_collect import Questions
+from syncline.errors import ConfigError
+from syncline.offline.assess import EVALUATION_FILE, answers_file, assess, read_marks
+from syncline.offline.collect import Place
+from syncline.offline.questions import Question
+
+MODEL = "a" * 64
+SUMS = {"3+4=": "7", "5+5=": "10"}
+
+
+def attempt(question: str, text: str, **changes: object) -> dict:
+    own = Question(question, SUMS[question])
+    return {
+        "key": f"{own.question_id}/greedy/0",
+        "question_id": own.question_id,
+        "question": question,
+        "gold": own.gold,
+        "arm": "greedy",
+        "sample": 0,
+        "seed": 1,
+        "prompt": [{"role": "user", "content": question}],
+        "text": text,
+        "token_ids": [3] * len(text),
+        "logprobs": [-0.5] * len(text),
+        "num_tokens": len(text),
+        "num_prompt_tokens": len(question),
+        "finish_reason": "stop",
+        "model": MODEL,
+    } | changes
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Eval:
+    rows = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in SUMS.items()]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    sums = Questions(name="sums", path=str(tmp_path / "rows.jsonl"))
+    return Eval(sets=(sums,), prompt="{question}", format=r"^\d+$", max_tokens=4)
+
+
+def place(folder: Path, asked: Eval, attempts: list[dict]) -> Place:
+    save_tokenizer(folder)
+    (folder / answers_file(asked.sets[0])).write_text("".join(json.dumps(one) + "\n" for one in attempts))
+    nobody = ("http://127.0.0.1:9",)
+    return Place(folder, nobody, str(folder), max_length=16, timeout_seconds=1.0, slots=4)
+
+
+def test_answers_that_are_there_are_marked_and_bound_to_their_model(asked: Eval, tmp_path: Path) -> None:
+    where = place(tmp_path, asked, [attempt("3+4=", "7"), attempt("5+5=", "it is 11")])
+    found = assess(asked, where, model=MODEL, seed=0)
+    assert found == json.loads((tmp_path / EVALUATION_FILE).read_text()) | {"sets": found["sets"]}
+    assert (found["model"], found["tokens"]) == (MODEL, 9)
+    greedy = found["sets"]["sums"]["greedy"]
+    assert (greedy["accuracy"], greedy["format_rate"], greedy["mean_tokens"]) == (0.5, 0.5, 4.5)
+    assert [one.is_correct for one in read_marks(asked, tmp_path, asked.sets[0], seed=0)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": "b" * 64}, r"answers-sums\.jsonl: was answered by b{12}, and a{12} is evaluated"),
+        ({"key": "elsewhere/greedy/0"}, r"elsewhere/greedy/0 is no question of this set"),
+    ],
+)
+def test_answers_of_something_else_are_refused(asked: Eval, tmp_path: Path, changes: dict, told: str) -> None:
+    where = place(tmp_path, asked, [attempt("3+4=", "7"), attempt("5+5=", "10", **changes)])
+    with pytest.raises(ConfigError, match=told):
+        assess(asked, where, model=MODEL, seed=0)
+    assert not (tmp_path / EVALUATION_FILE).exists()
+
+
+def test_a_folder_without_an_evaluation_is_no_baseline(asked: Eval, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no evaluation\.json"):
+        read_marks(asked, tmp_path, asked.sets[0], seed=0)
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_named(asked: Eval, tmp_path: Path) -> None:
+    where = place(tmp_path, asked.model_copy(update={"prompt": "{question}" * 4}), [])
+    with pytest.raises(ConfigError, match=r"model\.max_length: 16, but question .* has 16 prompt tokens"):
+        assess(asked.model_copy(update={"prompt": "{question}" * 4}), where, model=MODEL, seed=0)
