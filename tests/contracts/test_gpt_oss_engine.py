@@ -25,7 +25,7 @@ from syncline.learner.mxfp4 import is_expert, stored_experts
 from syncline.learner.packing import pack_samples
 from syncline.types import SamplingParams, TrainingSample
 
-pytestmark = [pytest.mark.e2e, pytest.mark.contract("lora", 1)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.contract("lora", 1)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LORA = {
     "rank": 4,
