@@ -72,7 +72,7 @@ def load_model(
         model = add_lora(model, config.lora)
     if ranks.split_data:
         shard_over(causal_lm(model), ranks, sum_in=torch.float32 if running.gradients == "float32" else None)
-        model = model.to(device)
+        model = model.to(device)  # pyright: ignore[reportArgumentType]
     run_layers_as(running, model, device=device, ranks=ranks)
     log.info("Loaded policy model dtype=%s", dtype)
     return model.train()
