@@ -6,12 +6,13 @@ GPU_TEST ?=
 PY := .venv/bin/python
 RUN_TESTS := $(PY) -m pytest
 
-.PHONY: help setup environments demo test families check bench gpu-test lock clean
+.PHONY: help setup environments demo test slow families check bench gpu-test lock clean
 
 help:
 	@echo "setup     .venv with syncline and vLLM (ENGINE=auto|cpu|cuda, PYTHON=python3)"
 	@echo "demo      train the small model with GRPO (SEEDS=\"0 1 2\")"
-	@echo "test      every test that needs no GPU, real vLLM included"
+	@echo "test      the tests that need no GPU, real vLLM included; CI runs them"
+	@echo "slow      the tests that \`test\` leaves out: more of a kind of which it runs a few"
 	@echo "families  every model family's parity, learner against a real engine"
 	@echo "check     ruff, pyright, import-linter, unit and contract tests"
 	@echo "gpu-test  the tests for NVIDIA GPUs, spread over those here (GPU_TEST=\"--jobs shared\")"
@@ -27,16 +28,19 @@ environments:
 	@$(PYTHON) scripts/setup.py --engine $(ENGINE) --environments
 
 # Neither asks a model hub for anything.
-demo test families check gpu-test: export HF_HUB_OFFLINE = 1
-demo test families check gpu-test: export VLLM_NO_USAGE_STATS = 1
+demo test slow families check gpu-test: export HF_HUB_OFFLINE = 1
+demo test slow families check gpu-test: export VLLM_NO_USAGE_STATS = 1
 # Threads that wait sleep: a spinning one slows whatever shares its core.
-demo test families: export OMP_WAIT_POLICY = PASSIVE
+demo test slow families: export OMP_WAIT_POLICY = PASSIVE
 
 demo: setup
 	$(PY) recipes/demo/run.py --seeds $(SEEDS)
 
 test: environments
 	$(RUN_TESTS) -m "not gpu and not slow"
+
+slow: environments
+	$(RUN_TESTS) -m "slow and not gpu"
 
 families: setup
 	$(RUN_TESTS) tests/e2e/test_families.py

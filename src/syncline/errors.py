@@ -3,7 +3,8 @@
 SynclineError
 ├── ConfigError            a value the user gave, with field, value and remedy
 ├── EngineError            the inference engine answered wrongly, or not at all
-│   └── EngineTimeout      ... not before the deadline
+│   ├── EngineTimeout      ... not before the deadline
+│   └── EngineGone         ... and will not: its process or its host is gone
 ├── TrajectoryError        the trajectory server answered wrongly, or not at all
 ├── SyncError              learner and engine could not be proved to hold the same weights
 │   └── ParityError        ... their log-probabilities differ by more than the run allows
@@ -34,6 +35,10 @@ class EngineError(SynclineError):
 
 
 class EngineTimeout(EngineError):
+    pass
+
+
+class EngineGone(EngineError):
     pass
 
 

@@ -132,6 +132,10 @@ class SyncReport:
     parts_seconds: Mapping[str, float] = field(default_factory=dict)
     changed_fraction: float | None = None
     """Of the weights' 16-bit words, those the engines were sent anew; `None`: nobody compared."""
+    num_engines: int | None = None
+    """Engines that proved this version; `None` where another rank counts them."""
+    num_lost: int = 0
+    """Engines that the run goes on without until they come back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ VARIANTS = (
 """The bridge and what it has beside: `broadcast-lora` moves merged adapters, which the other bridges do not."""
 BEHIND = "restart-lora"
 """It samples while it learns, up to a version behind; the others take turns."""
-ON_GPUS_ALONE = ("lora", "shared-tp4", "broadcast-fsdp2")
-"""Their parts are tested on a CPU as well, by other tests."""
+IN_EVERY_RUN = ("restart-lora", "shared", "broadcast-lora")
+"""The parts of the others are in every run too, by other tests."""
 
 
 def variants() -> list[Any]:
@@ -48,7 +48,7 @@ def variants() -> list[Any]:
             variant,
             marks=[
                 pytest.mark.skipif(0 < found < gpus, reason=f"needs {gpus} GPUs"),
-                *([pytest.mark.slow] if variant in ON_GPUS_ALONE else []),
+                *([] if variant in IN_EVERY_RUN else [pytest.mark.slow]),
             ],
         )
         for variant in VARIANTS

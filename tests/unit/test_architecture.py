@@ -132,6 +132,7 @@ def test_public_names() -> None:
     }
     assert set(VERBS) == {
         "check",
+        "plan",
         "run",
         "serve",
         "trajectories",
@@ -156,6 +157,7 @@ def test_exit_codes() -> None:
         "SynclineError": 1,
         "ConfigError": 2,
         "EngineError": 3,
+        "EngineGone": 3,
         "EngineTimeout": 3,
         "TrajectoryError": 4,
         "SyncError": 5,

@@ -25,7 +25,7 @@ import torch
 from syncline.bridges.buckets import Entry, plan
 from syncline.bridges.collective import CLOSE_SECONDS, Deadline, Group, in_thread, listen, say_last
 from syncline.bridges.copies import CopyingBridge
-from syncline.bridges.fleet import Fleet
+from syncline.bridges.fleet import Fleet, refuse_other_model
 from syncline.bridges.gather import Export, Others, gathered
 from syncline.bridges.handles import device_name
 from syncline.bridges.invitation import Invitation, manifest_of
@@ -35,7 +35,7 @@ from syncline.bridges.receipt import model_digest, whole
 from syncline.bridges.sparse import SparseSender
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
-from syncline.errors import SyncError, SynclineError
+from syncline.errors import EngineError, SyncError, SynclineError
 from syncline.protocols import EngineControl, Paused, Receipt, Received, SyncReport
 
 LAST_WORDS_SECONDS = 5.0
@@ -60,6 +60,8 @@ class BroadcastBridge(CopyingBridge):
         self._device = torch.device("cpu")
         self._group: Group | None = None
         """`None` while the learner is in no group with its engines."""
+        self._members: tuple[EngineControl, ...] = ()
+        """Engines of the group."""
         self._sent_digest: str | None = None
         """Of what the sender last sent, proved: an engine that holds it needs only what changed."""
         self._closing: list[Future[None]] = []
@@ -72,6 +74,9 @@ class BroadcastBridge(CopyingBridge):
             end = SparseSender if self._config.sparse else Sender
             self._sender = end(plan(self._manifest, bucket_bytes=self._config.bucket_bytes), self._device)
             self._join()
+
+    def _admit(self, engine: EngineControl) -> None:
+        refuse_other_model(engine, {entry.name: entry.kind for entry in self._manifest})
 
     def close(self) -> None:
         self._leave("the learner closed its bridge")
@@ -137,12 +142,12 @@ class BroadcastBridge(CopyingBridge):
                 raise
 
     def _connected(self, paused: Sequence[Paused]) -> Group:
-        """A group that every engine is still in; a new one when an engine or a publish was lost."""
+        """A group of the engines that are there; a new one when an engine or a publish was lost."""
         if self._group is not None:
             generation = self._group.seat.generation
-            if all(engine.generation == generation for engine in paused):
+            if self._members == self._fleet.engines and all(one.generation == generation for one in paused):
                 return self._group
-            self._leave("an engine has restarted")
+            self._leave("an engine was lost or has restarted")
         return self._join()
 
     def _join(self) -> Group:
@@ -170,6 +175,7 @@ class BroadcastBridge(CopyingBridge):
             try:
                 seat = invitation.seat(rank=0)
                 self._group = Group.host(seat, self._device, store=store, deadline=deadline, watch=watch)
+                self._members = self._fleet.engines
                 if any(answer.result() != self._sender.plan.digest for answer in answers):
                     raise SyncError("an engine cuts the weights into other buckets; it runs another syncline")
             except BaseException as error:
@@ -191,11 +197,19 @@ class BroadcastBridge(CopyingBridge):
             yield answers
         except SynclineError as error:
             wait_for(answers, timeout=LAST_WORDS_SECONDS)
+            self._refuse_lost(answers)
             lines = [f"{doing} failed: {error}"]
             for engine, answer in zip(self._fleet.engines, answers, strict=True):
                 fault = answer.exception() if answer.done() else "has not answered"
                 lines += [f"{engine.name}: {fault}"] if fault else []
             raise SyncError("\n".join(lines)) from error
+
+    def _refuse_lost(self, answers: Sequence["Future[Any]"]) -> None:
+        """Raises `Lost` where that is why the others failed too: a collective call ends for all or for none."""
+        silent = EngineError("has not answered")
+        asked = zip(self._fleet.engines, answers, strict=True)
+        faults = {engine: one.exception() if one.done() else silent for engine, one in asked}
+        self._fleet.refuse_lost({engine: fault for engine, fault in faults.items() if fault})
 
 
 def _raise_first_fault(answers: Sequence["Future[Any]"]) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from syncline.bridges.fleet import Fleet
-from syncline.protocols import SyncReport
+from syncline.protocols import EngineControl, SyncReport
 
 
 class CopyingBridge(ABC):
@@ -21,8 +21,11 @@ class CopyingBridge(ABC):
             yield
 
     def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with self._fleet.paused_on_failure():
-            return self._publish(model, policy_version)
+        return self._fleet.publishing(lambda: self._publish(model, policy_version), admit=self._admit)
 
     @abstractmethod
     def _publish(self, model: Any, policy_version: int) -> SyncReport: ...
+
+    @abstractmethod
+    def _admit(self, engine: EngineControl) -> None:
+        """Of an engine that came back: raises `SyncError` when it is another than at the attach."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from syncline.bridges.fleet import Lost
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.errors import SyncError
@@ -42,6 +43,9 @@ class Others:
         word: dict[str, Any] = {}
         try:
             yield word
+        except Lost:
+            self.tell({"again": True})
+            raise
         except BaseException as error:
             self.tell({"fault": str(error) or repr(error)})
             raise
@@ -73,6 +77,13 @@ class GatheringBridge:
 
     def publish(self, model: Any, *, policy_version: int) -> SyncReport:
         """Raises `SyncError` with rank 0's fault."""
+        while True:
+            try:
+                return self._publish(model, policy_version)
+            except _Again:
+                continue
+
+    def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()
         digests = parameter_digests(gathered(self._export(model)))
         clock.lap("digest")
@@ -91,10 +102,16 @@ def _walk(named: Iterable[Any]) -> None:
     deque(named, maxlen=0)
 
 
+class _Again(SyncError):
+    """Rank 0 lost engines on the way and publishes to the others."""
+
+
 def _hear() -> dict[str, Any]:
     """Rank 0's word. Raises `SyncError` when it is a fault."""
     heard: list[Any] = [None]
     dist.broadcast_object_list(heard, src=0)
+    if heard[0].get("again"):
+        raise _Again("rank 0 lost an engine")
     if heard[0].get("fault"):
         raise SyncError(f"rank 0: {heard[0]['fault']}")
     return heard[0]

@@ -63,21 +63,24 @@ class LoraBridge(CopyingBridge):
         self._stored = stored
         self._base_digests: dict[str, str] = {}
         self._carrier: Carrier | None = None
+        self._device = torch.device("cpu")
+        self._ways: list[Way] = []
+        """One an engine, in the order of `self._fleet.all`."""
 
     def attach(self, model: Any) -> None:
         """Proves the base, refuses modules an engine cannot adapt, by name, and opens the way to every engine."""
         self._fleet.wait_until_ready()
         self._base_digests = parameter_digests(self._base(model)) | dict(self._stored(model))
-        self._refuse_other_base()
+        self._fleet.each(self._refuse_other_base)
         layers = dict(self._layers(model))
         engines = self._fleet.each(lambda engine: engine.adapters())
         layout = self._refuse_unheld(layers, engines)
-        device = next(iter(layers.values())).a.device
-        ways = self._ranks.from_first(lambda: self._ways(engines, device))
-        own = ways if self._ranks.is_first else []
-        self._carrier = Carrier(layout, own, device=device, folder=self._folder)
+        self._device = next(iter(layers.values())).a.device
+        self._ways = self._ranks.from_first(lambda: self._ways_to(engines))
+        own = self._ways if self._ranks.is_first else []
+        self._carrier = Carrier(layout, own, device=self._device, folder=self._folder)
         if self._shares_base:
-            self._share(dict(self._base(model)), device)
+            self._share(dict(self._base(model)), self._device)
 
     def close(self) -> None:
         if self._carrier is not None:
@@ -109,17 +112,17 @@ class LoraBridge(CopyingBridge):
     def _stage(self, adapter: Mapping[str, str], carrier: Carrier, *, policy_version: int) -> None:
         """Every engine holds the new adapter beside the old one, and has proved it."""
         sent = self._ranks.from_first(lambda: carrier.send(policy_version))
-        sources = dict(zip(self._fleet.engines, sent, strict=True))
+        sources = dict(zip(self._fleet.all, sent, strict=True))
         wire, timeout = carrier.layout.wire(), self._config.timeout_seconds
 
-        def stage(engine: EngineControl) -> Mapping[str, str]:
+        def stage(engine: EngineControl) -> None:
             wanted = wire | {"source": sources[engine]}
-            return engine.stage(wanted, policy_version=policy_version, timeout_seconds=timeout)
-
-        for engine, held in zip(self._fleet.engines, self._fleet.each(stage), strict=True):
+            held = engine.stage(wanted, policy_version=policy_version, timeout_seconds=timeout)
             if faults := differences(adapter, held):
                 lines = "\n".join(faults)
                 raise SyncError(f"{engine.name} loaded another adapter for version {policy_version}:\n{lines}")
+
+        self._fleet.each(stage)
 
     def _switch(self, expected: Receipt, digests: Mapping[str, str]) -> float:
         """Every engine samples from the staged adapter. Returns the seconds for which none sampled."""
@@ -132,11 +135,11 @@ class LoraBridge(CopyingBridge):
         clock.lap("resume")
         return clock.total if "pause" in clock.parts else 0.0
 
-    def _ways(self, engines: Sequence[Mapping[str, Any]], device: torch.device) -> list[Way]:
+    def _ways_to(self, engines: Sequence[Mapping[str, Any]]) -> list[Way]:
         asked = self._config.adapter_transfer
         if asked == "files":
             return ["files"] * len(engines)
-        ways: list[Way] = [way_to(engine["whereabouts"], device) for engine in engines]
+        ways: list[Way] = [way_to(engine["whereabouts"], self._device) for engine in engines]
         if asked == "memory" and "files" in ways:
             raise SyncError(
                 f"{self._fleet.engines[ways.index('files')].name} shares no memory with the learner: it is on "
@@ -144,14 +147,20 @@ class LoraBridge(CopyingBridge):
             )
         return ways
 
-    def _refuse_other_base(self) -> None:
-        for engine, parameters in zip(self._fleet.engines, self._fleet.each(lambda e: e.parameters()), strict=True):
-            served = {name: digest for name, digest in parameters.items() if not is_adapter_name(name)}
-            for name in filter(is_repacked, served):
-                self._base_digests.setdefault(name, served[name])
-            if faults := differences(self._base_digests, served):
-                lines = "\n".join(faults)
-                raise SyncError(f"{engine.name} serves another base than the learner adapts:\n{lines}")
+    def _admit(self, engine: EngineControl) -> None:
+        """Raises `SyncError` unless it came back as it was: the base, and the way the adapter reaches it."""
+        self._refuse_other_base(engine)
+        way, held = self._ways[self._fleet.all.index(engine)], engine.adapters()
+        if way != "files" and way_to(held["whereabouts"], self._device) != way:
+            raise SyncError(f"{engine.name} came back elsewhere, where the learner's memory does not reach")
+
+    def _refuse_other_base(self, engine: EngineControl) -> None:
+        served = {name: digest for name, digest in engine.parameters().items() if not is_adapter_name(name)}
+        for name in filter(is_repacked, served):
+            self._base_digests.setdefault(name, served[name])
+        if faults := differences(self._base_digests, served):
+            lines = "\n".join(faults)
+            raise SyncError(f"{engine.name} serves another base than the learner adapts:\n{lines}")
 
     def _share(self, base: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """The learner's base becomes the first engine's memory, which the others have too."""

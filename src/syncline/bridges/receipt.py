@@ -93,11 +93,13 @@ def combined(ranks: Sequence[Sequence[tuple[Any, int]]]) -> dict[str, str]:
 class Combination:
     """How the pieces that ranks hold, by rank, make up the parameters: worked out once, summed at every proof.
 
-    Raises `SyncError` naming rank and parameter: one that a rank lacks or has as another kind, and pieces that do not
-    make up the whole.
+    Ranks are of `num_stages` pipeline stages, which hold other layers each; what several hold is the first one's to
+    count. Raises `SyncError` naming rank and parameter: one that a rank of a stage lacks or has as another kind, and
+    pieces that do not make up the whole.
     """
 
-    def __init__(self, ranks: Sequence[Sequence[Piece]]) -> None:
+    def __init__(self, ranks: Sequence[Sequence[Piece]], *, num_stages: int = 1) -> None:
+        self._ranks_per_stage = max(1, len(ranks) // num_stages)
         self._wholes: list[tuple[str, str, list[_Place]]] = []
         self._copies: list[tuple[str, _Place, _Place]] = []
         held: dict[str, list[tuple[_Place, Piece]]] = {}
@@ -105,12 +107,13 @@ class Combination:
             for index, piece in enumerate(pieces):
                 held.setdefault(piece.name, []).append(((rank, index), piece))
         for name, pieces in held.items():
-            self._refuse_lacking(name, {rank for (rank, _), _ in pieces}, len(ranks))
+            self._refuse_lacking(name, {rank for (rank, _), _ in pieces})
             self._add(name, pieces)
 
-    @staticmethod
-    def _refuse_lacking(name: str, holders: set[int], num_ranks: int) -> None:
-        if lacking := sorted(set(range(num_ranks)) - holders):
+    def _refuse_lacking(self, name: str, holders: set[int]) -> None:
+        size = self._ranks_per_stage
+        stages = {rank // size for rank in holders}
+        if lacking := sorted({stage * size + i for stage in stages for i in range(size)} - holders):
             raise SyncError(f"{name}: rank {lacking[0]} lacks it, rank {min(holders)} holds it")
 
     def _add(self, name: str, pieces: Sequence[tuple["_Place", Piece]]) -> None:
@@ -118,13 +121,14 @@ class Combination:
         holders: dict[tuple[tuple[int, ...], tuple[int, ...]], _Place] = {}
         counted: list[_Place] = []
         num_elements = 0
+        stage = pieces[0][0][0] // self._ranks_per_stage
         for place, piece in pieces:
             if piece.kind != first.kind:
                 raise SyncError(f"{name}: rank {place[0]} holds it as {piece.kind}, rank 0 as {first.kind}")
             holder = holders.setdefault((tuple(piece.start), tuple(piece.shape)), place)
             if holder != place:
                 self._copies.append((name, holder, place))
-            if piece.counted:
+            if piece.counted and place[0] // self._ranks_per_stage == stage:
                 counted.append(place)
                 num_elements += math.prod(piece.shape)
         size = math.prod(_shape_of(first.kind))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from syncline.bridges.copies import CopyingBridge
-from syncline.bridges.fleet import Fleet
+from syncline.bridges.fleet import Fleet, refuse_other_model
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import kind_of, model_digest, parameter_digests
 from syncline.bridges.stopwatch import Stopwatch
@@ -54,10 +54,15 @@ class RestartBridge(CopyingBridge):
         self._saved = saved or export
         self._folder = folder
         self._assets = assets
+        self._kinds: dict[str, str] = {}
 
     def attach(self, model: Any) -> None:
         self._fleet.wait_until_ready()
-        self._fleet.refuse_other_model({name: kind_of(tensor) for name, tensor in self._export(model)})
+        self._kinds = {name: kind_of(tensor) for name, tensor in self._export(model)}
+        self._fleet.refuse_other_model(self._kinds)
+
+    def _admit(self, engine: EngineControl) -> None:
+        refuse_other_model(engine, self._kinds)
 
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         clock = Stopwatch()

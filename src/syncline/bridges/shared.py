@@ -56,15 +56,17 @@ class SharedBridge:
             yield
 
     def publish(self, model: Any, *, policy_version: int) -> SyncReport:
-        with self._fleet.paused_on_failure():
-            clock, served = self._pause()
-            clock.lap("step")
-            self._fleet.refuse_backwards(policy_version, served)
-            digests = self._digests.of(model)
-            expected = Receipt(policy_version, model_digest(digests))
-            clock.lap("digest")
-            self._fleet.adopt(expected, digests=digests)
-            clock.lap("adopt")
+        return self._fleet.publishing(lambda: self._publish(model, policy_version))
+
+    def _publish(self, model: Any, policy_version: int) -> SyncReport:
+        clock, served = self._pause()
+        clock.lap("step")
+        self._fleet.refuse_backwards(policy_version, served)
+        digests = self._digests.of(model)
+        expected = Receipt(policy_version, model_digest(digests))
+        clock.lap("digest")
+        self._fleet.adopt(expected, digests=digests)
+        clock.lap("adopt")
         self._paused = None
         parts = {part: seconds for part, seconds in clock.parts.items() if part != "step"}
         return SyncReport(expected, 0, sum(parts.values()), clock.total, parts)

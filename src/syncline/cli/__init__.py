@@ -12,8 +12,9 @@ from syncline.errors import SynclineError
 
 VERBS = {
     "check": "print the resolved configuration and the process plan",
+    "plan": "estimate memory and time, propose a split of the GPUs",
     "run": "train: start every process of a run, watch, stop",
-    "serve": "the inference engine (vLLM) alone",
+    "serve": "the inference engines (vLLM) alone",
     "trajectories": "the trajectory server alone",
     "env": "one environment: take tasks, sample groups, score, post; or write a new one",
     "process": "sample groups without a trainer: JSON lines and a page to read",

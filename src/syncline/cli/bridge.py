@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from syncline.config import RunConfig
 from syncline.config.model_folder import MXFP4, packed_faults, quantisation
 from syncline.config.rules import serves_adapters
+from syncline.config.servers import servers
 from syncline.errors import ConfigError
+from syncline.launch.plan import url
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +38,41 @@ def connect_engines(
             )
         )
         found = [FoundEngine(file, start_timeout_seconds=timeout)]
-    engines = [*found, *(EngineController(url, start_timeout_seconds=timeout) for url in urls)]
-    if not engines:
-        raise ConfigError(["--engine-url: not given; name the engine by it, or by --bridge-config"])
-    return engines
+    urls = urls or ([] if found else known_urls(config))
+    return [*found, *(EngineController(url, start_timeout_seconds=timeout) for url in urls)]
+
+
+def known_urls(config: RunConfig) -> list[str]:
+    """Where the engines listen. Raises `ConfigError` where the file leaves the port to each start."""
+    found = [
+        server.url or (url(config.engine.host, config.engine.port + i) if config.engine.port else "")
+        for i, server in enumerate(servers(config))
+    ]
+    if not all(found):
+        raise ConfigError(
+            ["engine.port: 0 is another port at each start; set it for servers and learner alike, or give --engine-url"]
+        )
+    return found
+
+
+def await_servers(config: RunConfig, engines: Sequence["EngineController"]) -> None:
+    """Until every one answers, all at once. Raises `EngineTimeout` naming those that do not in time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from syncline.errors import EngineError, EngineTimeout
+
+    def fault_of(engine: "EngineController") -> str | None:
+        try:
+            engine.wait_until_ready(timeout_seconds=config.engine.start_timeout_seconds)
+        except EngineError as fault:
+            return str(fault)
+        return None
+
+    with ThreadPoolExecutor(len(engines)) as threads:
+        faults = [fault for fault in threads.map(fault_of, engines) if fault]
+    if faults:
+        remedy = "start it with `syncline serve`, or raise engine.start_timeout_seconds"
+        raise EngineTimeout("\n".join([*faults, remedy]))
 
 
 def build_bridge(
@@ -78,7 +111,7 @@ def build_bridge(
     if config.bridge.name == "broadcast" and not ranks.is_first:
         return GatheringBridge(export=export)
     if config.bridge.name == "broadcast":
-        return BroadcastBridge(engines, config.bridge, export=export, host=config.engine.host)
+        return BroadcastBridge(engines, config.bridge, export=export, host=config.bridge.host or config.engine.host)
     return RestartBridge(
         engines,
         config.bridge,

@@ -4,6 +4,7 @@ import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 
+from syncline.cli.files import add_file, file_of
 from syncline.config import RunConfig, load
 from syncline.config.model_folder import packed_faults
 from syncline.envs.registry import BUILT_IN
@@ -15,13 +16,15 @@ from syncline.observe.exports import missing_packages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="fields set over the file's")
+    add_file(parser)
+    parser.add_argument("--engine", action="store_true", help="have vLLM check engine.extra too (imports it)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Leases the ports for a moment, so that a taken one is found here; a port of 0 gets another number in the run."""
-    config = load_checked(args.file, args.overrides)
+    config = load_checked(*file_of(args))
+    if args.engine:
+        _ask_vllm(config)
     machine = Machine.here()
     with lease_ports(wanted_ports(config)) as ports:
         specs = plan(config, ports=ports, machine=machine)
@@ -30,6 +33,15 @@ def run(args: argparse.Namespace) -> int:
     for spec in specs:
         print("\n".join(f"# {line}" for line in told(spec)))
     return 0
+
+
+def _ask_vllm(config: RunConfig) -> None:
+    """Its own parser ends the process with its own message."""
+    from syncline.engines.vllm.arguments import Start, engine_device, parse, set_environment
+
+    device = engine_device(config)
+    set_environment(config, device)
+    parse(config, device, Start(config.engine.port))
 
 
 def load_checked(file: str, overrides: Sequence[str]) -> RunConfig:

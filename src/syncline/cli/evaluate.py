@@ -6,6 +6,7 @@ What was evaluated is named by digest, asked before and after: weights that move
 import argparse
 import asyncio
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,10 @@ from statistics import fmean
 from typing import Any
 
 from syncline.config import RunConfig, load
-from syncline.errors import ConfigError, SyncError
+from syncline.errors import ConfigError, EngineError, SyncError
 from syncline.protocols import Receipt
+
+log = logging.getLogger("syncline.evaluate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +50,10 @@ def run_environments(args: argparse.Namespace) -> int:
     config = load(args.file, args.overrides)
     if config.evaluation.num_tasks == 0:
         raise ConfigError(["evaluation.num_tasks: 0 evaluates nothing; set it to the tasks of each environment"])
-    receipt = receipt_of(config, args.engine_urls)
+    receipt, engine_urls = held_by(config, args.engine_urls)
     model = {"path": config.model.path, **asdict(receipt)}
-    result = {"model": model, **asyncio.run(_evaluate(config, engine_urls=args.engine_urls))}
-    if (after := receipt_of(config, args.engine_urls)) != receipt:
+    result = {"model": model, **asyncio.run(_evaluate(config, engine_urls=engine_urls))}
+    if (after := held_by(config, engine_urls)[0]) != receipt:
         raise SyncError(f"the weights moved under the evaluation, from {receipt} to {after}; evaluate again")
     out = args.out / f"{receipt.digest.replace(':', '-')}.json" if args.out.is_dir() else args.out
     write_atomically(out, json.dumps(result, indent=2) + "\n")
@@ -69,19 +72,31 @@ def _told(one: dict[str, Any]) -> list[str]:
     return [f"{where}: {name} {rate:.3f}{interval} on {one['num_tasks']} tasks" for name, rate, interval in shown]
 
 
-def receipt_of(config: RunConfig, engine_urls: Sequence[str]) -> Receipt:
-    """What every one of the engines holds. Raises `SyncError` when they differ."""
+def held_by(config: RunConfig, engine_urls: Sequence[str]) -> tuple[Receipt, list[str]]:
+    """What the engines hold, and which of them: those of the newest version, if they are as many as the run needs.
+
+    Raises `SyncError` when others of them hold something else, and what does not answer where every one is needed.
+    """
     from syncline.engines.client import EngineController
 
-    receipts: dict[Receipt, str] = {}
+    least = min(config.bridge.min_engines or len(engine_urls), len(engine_urls))
+    receipts: dict[str, Receipt] = {}
     for url in engine_urls:
         engine = EngineController(url, start_timeout_seconds=config.engine.start_timeout_seconds)
-        engine.wait_until_ready(timeout_seconds=config.engine.start_timeout_seconds)
-        receipts[engine.receipt()] = engine.name
-        engine.close()
-    if len(receipts) > 1:
+        try:
+            engine.wait_until_ready(timeout_seconds=config.engine.start_timeout_seconds)
+            receipts[url] = engine.receipt()
+        except EngineError as fault:
+            if len(receipts) + len(engine_urls) - engine_urls.index(url) - 1 < least:
+                raise
+            log.warning("evaluating without it: %s", fault)
+        finally:
+            engine.close()
+    newest = max(receipts.values(), key=lambda receipt: receipt.policy_version)
+    held = [url for url, receipt in receipts.items() if receipt == newest]
+    if len(held) < least or any(r != newest and r.policy_version == newest.policy_version for r in receipts.values()):
         raise SyncError(f"the engines hold different weights: {receipts}")
-    return next(iter(receipts))
+    return newest, held
 
 
 async def _evaluate(config: RunConfig, *, engine_urls: list[str]) -> dict[str, Any]:

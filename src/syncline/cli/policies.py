@@ -82,9 +82,9 @@ class Policies:
         return self._urls
 
     def _held(self, urls: tuple[str, ...]) -> "Receipt":
-        from syncline.cli.evaluate import receipt_of
+        from syncline.cli.evaluate import held_by
 
-        return receipt_of(self._run(), urls)
+        return held_by(self._run(), urls)[0]
 
     def _publish(self, adapter: Path, urls: tuple[str, ...], *, version: int) -> dict[str, Any]:
         """The receipt and what the publish cost. The base is proved again each time: nobody keeps it in memory between

@@ -9,9 +9,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from syncline.cli.bridge import build_bridge, connect_engines
+from syncline.cli.bridge import await_servers, build_bridge, connect_engines
+from syncline.cli.files import add_file, file_of
 from syncline.cli.ranks import is_rank, run_ranks
 from syncline.config import RunConfig, load
+from syncline.errors import ConfigError
+from syncline.launch.plan import url
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +30,16 @@ log = logging.getLogger("syncline.train")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="the run's YAML file; checkpoints in its run.dir are resumed from")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument("--engine-url", dest="engine_urls", metavar="URL", action="append", default=[])
-    parser.add_argument("--trajectories-url", required=True)
+    add_file(parser, help="the run's YAML file; checkpoints in its run.dir are resumed from")
+    parser.add_argument(
+        "--engine-url",
+        dest="engine_urls",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="default: from engine.servers, or engine.port",
+    )
+    parser.add_argument("--trajectories-url", metavar="URL", help="default: from trajectory.port")
     parser.add_argument(
         "--bridge-config",
         metavar="PATH",
@@ -42,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from syncline.learner.distributed import num_ranks, refuse_other_number
 
-    config = load(args.file, args.overrides)
+    config = load(*file_of(args))
     if num_ranks(config.learner) > 1 and not is_rank():
         return run_ranks(num_ranks(config.learner), sys.argv[1:])
     refuse_other_number(config.learner)
@@ -57,14 +66,14 @@ def learn(config: RunConfig, args: argparse.Namespace, *, watch: "Callable[[Part
     from syncline.learner.model import learner_device
     from syncline.observe.logs import set_up_logging
 
+    trajectories_url = args.trajectories_url or _trajectories_url(config)
     device = rank_device(learner_device(config.learner.device))
     dimension = DATA_PARALLEL if config.learner.data_parallel_size > 1 else TENSOR_PARALLEL
     with joined_ranks(device, timeout_seconds=_longest_wait(config), dimension=dimension) as ranks:
         set_up_logging(logging.INFO if ranks.is_first else logging.WARNING)
         engines = connect_engines(config, args.engine_urls, args.bridge_config, device=device, ranks=ranks)
-        url = args.trajectories_url
         with (
-            assemble(config, ranks, device=device, engines=engines, trajectories_url=url) as parts,
+            assemble(config, ranks, device=device, engines=engines, trajectories_url=trajectories_url) as parts,
             parts.stop.listening() if ranks.world_size == 1 else nullcontext(),
         ):
             state = train(config, watch(parts) if watch else parts)
@@ -75,6 +84,13 @@ def learn(config: RunConfig, args: argparse.Namespace, *, watch: "Callable[[Part
         state.trained_tokens,
     )
     return 0
+
+
+def _trajectories_url(config: RunConfig) -> str:
+    if config.trajectory.port == 0:
+        remedy = "set it for server and learner alike, or give --trajectories-url"
+        raise ConfigError([f"trajectory.port: 0 is another port at each start; {remedy}"])
+    return url(config.trajectory.host, config.trajectory.port)
 
 
 def _longest_wait(config: RunConfig) -> float:
@@ -120,7 +136,7 @@ def assemble(
     with ExitStack() as stack:
         for engine in engines:
             stack.callback(engine.close)
-            engine.wait_until_ready(timeout_seconds=config.engine.start_timeout_seconds)
+        ranks.from_first(lambda: await_servers(config, engines))
         bridge = build_bridge(config, engines, assets, ranks=ranks)
         stack.callback(bridge.close)
         bridge.attach(model)

@@ -1,42 +1,99 @@
-"""YAML + `a.b=c` → `RunConfig`, with every fault in one error."""
+"""YAML + `a.b=c` → `RunConfig`, with every fault in one error. A file of ms-swift is recognised and translated."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from syncline.config.ms_swift import is_ms_swift, translate
 from syncline.config.rules import broken_rules
 from syncline.config.schema import RunConfig
 from syncline.errors import ConfigError
 
 S = TypeVar("S", bound=BaseModel)
+log = logging.getLogger(__name__)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, applies `a.b=c` overrides in order, validates. Raises `ConfigError` with all faults."""
-    return resolve(read_values(path, overrides))
+    values = _read(Path(path))
+    if is_ms_swift(values):
+        return _load_ms_swift(Path(path), values, overrides)
+    _apply_all(values, overrides)
+    return resolve(values)
 
 
 def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What the file and the overrides say, unchecked."""
+    values = _read(Path(path))
+    _apply_all(values, overrides)
+    return values
+
+
+def _load_ms_swift(path: Path, values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """Overrides of their sections change the file, others what it was translated to. A fault names both paths."""
+    values = _with_bases(path, values)
+    own = [override for override in overrides if override.partition(".")[0] in RunConfig.model_fields]
+    _apply_all(values, [override for override in overrides if override not in own])
+    found = translate(values)
+    if found.faults:
+        raise ConfigError(found.faults)
+    _apply_all(found.values, own)
     try:
-        text = Path(path).read_text()
+        config = resolve(found.values)
+    except ConfigError as error:
+        raise ConfigError([_traced(fault, found.origins) for fault in error.faults]) from error
+    for note in found.notes:
+        log.warning("%s", note)
+    return config
+
+
+def _traced(fault: str, origins: Mapping[str, str]) -> str:
+    ours = fault.partition(":")[0]
+    return f"{origins[ours]} ({ours}){fault[len(ours) :]}" if ours in origins else fault
+
+
+def _with_bases(path: Path, values: dict[str, Any], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The files that `extends` names, relative to this one, merged in order, and this one over them."""
+    here = path.resolve()
+    if here in seen:
+        raise ConfigError([f"{path}: extends: comes back to itself; leave one of {[p.name for p in seen]} out"])
+    bases = values.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        other = path.parent / base
+        merged = _merged(merged, _with_bases(other, _read(other), (*seen, here)))
+    return _merged(merged, values)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = {**under, **over}
+    for name in under.keys() & over.keys():
+        if isinstance(under[name], dict) and isinstance(over[name], dict):
+            result[name] = _merged(under[name], over[name])
+    return result
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(), Loader=_StrictLoader)
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]) from error
-    try:
-        values = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError([f"{path}: not valid YAML: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError(
             [f"{path}: holds a {type(values).__name__}; a run file is a mapping with the keys run, model, …"]
         )
-    faults = [fault for override in overrides for fault in _apply(values, override)]
-    if faults:
-        raise ConfigError(faults)
     return values
+
+
+def _apply_all(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    if faults := [fault for override in overrides for fault in _apply(values, override)]:
+        raise ConfigError(faults)
 
 
 def resolve(values: dict[str, Any]) -> RunConfig:

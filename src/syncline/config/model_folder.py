@@ -33,4 +33,9 @@ def packed_faults(config: RunConfig) -> list[str]:
             f"model.dtype: {config.model.dtype!r} may be float32, and vLLM computes MXFP4 in bfloat16 alone; set it to "
             "bfloat16"
         )
+    if config.learner.data_parallel_size > 1:
+        faults.append(
+            f"learner.data_parallel_size: {config.learner.data_parallel_size} leaves a rank a part of the experts, "
+            "whose MXFP4 is proved whole; set it to 1"
+        )
     return faults

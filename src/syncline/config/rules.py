@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 
+from syncline.config.engine_options import engine_options
 from syncline.config.schema import RunConfig
+from syncline.config.server_rules import server_rules
+from syncline.config.servers import all_devices, num_stages, servers
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENGINE_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -156,11 +159,12 @@ def _environments(config: RunConfig) -> Iterator[str]:
 
 def _devices(config: RunConfig) -> Iterator[str]:
     engine, learner = config.engine, config.learner
-    wanted = engine.tensor_parallel_size * (1 if config.bridge.name == "shared" else engine.num_replicas)
-    if engine.device != "cpu" and len(set(engine.devices)) != wanted:
+    ranks = engine.tensor_parallel_size * num_stages(config)
+    wanted = ranks * (1 if config.bridge.name == "shared" else engine.num_replicas)
+    if engine.device != "cpu" and not engine.servers and len(set(engine.devices)) != wanted:
         yield (
             f"engine.devices: {list(engine.devices)} names {len(set(engine.devices))} GPUs, and {engine.num_replicas} "
-            f"replicas of {engine.tensor_parallel_size} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
+            f"replicas of {ranks} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
             "name that many, or set engine.device to cpu"
         )
     num_gpus = len(set(learner.devices))
@@ -245,7 +249,7 @@ def _bridge(config: RunConfig) -> Iterator[str]:
         if config.engine.extra.get(option):
             yield (
                 f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "
-                "bridge.name = 'shared' trains in place; leave it out, or use restart"
+                f"bridge.name = 'shared' trains in place; leave it out{_or_restart(option)}"
             )
 
 
@@ -282,16 +286,22 @@ def _broadcast(config: RunConfig) -> Iterator[str]:
         if config.engine.extra.get(option):
             yield (
                 f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "
-                "bridge.name = 'broadcast' writes in place; leave it out, or use restart"
+                f"bridge.name = 'broadcast' writes in place; leave it out{_or_restart(option)}"
             )
+
+
+def _or_restart(option: str) -> str:
+    """A reload fills memory that was moved, but proves no weights that were repacked."""
+    return "" if option == "quantization" else ", or use restart"
 
 
 def gpus_held_twice(config: RunConfig) -> Iterator[str]:
     """On GPUs alone, which `auto` leaves to the machine: whoever knows the machine asks again."""
-    if config.bridge.name == "broadcast" and (both := set(config.engine.devices) & set(config.learner.devices)):
+    if config.bridge.name == "broadcast" and (both := set(all_devices(config)) & set(config.learner.devices)):
+        where = "engine.servers" if config.engine.servers else "engine.devices"
         yield (
-            f"learner.devices: {list(config.learner.devices)} has GPU {min(both)} of engine.devices = "
-            f"{list(config.engine.devices)}, and NCCL cannot broadcast within one GPU; give the learner its own, or "
+            f"learner.devices: {list(config.learner.devices)} has GPU {min(both)} of {where} = "
+            f"{list(all_devices(config))}, and NCCL cannot broadcast within one GPU; give the learner its own, or "
             "set bridge.name to shared"
         )
 
@@ -348,7 +358,7 @@ def _deadlines(config: RunConfig) -> Iterator[str]:
 
 
 def _ports(config: RunConfig) -> Iterator[str]:
-    engine_ports = range(config.engine.port, config.engine.port + config.engine.num_replicas)
+    engine_ports = range(config.engine.port, config.engine.port + len(servers(config)))
     if config.engine.port and config.trajectory.port in engine_ports:
         yield f"trajectory.port: {config.trajectory.port} is an engine's port too; set one of the two to 0 or another"
     for section in ("engine", "trajectory"):
@@ -369,6 +379,8 @@ _RULES = (
     _evaluation,
     _environments,
     _devices,
+    server_rules,
+    engine_options,
     _ranks,
     _in_flight,
     _bridge,

@@ -69,6 +69,16 @@ class Sampling(Section):
     top_k: NonNegativeInt = 0
 
 
+class Server(Section):
+    """One engine of a pool whose engines differ from each other, or that somebody else started."""
+
+    url: str | None = None
+    """An engine that runs already, here or on another host: `http://10.0.0.2:9000`. Absent: the run starts it."""
+    devices: tuple[NonNegativeInt, ...] = ()
+    """GPU indices, one a rank; ignored on a CPU."""
+    tensor_parallel_size: PositiveInt = 1
+
+
 class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: tuple[NonNegativeInt, ...] = (0,)
@@ -78,6 +88,10 @@ class Engine(Section):
     """Ranks of a replica that share each layer: a GPU each, or processes on a CPU."""
     num_replicas: PositiveInt = 1
     """Engine processes that sample side by side, all on the same policy version."""
+    servers: tuple[Server, ...] = ()
+    """In place of `num_replicas`, `tensor_parallel_size` and `devices`, where the engines of the pool are not alike."""
+    max_restarts: NonNegativeInt = 3
+    """How often a run starts an engine again that died, while `bridge.min_engines` others live."""
     host: str = "127.0.0.1"
     port: Port = 0
     """0 leases free ports; otherwise replica i listens on port + i."""
@@ -266,6 +280,12 @@ class Bridge(Section):
     adapter_transfer: Literal["auto", "memory", "files"] = "auto"
     """How an adapter reaches an engine: memory on the learner's own host, files elsewhere."""
     timeout_seconds: PositiveFloat = 300.0
+    host: str | None = None
+    """This machine's address as engines on other hosts reach it, where a `broadcast` meets. Who reaches it may join:
+    name one of a private network. Absent: engine.host."""
+    min_engines: PositiveInt | None = None
+    """Fewest engines that a publish must reach: with so many left the run goes on without those that died, and takes
+    them back, proved, when they answer again. Absent: every one."""
 
 
 class Parity(Section):

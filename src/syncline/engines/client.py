@@ -1,10 +1,12 @@
 """The two ends of an engine's wire that others hold: `EngineClient` samples, `EngineController` moves weights.
 
 Every call has a deadline. A refused connection or a 503 within it means a starting or restarting engine, and is tried
-again; whatever is still wrong at the deadline becomes an `EngineError` that names the engine and the last answer.
+again, ever less often; whatever is still wrong at the deadline becomes an `EngineError` that names the engine and the
+last answer. A connection that breaks off is `EngineGone`: nothing of an answer was used.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,14 +14,21 @@ from typing import Any
 
 import httpx
 
-from syncline.errors import EngineError, EngineTimeout
+from syncline.errors import EngineError, EngineGone, EngineTimeout
 from syncline.protocols import Membership, Paused, Receipt, Received
 from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
 
 RETRY_SECONDS = 0.2
+MAX_RETRY_SECONDS = 3.0
 GRACE_SECONDS = 5.0
 """For an engine that says itself what it waited for in vain, which names more than a deadline missed here."""
 _STARTING = (httpx.ConnectError, httpx.ConnectTimeout)
+
+log = logging.getLogger(__name__)
+
+
+class NotReady(EngineError):
+    """The engine is starting, restarting, or has no policy version yet: nothing was sampled, so anybody else may."""
 
 
 class EngineClient:
@@ -47,35 +56,46 @@ class EngineClient:
     async def generate(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, num_completions: int = 1
     ) -> list[Completion]:
+        """Tries again until the deadline while the engine is not ready."""
+        deadline = time.monotonic() + self._timeout_seconds
+        while True:
+            try:
+                return await self.attempt(prompt_token_ids, sampling, num_completions=num_completions)
+            except NotReady as fault:
+                if time.monotonic() > deadline:
+                    raise EngineTimeout(f"{fault}, after {self._timeout_seconds:g} s") from fault
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def attempt(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        num_completions: int = 1,
+        needs_version: bool = False,
+    ) -> list[Completion]:
+        """Asks once. With `needs_version` an engine that holds no published policy is `NotReady`, too."""
         body = {
             "prompt_token_ids": list(prompt_token_ids),
             "sampling": asdict(sampling),
             "num_completions": num_completions,
+            "needs_version": needs_version,
         }
         answer = await self._post("/syncline/generate", body)
         return [_completion(c, self._unpublished_version) for c in answer["completions"]]
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
-        deadline = time.monotonic() + self._timeout_seconds
-        while True:
-            try:
-                response = await self._http.post(path, json=body)
-                if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
-                    return _json(response)
-                fault: object = response.text
-            except _STARTING as error:
-                fault = error
-            except httpx.TimeoutException as error:
-                raise EngineTimeout(
-                    f"engine {self.url} did not answer {path} in {self._timeout_seconds:g} s"
-                ) from error
-            except httpx.HTTPError as error:
-                raise EngineError(f"engine {self.url} broke off {path}: {error!r}") from error
-            if time.monotonic() > deadline:
-                raise EngineTimeout(
-                    f"engine {self.url} was not ready for {path} in {self._timeout_seconds:g} s: {fault}"
-                )
-            await asyncio.sleep(RETRY_SECONDS)
+        try:
+            response = await self._http.post(path, json=body)
+        except _STARTING as error:
+            raise NotReady(f"engine {self.url} was not ready for {path}: {error}") from error
+        except httpx.TimeoutException as error:
+            raise EngineTimeout(f"engine {self.url} did not answer {path} in {self._timeout_seconds:g} s") from error
+        except httpx.HTTPError as error:
+            raise EngineGone(f"engine {self.url} broke off {path}: {error!r}") from error
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise NotReady(f"engine {self.url} was not ready for {path}: {response.text[:500]}")
+        return _json(response)
 
 
 class EngineController:
@@ -91,15 +111,15 @@ class EngineController:
         self._http.close()
 
     def wait_until_ready(self, *, timeout_seconds: float) -> None:
-        """Polls `/health` until it is 200. Raises `EngineTimeout` with the last answer."""
-        deadline = time.monotonic() + timeout_seconds
-        while True:
-            fault = self._health_fault()
-            if fault is None:
-                return
-            if time.monotonic() > deadline:
+        """Polls `/health` until it is 200, ever less often. Raises `EngineTimeout` with the last answer."""
+        deadline, pause = time.monotonic() + timeout_seconds, RETRY_SECONDS
+        while (fault := self._health_fault()) is not None:
+            if (left := deadline - time.monotonic()) <= 0:
                 raise EngineTimeout(f"{self.name} was not ready after {timeout_seconds:g} s: {fault}")
-            time.sleep(RETRY_SECONDS)
+            if pause == RETRY_SECONDS:
+                log.info("%s is not ready yet (%s); waiting up to %g s", self.name, fault, timeout_seconds)
+            time.sleep(min(pause, left))
+            pause = min(1.5 * pause, MAX_RETRY_SECONDS)
 
     def health(self) -> dict[str, Any]:
         """What `/health` tells: `status`, the engine's name, version, device and model, and its receipt."""
@@ -189,7 +209,7 @@ class EngineController:
         except httpx.TimeoutException as error:
             raise EngineTimeout(f"{self.name} did not answer {path} in {timeout_seconds:g} s") from error
         except httpx.HTTPError as error:
-            raise EngineError(f"{self.name} broke off {path}: {error!r}") from error
+            raise EngineGone(f"{self.name} broke off {path}: {error!r}") from error
 
 
 def _json(response: httpx.Response) -> Any:

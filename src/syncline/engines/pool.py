@@ -1,20 +1,43 @@
-"""Several engines that sample the same policy, as one: each request goes to the engine with the fewest running."""
+"""Several engines that sample the same policy, as one: each request goes to the engine with the fewest tokens to come.
 
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+What an engine still has to do is estimated from its running requests: their prompts, and for each completion the mean
+length of those answered so far. A request that an engine did not answer (it is starting, has no published policy, or
+died) goes to another: nothing of it was used. Such an engine rests for a moment before it is asked again.
+"""
 
-from syncline.engines.client import EngineClient
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+
+from syncline.engines.client import RETRY_SECONDS, EngineClient, NotReady
+from syncline.errors import EngineError, EngineGone, EngineTimeout
 from syncline.types import Completion, SamplingParams
+
+REST_SECONDS = 1.0
+_MEMORY = 0.02
+"""Share of the newest completion in the mean length."""
+
+log = logging.getLogger(__name__)
 
 
 class EnginePool:
-    """`Generate` over the engines at `urls`. Use as an async context manager; options are `EngineClient`'s."""
+    """`Generate` over the engines at `urls`. Use as an async context manager; options are `EngineClient`'s.
+
+    Without `unpublished_version`, engines that hold no published policy are passed over.
+    """
 
     def __init__(self, urls: Sequence[str], *, timeout_seconds: float, unpublished_version: int | None = None) -> None:
         self._clients = [
             EngineClient(url, timeout_seconds=timeout_seconds, unpublished_version=unpublished_version) for url in urls
         ]
-        self._running = dict.fromkeys(self._clients, 0)
+        self._needs_version = unpublished_version is None
+        self._timeout_seconds = timeout_seconds
+        self._tokens = dict.fromkeys(self._clients, 0.0)
+        self._resting: dict[EngineClient, tuple[float, EngineError]] = {}
+        """Until when, and what for."""
+        self._mean_length: float | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "EnginePool":
@@ -28,9 +51,51 @@ class EnginePool:
     async def generate(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, num_completions: int = 1
     ) -> list[Completion]:
-        client = min(self._clients, key=lambda one: self._running[one])
-        self._running[client] += num_completions
+        """Raises `EngineTimeout` with what every engine said when none has answered in time."""
+        deadline = time.monotonic() + self._timeout_seconds
+        length = min(self._mean_length or sampling.max_tokens, sampling.max_tokens)
+        while True:
+            client = self._next()
+            if client is None:
+                if time.monotonic() > deadline:
+                    faults = "\n".join(str(fault) for _, fault in self._resting.values())
+                    raise EngineTimeout(f"no engine took the request in {self._timeout_seconds:g} s:\n{faults}")
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            try:
+                with self._counted(client, len(prompt_token_ids) + num_completions * length):
+                    found = await client.attempt(
+                        prompt_token_ids, sampling, num_completions=num_completions, needs_version=self._needs_version
+                    )
+            except (NotReady, EngineGone) as fault:
+                if isinstance(fault, EngineGone) and len(self._clients) == 1:
+                    raise
+                self._rest(client, fault)
+                continue
+            self._learn(client, found)
+            return found
+
+    def _next(self) -> EngineClient | None:
+        now = time.monotonic()
+        awake = [one for one in self._clients if one not in self._resting or self._resting[one][0] <= now]
+        return min(awake, key=lambda one: self._tokens[one], default=None)
+
+    @contextmanager
+    def _counted(self, client: EngineClient, num_tokens: float) -> Iterator[None]:
+        self._tokens[client] += num_tokens
         try:
-            return await client.generate(prompt_token_ids, sampling, num_completions=num_completions)
+            yield
         finally:
-            self._running[client] -= num_completions
+            self._tokens[client] -= num_tokens
+
+    def _rest(self, client: EngineClient, fault: EngineError) -> None:
+        if client not in self._resting:
+            log.warning("%s; requests go elsewhere until it answers", fault)
+        self._resting[client] = (time.monotonic() + REST_SECONDS, fault)
+
+    def _learn(self, client: EngineClient, found: Sequence[Completion]) -> None:
+        if self._resting.pop(client, None):
+            log.info("engine %s samples again", client.url)
+        for length in (len(completion.token_ids) for completion in found):
+            mean = self._mean_length
+            self._mean_length = length if mean is None else mean + _MEMORY * (length - mean)

@@ -27,6 +27,7 @@ class Exited:
 
     name: str
     code: int
+    pid: int
 
     def told(self) -> str:
         if self.code >= 0:
@@ -81,7 +82,8 @@ class Child:
     def _wait(self, on_exit: Callable[[Exited], None]) -> None:
         end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         assert end is not None, "waitid without WNOHANG waits"
-        on_exit(Exited(self.spec.name, end.si_status if end.si_code == os.CLD_EXITED else -end.si_status))
+        code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+        on_exit(Exited(self.spec.name, code, self.pid))
 
 
 def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:

@@ -15,7 +15,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from syncline.config.rules import gpus_held_twice
-from syncline.config.schema import RunConfig
+from syncline.config.schema import RunConfig, Server
+from syncline.config.servers import all_devices, num_stages, servers
 from syncline.errors import ConfigError, EngineTimeout, SynclineError, TrajectoryError
 from syncline.observe.files import AFTER_FILE, BEFORE_FILE, CONFIG_FILE
 from syncline.observe.logs import log_path
@@ -41,6 +42,16 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Pool:
+    """Services of which some may die: while `min_alive` of `names` live, one that dies is started again, at most
+    `max_restarts` times."""
+
+    names: tuple[str, ...]
+    min_alive: int
+    max_restarts: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """One process of a run. `env` is added to the supervisor's own environment."""
 
@@ -60,6 +71,8 @@ class ProcessSpec:
     """The job whose end ends this service; `None`: the end of the run."""
     creates: Path | None = None
     """A job whose file is there already is done already."""
+    pool: Pool | None = None
+    """Whose service this is that may die; `None`: its death ends the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +94,28 @@ class Machine:
 
 def wanted_ports(config: RunConfig) -> dict[str, tuple[str, int]]:
     """Field → (host, port or 0) of every port the run listens on."""
+    return wanted_engine_ports(config) | {"trajectory.port": (config.trajectory.host, config.trajectory.port)}
+
+
+def wanted_engine_ports(config: RunConfig) -> dict[str, tuple[str, int]]:
+    """Of the engines that are started here."""
     return {
-        **{
-            _port_field(i): (config.engine.host, config.engine.port and config.engine.port + i)
-            for i in range(config.engine.num_replicas)
-        },
-        "trajectory.port": (config.trajectory.host, config.trajectory.port),
+        _port_field(i): (config.engine.host, config.engine.port and config.engine.port + i)
+        for i, server in enumerate(servers(config))
+        if server.url is None
     }
 
 
 def _port_field(replica: int) -> str:
     return f"engine.port + {replica}" if replica else "engine.port"
+
+
+def plan_servers(
+    config: RunConfig, *, ports: Mapping[str, int], machine: Machine, folder: Path
+) -> tuple[ProcessSpec, ...]:
+    """The engines alone, in a folder of their own, for a learner that is started apart. Raises `ConfigError` for GPUs
+    not there."""
+    return _Planner(config, ports, machine, sections=("engine",), folder=folder).engines()
 
 
 def plan(config: RunConfig, *, ports: Mapping[str, int], machine: Machine) -> tuple[ProcessSpec, ...]:
@@ -101,7 +125,7 @@ def plan(config: RunConfig, *, ports: Mapping[str, int], machine: Machine) -> tu
     before = ("evaluation-before",) if evaluated else ()
     return (
         planner.trajectories(),
-        *(planner.engine(i) for i in range(config.engine.num_replicas)),
+        *planner.engines(),
         *([planner.evaluation("evaluation-before", BEFORE_FILE, after="engine")] if evaluated else []),
         *(planner.environment(i, starts_after=before) for i in range(len(config.environments))),
         planner.learner(starts_after=before),
@@ -110,16 +134,30 @@ def plan(config: RunConfig, *, ports: Mapping[str, int], machine: Machine) -> tu
 
 
 class _Planner:
-    def __init__(self, config: RunConfig, ports: Mapping[str, int], machine: Machine) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        ports: Mapping[str, int],
+        machine: Machine,
+        *,
+        sections: tuple[str, ...] = ("engine", "learner"),
+        folder: Path | None = None,
+    ) -> None:
         self._config = config
         self._machine = machine
-        self._folder = Path(config.run.dir)
+        self._folder = folder or Path(config.run.dir)
         self._file = str(self._folder / CONFIG_FILE)
-        self._engine_ports = [ports[_port_field(i)] for i in range(config.engine.num_replicas)]
-        self._trajectory_port = ports["trajectory.port"]
-        self._engine_urls = [url(config.engine.host, port) for port in self._engine_ports]
+        self._servers = servers(config)
+        self._engine_ports = [
+            ports[_port_field(i)] if server.url is None else 0 for i, server in enumerate(self._servers)
+        ]
+        self._engine_urls = [
+            server.url or url(config.engine.host, port)
+            for server, port in zip(self._servers, self._engine_ports, strict=True)
+        ]
+        self._trajectory_port = ports.get("trajectory.port", 0)
         self._trajectories_url = url(config.trajectory.host, self._trajectory_port)
-        self._gpus = _assigned_gpus(config, machine)
+        self._gpus = _visible_gpus(config, machine, sections)
         self._threads = shared_threads(config, machine.num_cores)
 
     def trajectories(self) -> ProcessSpec:
@@ -140,28 +178,48 @@ class _Planner:
             ends_with="learner",
         )
 
-    def engine(self, replica: int) -> ProcessSpec:
+    def engines(self) -> tuple[ProcessSpec, ...]:
+        return tuple(self._engine(i) for i, server in enumerate(self._servers) if server.url is None)
+
+    def _engine(self, replica: int) -> ProcessSpec:
         """The first is `engine`, the others `engine-1` and so on; with `shared` these attach to the first's weights."""
         port, timeout = self._engine_ports[replica], self._config.engine.start_timeout_seconds
-        devices, ranks = self._gpus["engine"], self._config.engine.tensor_parallel_size
+        server = self._servers[replica]
+        devices = self._seen("engine", server.devices)
         attached = replica > 0 and self._config.bridge.name == "shared"
-        if self._config.bridge.name != "shared":
-            devices = devices[replica * ranks : (replica + 1) * ranks]
         name = _engine_name(replica)
         options = ["--attach-to", self._engine_urls[0]] if attached else []
+        threads = max(1, self._threads["engine"] // (server.tensor_parallel_size * num_stages(self._config)))
         return ProcessSpec(
             name=name,
-            argv=self._argv("serve", "--port", str(port), "--run-dir", str(self._folder), *options),
+            argv=self._argv(
+                "serve", *self._alone(server), "--port", str(port), "--run-dir", str(self._folder), *options
+            ),
             kind=Kind.SERVICE,
             log=log_path(self._folder, name),
-            env=_environment(devices=devices, num_threads=max(1, self._threads["engine"] // ranks)),
+            env=_environment(devices=devices, num_threads=threads),
             ready=Ready(
                 f"{self._engine_urls[replica]}/health", timeout, EngineTimeout, "raise engine.start_timeout_seconds"
             ),
             devices=devices,
             ports=(port,),
             starts_after=(_engine_name(replica - 1),) if attached else (),
+            pool=self._pool(),
         )
+
+    def _alone(self, server: Server) -> tuple[str, ...]:
+        """What an engine of a list is told of itself."""
+        if not self._config.engine.servers:
+            return ()
+        own = (f"engine.tensor_parallel_size={server.tensor_parallel_size}", f"engine.devices={list(server.devices)}")
+        return ("engine.servers=[]", "bridge.min_engines=null", *own)
+
+    def _pool(self) -> Pool | None:
+        least, names = self._config.bridge.min_engines, self._engine_names()
+        if least is None or least >= len(self._servers):
+            return None
+        apart = len(self._servers) - len(names)
+        return Pool(names, max(0, least - apart), self._config.engine.max_restarts)
 
     def environment(self, index: int, *, starts_after: tuple[str, ...]) -> ProcessSpec:
         environment = self._config.environments[index]
@@ -178,7 +236,7 @@ class _Planner:
 
     def learner(self, *, starts_after: tuple[str, ...]) -> ProcessSpec:
         """One process; with several ranks it starts them itself, and they end with it."""
-        learner, devices = self._config.learner, self._gpus["learner"]
+        learner, devices = self._config.learner, self._seen("learner", self._config.learner.devices)
         ranks = learner.tensor_parallel_size * learner.data_parallel_size
         if devices and len(devices) != ranks:
             fault = f"{ranks} ranks on {len(devices)} GPUs, and `syncline run` starts them on this host alone"
@@ -206,6 +264,9 @@ class _Planner:
             creates=out if after == "engine" else None,
         )
 
+    def _seen(self, section: str, devices: tuple[int, ...]) -> tuple[str, ...]:
+        return tuple(self._gpus[section][index] for index in devices) if self._gpus[section] else ()
+
     def _argv(self, verb: str, *options: str) -> tuple[str, ...]:
         return (self._machine.python, "-m", "syncline", verb, self._file, *options)
 
@@ -216,7 +277,7 @@ class _Planner:
         return tuple(word for engine_url in self._engine_urls for word in ("--engine-url", engine_url))
 
     def _engine_names(self) -> tuple[str, ...]:
-        return tuple(_engine_name(i) for i in range(self._config.engine.num_replicas))
+        return tuple(_engine_name(i) for i, server in enumerate(self._servers) if server.url is None)
 
 
 def _engine_name(replica: int) -> str:
@@ -238,27 +299,30 @@ def shared_threads(config: RunConfig, num_cores: int) -> dict[str, int]:
     return {name: getattr(config, name).num_threads or share for name, share in shares.items()}
 
 
-def _assigned_gpus(config: RunConfig, machine: Machine) -> dict[str, tuple[str, ...]]:
-    """Indices of the configuration → the names CUDA has for them here; none on a CPU."""
+def _visible_gpus(config: RunConfig, machine: Machine, sections: tuple[str, ...]) -> Mapping[str, Mapping[int, str]]:
+    """Of each section, indices of the configuration → the names CUDA has for them here; none on a CPU."""
     faults: list[str] = []
-    assigned: dict[str, tuple[str, ...]] = {}
-    for section in ("engine", "learner"):
-        part = getattr(config, section)
-        on_gpu = part.device == "cuda" or (part.device == "auto" and machine.gpus)
-        wanted = part.devices if on_gpu else ()
-        assigned[section] = tuple(machine.gpus[i] for i in wanted if i < len(machine.gpus))
+    visible: dict[str, dict[int, str]] = {}
+    for section in sections:
+        if section == "engine" and all(server.url for server in servers(config)):
+            visible[section] = {}
+            continue
+        device = getattr(config, section).device
+        wanted = all_devices(config) if section == "engine" else config.learner.devices
+        on_gpu = device == "cuda" or (device == "auto" and machine.gpus)
+        visible[section] = {i: machine.gpus[i] for i in wanted if on_gpu and i < len(machine.gpus)}
         if on_gpu and not machine.gpus:
             faults.append(f"{section}.device: 'cuda', but this machine shows no NVIDIA GPU; set it to cpu or auto")
-        elif len(assigned[section]) < len(wanted):
+        elif on_gpu and len(visible[section]) < len(set(wanted)):
             faults.append(
                 f"{section}.devices: {list(wanted)} is not among this machine's {len(machine.gpus)} GPUs; "
                 f"use indices below {len(machine.gpus)}"
             )
-    if assigned["engine"] and assigned["learner"]:
+    if all(visible.get(section) for section in ("engine", "learner")):
         faults += gpus_held_twice(config)
     if faults:
         raise ConfigError(faults)
-    return assigned
+    return visible
 
 
 def _environment(*, devices: tuple[str, ...], num_threads: int) -> dict[str, str]:

@@ -77,6 +77,14 @@ def _bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def refuse_taken(field: str, host: str, port: int) -> None:
+    """Raises `ConfigError` naming the holder when somebody listens on the port; a lease on it is no obstacle."""
+    try:
+        _bind(host, port).close()
+    except _Taken as taken:
+        raise ConfigError([f"{field}: {port} on {host} is {taken}; stop that yourself, or name another"]) from taken
+
+
 def _lock(stack: ExitStack, path: Path) -> str | None:
     """Locks `path` until the stack closes and removes it then; the holder, where another process has it."""
     while True:

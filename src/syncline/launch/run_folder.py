@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "engine.devices",
     "engine.tensor_parallel_size",
     "engine.num_replicas",
+    "engine.servers",
+    "engine.max_restarts",
     "engine.num_threads",
     "engine.gpu_memory_utilization",
     "engine.kv_cache_bytes",
@@ -42,6 +44,8 @@ MAY_CHANGE = (
     "learner.num_threads",
     "learner.checkpoint_interval",
     "learner.num_checkpoints",
+    "bridge.host",
+    "bridge.min_engines",
     "bridge.timeout_seconds",
     "parity.interval",
     "observe",
@@ -76,6 +80,16 @@ def claim(
             _empty(path)
         write_atomically(path / CONFIG_FILE, config_text(config))
         yield RunFolder(path, lock.fileno())
+
+
+@contextmanager
+def servers_folder(config: RunConfig, path: Path) -> Iterator[Path]:
+    """The folder of engines that are started without their run: locked while they live, with `config.yaml`."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK_FILE).open("a+") as lock:
+        _lock(lock, path, time.monotonic)
+        write_atomically(path / CONFIG_FILE, config_text(config))
+        yield path
 
 
 def config_text(config: RunConfig) -> str:

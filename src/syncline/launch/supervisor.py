@@ -3,7 +3,7 @@
 Who produces: one thread a process reports its end the moment it happens; one thread a starting service reports that
 its health answers; the signal handler reports Ctrl-C. Who waits: the main thread, on one queue of those events, waking
 five times a second to show logs and check deadlines. Who unblocks: any event. The first process that ends when it
-should not have ends the run, and is the one named.
+should not have ends the run, and is the one named; but a service of a `Pool` is started again while enough others live.
 """
 
 import http.client
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._ready: set[str] = set()
         self._ended: set[str] = set()
+        self._num_restarts: Counter[str] = Counter()
         self._over = threading.Event()
         self._logs = LogTail([*self._specs, "supervisor"])
         self._cleanup = ExitStack()
@@ -110,7 +112,9 @@ class Supervisor:
             self._step()
 
     def _finished(self) -> bool:
-        return all(self._is_done(spec) for spec in self._specs.values() if spec.kind is Kind.JOB)
+        """Services alone run until somebody stops them."""
+        jobs = [spec for spec in self._specs.values() if spec.kind is Kind.JOB]
+        return bool(jobs) and all(self._is_done(spec) for spec in jobs)
 
     def _is_done(self, spec: ProcessSpec) -> bool:
         skipped = spec.name not in self._children and spec.creates is not None and spec.creates.exists()
@@ -144,7 +148,7 @@ class Supervisor:
         match event:
             case Exited():
                 self._on_exit(event)
-            case _BecameReady(name) if name in self._children and name not in self._ended:
+            case _BecameReady(name) if name in self._children and name not in self._ended | self._ready:
                 self._ready.add(name)
                 self._say(f"{name} is ready after {self._children[name].seconds:.1f} s")
             case _Signalled(number):
@@ -153,8 +157,10 @@ class Supervisor:
 
     def _on_exit(self, event: Exited) -> None:
         child = self._children.get(event.name)
-        if child is None:
+        if child is None or event.pid != child.pid:
             return  # stopped by us
+        if self._can_lose(event.name):
+            return self._lose(event.name, event.told())
         if child.spec.kind is not Kind.JOB or event.code != 0:
             self._say(f"{event.name} (pid {child.pid}) {event.told()}; stopping the run")
             raise self._death(child, event)
@@ -162,6 +168,27 @@ class Supervisor:
         self._stop(event.name)
         for name in [name for name in reversed(self._children) if self._specs[name].ends_with == event.name]:
             self._stop(name)
+
+    def _can_lose(self, name: str) -> bool:
+        """It was ready once, and enough others of its pool are."""
+        pool = self._specs[name].pool
+        if pool is None or not (name in self._ready or self._num_restarts[name]):
+            return False
+        others = self._ready & self._children.keys() & set(pool.names) - {name}
+        return len(others) >= pool.min_alive
+
+    def _lose(self, name: str, why: str) -> None:
+        """The rest of its group ends too; then it is due again, unless that was often enough."""
+        pool, pid = self._specs[name].pool, self._children[name].pid
+        assert pool is not None
+        self._stop(name)
+        self._ready.discard(name)
+        self._num_restarts[name] += 1
+        again = self._num_restarts[name] <= pool.max_restarts
+        if again:
+            self._ended.discard(name)
+        then = f"starting it again, {self._num_restarts[name]} of {pool.max_restarts}" if again else "going on without"
+        self._say(f"{name} (pid {pid}) {why}; {then}")
 
     def _death(self, child: Child, event: Exited) -> ProcessDied:
         who = f"{event.name} (pid {child.pid})"
@@ -171,9 +198,12 @@ class Supervisor:
         return died
 
     def _check_deadlines(self) -> None:
-        for name, child in self._children.items():
+        for name, child in list(self._children.items()):
             ready = child.spec.ready
             if ready is not None and name not in self._ready and child.seconds > ready.timeout_seconds:
+                if self._can_lose(name):
+                    self._lose(name, f"was not ready after {ready.timeout_seconds:g} s")
+                    continue
                 raise ready.error(
                     f"{name} (pid {child.pid}) did not answer {ready.url} within {ready.timeout_seconds:g} s; "
                     f"{ready.remedy}; {_end_of_log(child)}"

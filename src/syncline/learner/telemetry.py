@@ -12,6 +12,7 @@ from syncline.types import RolloutGroup
 def timings(started: float, sampled: float, learned: float, *, synced: SyncReport, num_tokens: int) -> dict[str, float]:
     """Where a step's time went. `started`, `sampled` and `learned` are `perf_counter` readings."""
     changed = {} if synced.changed_fraction is None else {"sync/changed_fraction": synced.changed_fraction}
+    engines = {} if synced.num_engines is None else {"sync/engines": float(synced.num_engines)}
     step_seconds = time.perf_counter() - started
     return {
         "time/step_seconds": step_seconds,
@@ -21,6 +22,7 @@ def timings(started: float, sampled: float, learned: float, *, synced: SyncRepor
         "sync/pause_seconds": synced.pause_seconds,
         "sync/bytes": float(synced.num_bytes),
         **changed,
+        **engines,
         "tokens/trained_per_second": num_tokens / (learned - sampled),
         **{f"sync/{part}_seconds": seconds for part, seconds in synced.parts_seconds.items() if part != "pause"},
     }

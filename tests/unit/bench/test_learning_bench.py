@@ -60,6 +60,7 @@ def test_recomputing_changes_no_gradient() -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_it_runs_without_a_gpu(tmp_path: Path) -> None:
     sizes = "--shape tiny --rollouts 4 --group 2 --prompt 4 --completion 8 --shortest 2 --longest 12 --token-budget 64"
     file = tmp_path / "learner.json"

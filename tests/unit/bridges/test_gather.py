@@ -13,7 +13,7 @@ from fake_engine import FakeEngine
 from syncline.bridges.broadcast import BroadcastBridge
 from syncline.bridges.gather import GatheringBridge
 from syncline.config.schema import Bridge
-from syncline.errors import EngineError, SyncError
+from syncline.errors import EngineError, EngineGone, SyncError
 
 WORLD = 2
 
@@ -28,7 +28,8 @@ def export(model: torch.nn.Module) -> Any:
 
 
 def learner(rank: int, folder: str) -> None:
-    """One rank: two versions that arrive, the second as changes alone, then one that the engine does not take."""
+    """One rank: two versions that arrive, the second as changes alone; one of which an engine dies, the other takes;
+    then one that this does not take either."""
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     from torch.distributed.fsdp import fully_shard
@@ -37,9 +38,9 @@ def learner(rank: int, folder: str) -> None:
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
-    engine = FakeEngine("engine a", dict(reference.named_parameters()))
-    config = Bridge(name="broadcast", bucket_bytes=128, timeout_seconds=30, sparse=True)
-    bridge = GatheringBridge(export=export) if rank else BroadcastBridge([engine], config, export=export)
+    engine, mortal = (FakeEngine(f"engine {name}", dict(reference.named_parameters())) for name in "ab")
+    config = Bridge(name="broadcast", bucket_bytes=128, timeout_seconds=5, sparse=True, min_engines=1)
+    bridge = GatheringBridge(export=export) if rank else BroadcastBridge([engine, mortal], config, export=export)
     bridge.attach(model)
     changed = None
     for version in range(2):
@@ -51,13 +52,19 @@ def learner(rank: int, folder: str) -> None:
         assert changed is not None
         assert 0 < changed < 0.2
         assert all(torch.equal(engine.held(name), tensor) for name, tensor in reference.named_parameters())
+    mortal.before_receive = die
+    step(reference, model)
+    report = bridge.publish(model, policy_version=2)
+    assert rank or report.num_engines == 1
+    assert rank or all(torch.equal(engine.held(name), tensor) for name, tensor in reference.named_parameters())
     engine.before_receive = refuse
     step(reference, model)
     with pytest.raises(SyncError) as fault:
-        bridge.publish(model, policy_version=2)
+        bridge.publish(model, policy_version=3)
     Path(folder, f"fault-{rank}").write_text(str(fault.value))
     bridge.close()
     engine.close()
+    mortal.close()
     dist.destroy_process_group()
 
 
@@ -70,12 +77,16 @@ def step(*models: torch.nn.Module, biases_alone: bool = False) -> None:
 
 
 def refuse() -> None:
-    raise EngineError("engine a is gone")
+    raise EngineError("engine a is broken")
+
+
+def die() -> None:
+    raise EngineGone("engine b is gone")
 
 
 def test_every_rank_gathers_one_sends_and_its_fault_is_everybodys(tmp_path: Path) -> None:
     processes.spawn(learner, args=(str(tmp_path),), nprocs=WORLD)  # pyright: ignore[reportPrivateImportUsage]
     written = {path.name: path.read_text() for path in tmp_path.glob("*-*")}
     assert written["digest-0-1"] == written["digest-1-1"] != written["digest-0-0"]
-    assert "engine a is gone" in written["fault-0"]
+    assert "engine a is broken" in written["fault-0"]
     assert written["fault-1"] == f"rank 0: {written['fault-0']}"

@@ -13,7 +13,7 @@ from syncline.bridges.carriers import Receiver, whereabouts
 from syncline.bridges.lora import LoraBridge
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.config.schema import Bridge
-from syncline.errors import EngineError, SyncError
+from syncline.errors import EngineError, EngineGone, EngineTimeout, SyncError
 from syncline.protocols import Paused, Receipt
 
 CPU = torch.device("cpu")
@@ -41,14 +41,18 @@ class FakeEngine:
         self.calls: list[str] = []
         self.fault: str | None = None
         """The call that fails."""
+        self.kind: type[EngineError] = EngineError
+        self.is_back = True
         self.tampers = False
 
     def _called(self, call: str) -> None:
         self.calls.append(call)
         if self.fault == call:
-            raise EngineError(f"{self.name} failed to {call}")
+            raise self.kind(f"{self.name} failed to {call}")
 
-    def wait_until_ready(self, *, timeout_seconds: float) -> None: ...
+    def wait_until_ready(self, *, timeout_seconds: float) -> None:
+        if not self.is_back:
+            raise EngineTimeout(f"{self.name} was not ready")
 
     def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:
         self._called(f"pause {mode}")
@@ -159,6 +163,24 @@ def test_a_fault_between_two_switches_leaves_every_engine_paused(engines: list[F
     with pytest.raises(EngineError, match="second failed to switch"):
         bridge.publish(model, policy_version=1)
     assert [engine.paused for engine in engines] == [True, True]
+
+
+@pytest.mark.parametrize("call", ["stage", "switch", "resume"])
+def test_an_engine_lost_on_the_way_is_left_out_until_it_is_back(
+    engines: list[FakeEngine], tmp_path: Path, call: str
+) -> None:
+    bridge, model = attached(engines, tmp_path, min_engines=1)
+    bridge.publish(model, policy_version=0)
+    model.layers["w"].b.add_(1)
+    engines[1].fault, engines[1].kind, engines[1].is_back = call, EngineGone, False
+    report = bridge.publish(model, policy_version=1)
+    assert (report.num_engines, engines[0].receipt(), engines[0].paused) == (1, report.receipt, False)
+    engines[1].__init__("second")
+    engines[1].base = parameter_digests([("w.weight", torch.ones(4, 3))])
+    assert bridge.publish(model, policy_version=2).num_engines == 1, "another base stays out"
+    engines[1].__init__("second")
+    report = bridge.publish(model, policy_version=3)
+    assert (report.num_engines, engines[1].receipt()) == (2, report.receipt)
 
 
 def test_abort_pauses_only_for_the_switch(engines: list[FakeEngine], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rank_digests import combined
 
 from syncline.bridges.digest import ROW_WORDS, piece_sums, tensor_digest
 from syncline.bridges.manifest import Shard
-from syncline.bridges.receipt import parameter_digests, whole
+from syncline.bridges.receipt import Combination, Piece, parameter_digests, whole
 from syncline.errors import SyncError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.int64)
@@ -132,3 +132,23 @@ def test_a_border_inside_a_word_is_refused_by_parameter() -> None:
 def test_a_piece_that_is_no_slice_of_the_whole_is_refused(shape: tuple[int, ...], start: tuple[int, ...]) -> None:
     with pytest.raises(SyncError, match=r"w: a piece .* is not a slice of"):
         piece_sums([("w", Shard(torch.ones(2, 2), shape, start))])
+
+
+def test_stages_hold_other_layers_and_what_two_of_them_hold_counts_once() -> None:
+    """Two stages of two ranks: layers a and b, and tied embeddings e in both."""
+    tensors = {name: random_tensor((8, 16), torch.float32, seed) for seed, name in enumerate("abe")}
+    shards = {name: split(tensor, 2, 0) for name, tensor in tensors.items()}
+    first = [{"a": shards["a"][rank], "e": shards["e"][rank]} for rank in range(2)]
+    second = [{"b": shards["b"][rank], "e": shards["e"][rank]} for rank in range(2)]
+    ranks = [list(rank.items()) for rank in (*first, *second)]
+    found = [piece_sums(iter(rank)).digests for rank in ranks]
+    pieces = [[Piece.of(name, shard) for name, shard in rank] for rank in ranks]
+    expected = parameter_digests(tensors.items())
+    assert Combination(pieces, num_stages=2).digests(found) == expected
+    stale = [*found[:3], [found[3][0], found[3][1] + 1]]
+    with pytest.raises(SyncError, match="e: ranks 1 and 3 hold different copies of it"):
+        Combination(pieces, num_stages=2).digests(stale)
+    with pytest.raises(SyncError, match="a: rank 2 lacks it, rank 0 holds it"):
+        Combination(pieces)
+    with pytest.raises(SyncError, match="b: rank 3 lacks it, rank 2 holds it"):
+        Combination([*pieces[:3], pieces[3][1:]], num_stages=2)

@@ -1,45 +1,139 @@
-"""The pool: requests go where the fewest completions are being sampled."""
+"""The pool: requests go where the fewest tokens are to come, and elsewhere when an engine does not answer."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 
+import pytest
+
+from syncline.engines import pool as pool_module
+from syncline.engines.client import EngineClient, NotReady
 from syncline.engines.pool import EnginePool
-from syncline.types import Completion, SamplingParams
+from syncline.errors import EngineError, EngineGone, EngineTimeout
+from syncline.types import Completion, FinishReason, SamplingParams
+
+SAMPLING = SamplingParams(100)
 
 
-class Engine:
-    """Answers when told to."""
+def completion(length: int) -> Completion:
+    return Completion((7,) * length, (-1.0,) * length, (), FinishReason.STOP)
 
-    def __init__(self) -> None:
+
+class Engine(EngineClient):
+    """Answers when told to; `faults` are raised first, one a request."""
+
+    def __init__(self, url: str, *faults: EngineError) -> None:
+        super().__init__(url, timeout_seconds=1)
         self.prompts: list[int] = []
+        self.faults = list(faults)
         self.answer = asyncio.Event()
+        self.length = 100
 
-    async def generate(self, prompt_token_ids, sampling, *, num_completions=1) -> list[Completion]:
-        self.prompts.append(prompt_token_ids[0])
+    async def attempt(self, prompt_token_ids, sampling, *, num_completions=1, needs_version=False):
+        assert needs_version, "training takes published policies alone"
+        self.prompts.append(len(prompt_token_ids))
+        if self.faults:
+            raise self.faults.pop(0)
         await self.answer.wait()
-        return []
+        return [completion(self.length)] * num_completions
 
 
-def test_each_request_goes_to_the_engine_with_the_fewest_completions() -> None:
-    async def scenario() -> tuple[list[int], list[int]]:
-        pool = EnginePool(["http://a", "http://b"], timeout_seconds=1)
-        first, second = Engine(), Engine()
-        pool._running = {first: 0, second: 0}  # type: ignore[dict-item]
-        pool._clients = [first, second]  # type: ignore[list-item]
-        sampling = SamplingParams(4)
+def pool_of(*engines: Engine, timeout_seconds: float = 5.0) -> EnginePool:
+    pool = EnginePool([], timeout_seconds=timeout_seconds)
+    pool._clients, pool._tokens = list(engines), dict.fromkeys(engines, 0.0)
+    return pool
 
-        async def ask(prompt: int, num_completions: int) -> None:
-            await pool.generate((prompt,), sampling, num_completions=num_completions)
 
-        running = []
-        for prompt, num_completions in ((1, 4), (2, 1), (3, 1), (4, 1)):
-            running.append(asyncio.create_task(ask(prompt, num_completions)))
-            await asyncio.sleep(0)
-        first.answer.set()
-        await running[0]
-        running.append(asyncio.create_task(ask(5, 1)))
+async def asked(pool: EnginePool, *requests: tuple[int, int]) -> list[asyncio.Task]:
+    """Each `(prompt length, num_completions)`, started in order."""
+    running = []
+    for length, num_completions in requests:
+        prompt = (5,) * length
+        running.append(asyncio.create_task(pool.generate(prompt, SAMPLING, num_completions=num_completions)))
         await asyncio.sleep(0)
+    return running
+
+
+def play(scenario: Callable[[], object]) -> object:
+    return asyncio.run(scenario())  # type: ignore[arg-type]
+
+
+def test_each_request_goes_to_the_engine_with_the_fewest_tokens_to_come() -> None:
+    async def scenario() -> tuple[Sequence[int], Sequence[int]]:
+        first, second = Engine("http://a"), Engine("http://b")
+        pool = pool_of(first, second)
+        running = await asked(pool, (1, 4), (2, 1), (350, 1), (3, 1), (4, 1))  # 401 | 102, 552 | 504, 608
+        first.answer.set()
         second.answer.set()
         await asyncio.gather(*running)
+        assert set(pool._tokens.values()) == {0.0}
         return first.prompts, second.prompts
 
-    assert asyncio.run(scenario()) == ([1, 5], [2, 3, 4])
+    assert play(scenario) == ([1, 3, 4], [2, 350])
+
+
+def test_what_was_answered_tells_how_long_completions_are() -> None:
+    async def scenario() -> Sequence[int]:
+        first, second = Engine("http://a"), Engine("http://b")
+        pool = pool_of(first, second)
+        first.length = 10
+        first.answer.set()
+        await asyncio.gather(*await asked(pool, (1, 1)))
+        first.answer.clear()
+        running = await asked(pool, (1, 4), (80, 1))  # 4 completions of 10, not of 100
+        await asked(pool, (2, 1))
+        for task in running:
+            task.cancel()
+        return first.prompts
+
+    assert play(scenario) == [1, 1, 2]
+
+
+@pytest.mark.parametrize("fault", [NotReady("it starts"), EngineGone("it broke off")])
+def test_an_engine_that_did_not_answer_rests_and_another_takes_the_request(fault: EngineError) -> None:
+    async def scenario() -> tuple[Sequence[int], Sequence[int]]:
+        first, second = Engine("http://a", fault), Engine("http://b")
+        first.answer.set()
+        second.answer.set()
+        pool = pool_of(first, second)
+        for length in (1, 2):
+            [task] = await asked(pool, (length, 1))
+            assert len((await task)[0].token_ids) == 100
+        pool._resting[first] = (0.0, fault)  # its rest is over
+        [task] = await asked(pool, (3, 1))
+        await task
+        assert not pool._resting
+        return first.prompts, second.prompts
+
+    assert play(scenario) == ([1, 3], [1, 2])
+
+
+def test_an_answer_that_is_a_refusal_is_no_reason_to_ask_another() -> None:
+    async def scenario() -> Sequence[int]:
+        first, second = Engine("http://a", EngineError("too long")), Engine("http://b")
+        [task] = await asked(pool_of(first, second), (1, 1))
+        with pytest.raises(EngineError, match="too long"):
+            await task
+        return second.prompts
+
+    assert play(scenario) == []
+
+
+def test_the_only_engine_that_broke_off_is_not_waited_for() -> None:
+    async def scenario() -> None:
+        [task] = await asked(pool_of(Engine("http://a", EngineGone("it broke off"))), (1, 1))
+        with pytest.raises(EngineGone):
+            await task
+
+    play(scenario)
+
+
+def test_no_engine_at_all_is_told_with_what_each_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "RETRY_SECONDS", 0.0)
+
+    async def scenario() -> None:
+        first, second = Engine("http://a", NotReady("a starts")), Engine("http://b", EngineGone("b broke off"))
+        [task] = await asked(pool_of(first, second, timeout_seconds=0.0), (1, 1))
+        with pytest.raises(EngineTimeout, match=r"no engine took the request in 0 s:\na starts\nb broke off"):
+            await task
+
+    play(scenario)

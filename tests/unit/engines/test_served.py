@@ -25,6 +25,7 @@ class Engine:
         self.calls: list[str] = []
         self.output_processor = SimpleNamespace(request_states={})
         self.engine_core = SimpleNamespace(outputs_queue=None)
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=1))
         self.models = [nn.ParameterDict({"w": torch.full((2, 6), float(rank))}) for rank in range(2)]
         self._measures = [
             Measure(lambda model, first=2 * rank: [("w", Shard(model["w"], (4, 6), (first, 0)))]) for rank in range(2)

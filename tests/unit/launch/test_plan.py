@@ -7,7 +7,17 @@ import pytest
 
 from syncline.config import RunConfig, resolve
 from syncline.errors import ConfigError
-from syncline.launch.plan import Kind, Machine, ProcessSpec, plan, shared_threads, url, wanted_ports
+from syncline.launch.plan import (
+    Kind,
+    Machine,
+    Pool,
+    ProcessSpec,
+    plan,
+    plan_servers,
+    shared_threads,
+    url,
+    wanted_ports,
+)
 
 PORTS = {"engine.port": 8001, "trajectory.port": 8002}
 CPU = Machine(num_cores=5, gpus=(), python="python")
@@ -195,3 +205,40 @@ def test_the_ranks_of_an_engine_on_a_cpu_share_its_threads() -> None:
     machine = Machine(num_cores=8, gpus=(), python="python")
     specs = planned(machine, engine=on_cpu | {"tensor_parallel_size": 2}, learner=on_cpu)
     assert specs["engine"].env["OMP_NUM_THREADS"] == "4"
+
+
+def test_a_pool_of_engines_that_differ() -> None:
+    machine = Machine(num_cores=4, gpus=tuple("01234"), python="python")
+    elsewhere = "http://10.0.0.2:9000"
+    listed = [{"devices": [0, 1], "tensor_parallel_size": 2}, {"url": elsewhere}, {"devices": [3]}]
+    built = config(
+        engine={"servers": listed, "port": 8001},
+        learner={"devices": [4]},
+        bridge={"name": "broadcast", "min_engines": 2},
+        evaluation={"num_tasks": 1},
+    )
+    ports = {field: port for field, (_, port) in wanted_ports(built).items()} | {"trajectory.port": 8000}
+    assert ports == {"engine.port": 8001, "engine.port + 2": 8003, "trajectory.port": 8000}
+    specs = {spec.name: spec for spec in plan(built, ports=ports, machine=machine)}
+    assert {name: spec.devices for name, spec in specs.items() if name.startswith("engine")} == {
+        "engine": ("0", "1"), "engine-2": ("3",)
+    }  # fmt: skip
+    own = specs["engine"].argv[5:-4]
+    assert own == (
+        "engine.servers=[]", "bridge.min_engines=null", "engine.tensor_parallel_size=2", "engine.devices=[0, 1]"
+    )  # fmt: skip
+    urls = [specs["learner"].argv[i + 1] for i, word in enumerate(specs["learner"].argv) if word == "--engine-url"]
+    assert urls == ["http://127.0.0.1:8001", elsewhere, "http://127.0.0.1:8003"]
+    assert specs["evaluation-before"].starts_after == ("engine", "engine-2")
+    assert specs["engine"].pool == Pool(("engine", "engine-2"), 1, 3), "the one elsewhere may be one of the two"
+
+
+def test_engines_alone_need_no_gpu_of_the_learner() -> None:
+    built = config(engine={"num_replicas": 2, "devices": [0, 1]}, learner={"devices": [7]})
+    machine = Machine(num_cores=4, gpus=("0", "1"), python="python")
+    ports = {"engine.port": 8001, "engine.port + 1": 8002}
+    specs = plan_servers(built, ports=ports, machine=machine, folder=Path("runs/x-servers"))
+    assert [(spec.name, spec.devices, spec.pool) for spec in specs] == [
+        ("engine", ("0",), None), ("engine-1", ("1",), None)
+    ]  # fmt: skip
+    assert specs[0].argv[4] == "runs/x-servers/config.yaml"

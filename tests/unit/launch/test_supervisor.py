@@ -14,7 +14,7 @@ import pytest
 
 from syncline.errors import EngineTimeout, ProcessDied
 from syncline.launch.groups import live_members, process_stat
-from syncline.launch.plan import Kind, ProcessSpec, Ready
+from syncline.launch.plan import Kind, Pool, ProcessSpec, Ready
 from syncline.launch.supervisor import Interrupted, Supervisor
 
 DEADLINE_SECONDS = 20.0
@@ -266,3 +266,52 @@ def test_children_and_grandchildren_die_with_a_killed_supervisor(tmp_path: Path)
         assert len(pids) == 3
         supervisor.kill()
         wait_until(lambda: all((stat := process_stat(pid)) is None or stat.zombie for pid in pids))
+
+
+def pooled(folder: Path, *, min_alive: int, max_restarts: int = 1) -> list[ProcessSpec]:
+    pool = Pool(("engine", "engine-1"), min_alive, max_restarts)
+    engines = [
+        spec(folder, name, HTTP, str(port := free_port()), ready=ready(port), ports=(port,), pool=pool)
+        for name in pool.names
+    ]
+    return [*engines, job(folder, "learner", SLEEP, starts_after=pool.names)]
+
+
+def is_told(watched: Watched, text: str, *, times: int = 1) -> bool:
+    return sum(text in line for line in watched.lines) >= times
+
+
+def kill(watched: Watched, name: str) -> None:
+    started = [line for line in watched.lines if f"started {name} (pid " in line]
+    os.kill(int(started[-1].rpartition("pid ")[2].rstrip(")")), signal.SIGKILL)
+
+
+def test_a_service_of_a_pool_is_started_again_as_often_as_allowed_and_then_missed(tmp_path: Path) -> None:
+    watched = Watched(pooled(tmp_path, min_alive=1), tmp_path)
+    when(lambda: watched.pid("learner") != 0, lambda: kill(watched, "engine-1"))
+    when(lambda: is_told(watched, "engine-1 is ready", times=2), lambda: kill(watched, "engine-1"))
+    gone = "engine-1 (pid"
+    when(
+        lambda: any(gone in line and "going on without" in line for line in watched.lines),
+        lambda: os.kill(watched.pid("learner"), signal.SIGKILL),
+    )
+    with pytest.raises(ProcessDied, match="learner"):
+        watched.run()
+    told = [line.rpartition("; ")[2] for line in watched.lines if gone in line and "SIGKILL" in line]
+    assert told == ["starting it again, 1 of 1", "going on without"]
+    watched.assert_nothing_left(["engine", "engine-1", "learner"])
+
+
+def test_a_pool_below_its_least_ends_the_run(tmp_path: Path) -> None:
+    watched = Watched(pooled(tmp_path, min_alive=2), tmp_path)
+    when(lambda: watched.pid("learner") != 0, lambda: kill(watched, "engine"))
+    with pytest.raises(ProcessDied, match=r"engine \(pid \d+\) was killed by SIGKILL"):
+        watched.run()
+
+
+def test_services_alone_run_until_somebody_stops_them(tmp_path: Path) -> None:
+    watched = Watched([spec(tmp_path, "engine", SLEEP)], tmp_path)
+    when(lambda: logged(tmp_path, "engine", "up"), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        watched.run()
+    watched.assert_nothing_left(["engine"])

@@ -74,8 +74,14 @@ class Kept:
         return sum(kept.tensors.values())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("what", ["none", "selective", "full"])
+COMPILED = (
+    *((what, False) for what in ("none", "selective", "full")),
+    ("full", True),
+    *(pytest.param(what, True, marks=pytest.mark.slow) for what in ("none", "selective")),
+)
+
+
+@pytest.mark.parametrize(("what", "compiled"), COMPILED)
 def test_values_and_gradients_are_those_of_plain_layers(what: str, compiled: bool) -> None:
     plain, ours = model(), model()
     recompute_layers(ours, Recomputation.model_validate({"what": what}))

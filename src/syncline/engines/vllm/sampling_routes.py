@@ -27,6 +27,8 @@ class GenerateBody(Body):
     prompt_token_ids: tuple[int, ...] = Field(min_length=1)
     sampling: SamplingParams
     num_completions: int = Field(default=1, ge=1)
+    needs_version: bool = False
+    """Answer 503, and sample nothing, while no published policy is held."""
 
 
 def sampling_routes(served: Served) -> APIRouter:
@@ -44,6 +46,9 @@ def sampling_routes(served: Served) -> APIRouter:
     @with_cancellation
     async def generate(body: GenerateBody, raw_request: Request) -> JSONResponse:
         del raw_request
+        if body.needs_version and served.held.policy_version == UNPUBLISHED:
+            fault = served.torn or "no policy version was published to this engine yet"
+            return JSONResponse({"error": fault}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
         can_freeze = compat.can_freeze(seed=body.sampling.seed)
         async with served.gate.request(f"syncline-{uuid4().hex}", can_freeze=can_freeze) as visit:
             with served.adapters.running() as adapter:

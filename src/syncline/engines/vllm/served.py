@@ -53,7 +53,8 @@ class Served:
         layouts = [reading.layout for reading in readings]
         if layouts != self.layouts:
             ranks = await self.each_rank("syncline_pieces")
-            self.combination = Combination([[Piece(*piece) for piece in pieces] for pieces in ranks])
+            stages = self.engine.vllm_config.parallel_config.pipeline_parallel_size
+            self.combination = Combination([[Piece(*piece) for piece in p] for p in ranks], num_stages=stages)
             self.layouts = layouts
         measured = self.combination.digests([reading.digests for reading in readings]) | self.handed
         if current := self.adapters.current:

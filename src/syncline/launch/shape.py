@@ -1,0 +1,96 @@
+"""A model's sizes, read from its `config.json` alone: how many parameters, and what a token costs to keep."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from syncline.errors import ConfigError
+
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_BIASED_ATTENTION = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl_text")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a decoder: gated feed-forward layers, grouped-query attention, experts or none. A vision tower is left out."""
+
+    hidden: int
+    layers: int
+    query: int
+    """Heads times their size; `key_value` is of both together, keys and values."""
+    key_value: int
+    feed_forward: int
+    """Of one expert, where there are experts."""
+    vocabulary: int
+    tied: bool
+    attention_bias: bool = False
+    experts: int = 1
+    active_experts: int = 1
+
+    @property
+    def attention(self) -> int:
+        """Parameters of a layer's attention."""
+        biases = self.query + self.key_value if self.attention_bias else 0
+        return self.hidden * (2 * self.query + self.key_value) + biases
+
+    @property
+    def parameters(self) -> int:
+        return self._counted(self.experts) + self.hidden * self.vocabulary * (1 if self.tied else 2)
+
+    @property
+    def computed(self) -> int:
+        """Parameters that a token is multiplied with: active experts alone, and the head once."""
+        return self._counted(self.active_experts) + self.hidden * self.vocabulary
+
+    def _counted(self, experts: int) -> int:
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        layer = self.attention + 3 * self.hidden * self.feed_forward * experts + router + 2 * self.hidden
+        return self.layers * layer + self.hidden
+
+    def adapter(self, rank: int) -> int:
+        """Parameters of a LoRA on every linear layer: rank · (inputs + outputs)."""
+        attention = 4 * self.hidden + 2 * self.query + self.key_value
+        return self.layers * rank * (attention + 3 * (self.hidden + self.feed_forward) * self.experts)
+
+
+def read_shape(model: str) -> Shape:
+    """Of a folder, or of a model of the hub. Raises `ConfigError` when it cannot be read or names no sizes."""
+    path = Path(model) / "config.json" if Path(model).is_dir() else _from_hub(model)
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"model.path: {model!r} has no readable config.json: {error}"]) from error
+    text = values.get("text_config", values)
+    if missing := [name for name in _NEEDED if name not in text]:
+        raise ConfigError([f"model.path: {model!r} has a config.json without {', '.join(missing)}; it is no decoder"])
+    return shape_of(text, tied=bool(text.get("tie_word_embeddings", values.get("tie_word_embeddings", False))))
+
+
+def shape_of(text: Mapping[str, Any], *, tied: bool) -> Shape:
+    heads = text["num_attention_heads"]
+    size = text.get("head_dim") or text["hidden_size"] // heads
+    experts = text.get("num_experts") or text.get("num_local_experts") or text.get("n_routed_experts") or 1
+    return Shape(
+        hidden=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+        query=heads * size,
+        key_value=2 * (text.get("num_key_value_heads") or heads) * size,
+        feed_forward=(text.get("moe_intermediate_size") if experts > 1 else None) or text["intermediate_size"],
+        vocabulary=text["vocab_size"],
+        tied=tied,
+        attention_bias=bool(text.get("attention_bias", text.get("model_type") in _BIASED_ATTENTION)),
+        experts=experts,
+        active_experts=text.get("num_experts_per_tok", 1) if experts > 1 else 1,
+    )
+
+
+def _from_hub(model: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(model, "config.json"))
+    except Exception as error:  # the hub's boundary: whatever it raises, the file is not to be had
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError([f"model.path: {model!r} is no folder, and the hub gives no config.json: {why}"]) from error

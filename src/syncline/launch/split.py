@@ -1,0 +1,127 @@
+"""GPUs between engines and learner: every split that fits, by the time of its step."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from syncline.config.load import resolve
+from syncline.config.schema import RunConfig
+from syncline.errors import ConfigError
+from syncline.launch.estimate import (
+    GPUS,
+    EngineMemory,
+    Part,
+    engine_memory,
+    learn_seconds,
+    learner_parts,
+    sample_seconds,
+    sync_seconds,
+    total,
+)
+from syncline.launch.shape import Shape
+
+FILLED = 0.95
+"""Of a GPU's memory, that a part may be estimated to fill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """So many engines of so many ranks, and the learner's GPUs. `shared` has all on the same ones."""
+
+    bridge: str
+    num_engines: int
+    engine_ranks: int
+    learner_gpus: int
+    utilisation: float
+    """Of each of its GPUs, what an engine takes."""
+    num_at_once: int
+    """Sequences an engine samples at once."""
+    learner: tuple[Part, ...]
+    engine: EngineMemory
+    sample: float
+    learn: float
+    sync: float
+    overlaps: bool
+    """Sampling goes on while the learner learns (`run.max_staleness` above 0)."""
+
+    @property
+    def step(self) -> float:
+        both = max(self.sample, self.learn) if self.overlaps else self.sample + self.learn
+        return both + self.sync
+
+    def overrides(self) -> dict[str, Any]:
+        """What the run is told: our field → value."""
+        engines = list(range(self.num_engines * self.engine_ranks))
+        first = 0 if self.bridge == "shared" else len(engines)
+        return {
+            "bridge.name": self.bridge,
+            "engine.devices": engines,
+            "engine.tensor_parallel_size": self.engine_ranks,
+            "engine.num_replicas": self.num_engines,
+            "engine.gpu_memory_utilization": self.utilisation,
+            "engine.max_num_seqs": self.num_at_once,
+            "learner.devices": list(range(first, first + self.learner_gpus)),
+            f"learner.{'tensor' if self.bridge == 'shared' else 'data'}_parallel_size": self.learner_gpus,
+        }
+
+
+def splits(config: RunConfig, shape: Shape, *, num_gpus: int, gpu: str) -> list[Split]:
+    """Those that fit and that no rule speaks against, the fastest first."""
+    found = [
+        split
+        for bridge, engines, ranks, learners in _candidates(config, shape, num_gpus)
+        if (split := _split(config, shape, gpu, bridge, (engines, ranks, learners))) and _may_run(split, config)
+    ]
+    return sorted(found, key=lambda split: (split.step, split.engine_ranks))
+
+
+def _may_run(split: Split, config: RunConfig) -> bool:
+    values = config.model_dump(mode="json")
+    for name, value in split.overrides().items():
+        section, _, field = name.partition(".")
+        values[section][field] = value
+    try:
+        resolve(values)
+    except ConfigError:
+        return False
+    return True
+
+
+def _candidates(config: RunConfig, shape: Shape, num_gpus: int) -> Iterator[tuple[str, int, int, int]]:
+    """(bridge, engines, ranks of each, GPUs of the learner)."""
+    apart = "lora" if config.model.lora and not config.model.lora.dora else "broadcast"
+    for ranks in (size for size in (1, 2, 4, 8) if size <= num_gpus and shape.query % size == 0):
+        if ranks == num_gpus:
+            yield "shared", 1, ranks, ranks
+        for learners in range(1, num_gpus - ranks + 1):
+            if engines := (num_gpus - learners) // ranks:
+                yield apart, engines, ranks, learners
+
+
+def _split(config: RunConfig, shape: Shape, gpu: str, bridge: str, sizes: tuple[int, int, int]) -> Split | None:
+    """`None` where the learner or one sequence does not fit."""
+    engines, ranks, learners = sizes
+    memory, rate, bandwidth = GPUS[gpu]
+    parts = learner_parts(config, shape, num_gpus=learners, counts_weights=bridge != "shared")
+    room = FILLED - total(parts) / memory
+    share = math.floor(20 * (room if bridge == "shared" else FILLED)) / 20
+    engine = engine_memory(config, shape, gpu_bytes=memory, num_ranks=ranks, utilisation=share)
+    if room < 0 or engine.num_sequences == 0:
+        return None
+    wanted = math.ceil(config.run.groups_per_step * config.run.rollouts_per_group / engines)
+    speed = {"bandwidth": bandwidth, "num_ranks": ranks, "num_engines": engines}
+    return Split(
+        bridge=bridge,
+        num_engines=engines,
+        engine_ranks=ranks,
+        learner_gpus=learners,
+        utilisation=share,
+        num_at_once=min(wanted, engine.num_sequences),
+        learner=tuple(parts),
+        engine=engine,
+        sample=sample_seconds(config, shape, engine, **speed),
+        learn=learn_seconds(config, shape, rate=rate, num_gpus=learners),
+        sync=sync_seconds(config, shape, bridge),
+        overlaps=config.run.max_staleness > 0 and bridge != "shared",
+    )
