@@ -6,11 +6,12 @@ GPU_TEST ?=
 PY := .venv/bin/python
 RUN_TESTS := $(PY) -m pytest
 
-.PHONY: help setup environments demo test slow families check bench gpu-test lock clean
+.PHONY: help setup environments demo offline-demo test slow families check bench gpu-test lock clean
 
 help:
 	@echo "setup     .venv with syncline and vLLM (ENGINE=auto|cpu|cuda, PYTHON=python3)"
 	@echo "demo      train the small model with GRPO (SEEDS=\"0 1 2\")"
+	@echo "offline-demo  train it offline: collect, prefer, DPO, evaluate, in two rounds"
 	@echo "test      the tests that need no GPU, real vLLM included; CI runs them"
 	@echo "slow      the tests that \`test\` leaves out: more of a kind of which it runs a few"
 	@echo "families  every model family's parity, learner against a real engine"
@@ -28,13 +29,17 @@ environments:
 	@$(PYTHON) scripts/setup.py --engine $(ENGINE) --environments
 
 # Neither asks a model hub for anything.
-demo test slow families check gpu-test: export HF_HUB_OFFLINE = 1
-demo test slow families check gpu-test: export VLLM_NO_USAGE_STATS = 1
+demo offline-demo test slow families check gpu-test: export HF_HUB_OFFLINE = 1
+demo offline-demo test slow families check gpu-test: export VLLM_NO_USAGE_STATS = 1
 # Threads that wait sleep: a spinning one slows whatever shares its core.
-demo test slow families: export OMP_WAIT_POLICY = PASSIVE
+demo offline-demo test slow families: export OMP_WAIT_POLICY = PASSIVE
 
 demo: setup
 	$(PY) recipes/demo/run.py --seeds $(SEEDS)
+
+# TRL is among the environments' libraries.
+offline-demo: environments
+	$(PY) recipes/demo/offline.py
 
 test: environments
 	$(RUN_TESTS) -m "not gpu and not slow"

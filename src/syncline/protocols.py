@@ -9,16 +9,23 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from syncline.types import Completion, Message, Rollout, RolloutGroup, SamplingParams
+from syncline.types import Completion, ImageRef, Message, Rollout, RolloutGroup, SamplingParams
 
 
 class Generate(Protocol):
     """Tokens in, tokens out."""
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, num_completions: int = 1
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        num_completions: int = 1,
+        images: Sequence[ImageRef] = (),
     ) -> list[Completion]:
-        """Samples `num_completions` sequences of one prompt. Raises `EngineError`, `EngineTimeout`."""
+        """Samples `num_completions` sequences of one prompt, in which each of `images` has the one placeholder that the
+        chat template gives it; the completions then say how the engine read it. Raises `EngineError`, `EngineTimeout`.
+        """
         ...
 
 
@@ -38,8 +45,10 @@ class Policy(Protocol):
         """Text of sampled tokens, special tokens left out."""
         ...
 
-    async def sample(self, prompt_token_ids: Sequence[int], *, num_completions: int) -> list[Completion]:
-        """Samples with the run's `SamplingParams`."""
+    async def sample(
+        self, prompt_token_ids: Sequence[int], *, num_completions: int, images: Sequence[ImageRef] = ()
+    ) -> list[Completion]:
+        """Samples with the run's `SamplingParams`. `images` are those of the messages that were encoded, in order."""
         ...
 
 

@@ -14,6 +14,7 @@ from syncline.protocols import Permit
 from syncline.types import (
     Completion,
     FinishReason,
+    ImageRef,
     Message,
     Rollout,
     RolloutGroup,
@@ -164,10 +165,18 @@ class FakeGenerate:
         self._respond = respond
         self.calls: list[tuple[tuple[int, ...], SamplingParams, int]] = []
         """`(prompt_token_ids, sampling, num_completions)` of every call, in order."""
+        self.images: list[tuple[ImageRef, ...]] = []
+        """Of every call, in order."""
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, num_completions: int = 1
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        num_completions: int = 1,
+        images: Sequence[ImageRef] = (),
     ) -> list[Completion]:
+        self.images.append(tuple(images))
         self.calls.append((tuple(prompt_token_ids), sampling, num_completions))
         await asyncio.sleep(0)
         return [self._respond(prompt_token_ids, sampling, i) for i in range(num_completions)]
@@ -186,7 +195,10 @@ class ScriptedPolicy:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
 
-    async def sample(self, prompt_token_ids: Sequence[int], *, num_completions: int) -> list[Completion]:
+    async def sample(
+        self, prompt_token_ids: Sequence[int], *, num_completions: int, images: Sequence[ImageRef] = ()
+    ) -> list[Completion]:
+        del images  # it sees texts alone
         await asyncio.sleep(0)
         said = [tuple(map(ord, self._respond(self.decode(prompt_token_ids)))) for _ in range(num_completions)]
         spans = [(VersionSpan(0, 0, len(ids)),) if ids else () for ids in said]

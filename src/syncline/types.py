@@ -39,11 +39,29 @@ class VersionSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image by where its file lies and what is in it. Rollouts carry these, never pixels: every process that needs
+    the pixels reads the file, once for a whole group, and refuses one whose bytes are no longer those."""
+
+    path: str
+    sha256: str
+    """Of the file's bytes, in hex."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path must not be empty")
+        if len(self.sha256) != 64 or not set(self.sha256) <= set("0123456789abcdef"):
+            raise ValueError(f"sha256 must be 64 hex digits, got {self.sha256!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One chat turn, as people read it."""
 
     role: str
     content: str
+    images: tuple[ImageRef, ...] = ()
+    """Shown before the text, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +109,8 @@ class Completion:
     logprobs: tuple[float, ...]
     versions: tuple[VersionSpan, ...]
     finish_reason: FinishReason
+    prompt_token_ids: tuple[int, ...] = ()
+    """The prompt as the engine read it, with as many placeholders as each image has; empty: as it was given."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -122,6 +142,8 @@ class TrainingSample:
     logprobs: tuple[float, ...]
     versions: tuple[VersionSpan, ...]
     lacks: tuple[Lack, ...] = ()
+    images: tuple[ImageRef, ...] = ()
+    """What the placeholders among the tokens stand for, in order: as many placeholders as each image has."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -148,13 +170,18 @@ class TrainingSample:
         return sum(self.loss_mask)
 
     @classmethod
-    def from_completion(cls, prompt_token_ids: tuple[int, ...], completion: Completion) -> "TrainingSample":
-        """A prompt, then what was sampled. With `extended` the one way tokens enter a sample."""
-        return cls._joined((), (), (), (), given=prompt_token_ids, completion=completion)
+    def from_completion(
+        cls, prompt_token_ids: tuple[int, ...], completion: Completion, *, images: tuple[ImageRef, ...] = ()
+    ) -> "TrainingSample":
+        """A prompt as the engine read it, then what was sampled. With `extended` the one way tokens enter a sample."""
+        return cls._joined((), (), (), (), images, given=prompt_token_ids, completion=completion)
 
-    def extended(self, given: tuple[int, ...], completion: Completion) -> "TrainingSample":
-        """The next turn: `given` tokens that nobody sampled, then what was. What is here already stays as it is."""
-        own = (self.token_ids, self.loss_mask, self.logprobs, self.versions)
+    def extended(
+        self, given: tuple[int, ...], completion: Completion, *, images: tuple[ImageRef, ...] = ()
+    ) -> "TrainingSample":
+        """The next turn: `given` tokens that nobody sampled, with their own images, then what was. What is here already
+        stays as it is."""
+        own = (self.token_ids, self.loss_mask, self.logprobs, self.versions, self.images + images)
         return self._joined(*own, given=given, completion=completion)
 
     @classmethod
@@ -164,6 +191,7 @@ class TrainingSample:
         loss_mask: tuple[bool, ...],
         logprobs: tuple[float, ...],
         versions: tuple[VersionSpan, ...],
+        images: tuple[ImageRef, ...],
         *,
         given: tuple[int, ...],
         completion: Completion,
@@ -175,6 +203,7 @@ class TrainingSample:
             logprobs=logprobs + (0.0,) * len(given) + completion.logprobs,
             versions=versions
             + tuple(VersionSpan(s.policy_version, s.start + start, s.end + start) for s in completion.versions),
+            images=images,
         )
 
 

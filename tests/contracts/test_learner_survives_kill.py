@@ -26,7 +26,7 @@ from trajectory_process import TrajectoryProcess
 from syncline.trajectory.client import TrajectorySink
 from syncline.types import Completion, FinishReason, Rollout, RolloutGroup, RolloutStatus, TrainingSample, VersionSpan
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NUM_STEPS, GROUPS_PER_STEP, HANGS_AT = 5, 2, 4
 DEADLINE_SECONDS = 180.0
 KINDS: dict[str, dict[str, Any]] = {
@@ -131,9 +131,7 @@ def what_it_learned(folder: Path) -> tuple[list[tuple[float, float]], dict[str, 
     return [(step["loss"], step["grad_norm"]) for step in steps], held
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if "two" in kind else []) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_learner_goes_on_to_the_bit(tmp_path: Path, kind: str) -> None:
     model = make_tiny_model(tmp_path / "model")
     num_ranks = KINDS[kind]["learner"].get("data_parallel_size", 1)

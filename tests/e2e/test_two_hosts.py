@@ -97,6 +97,7 @@ def test_a_learner_of_two_hosts_trains_with_an_engine_of_the_second(hosts: tuple
     here, there = hosts
     values = run_values(make_tiny_model(tmp_path / "model"), tmp_path / "run")
     values["run"] |= {"num_steps": NUM_STEPS, "groups_per_step": 2, "rollouts_per_group": 2}
+    values["environments"] = [{"task": "arithmetic", "args": {"weights": {"digits": 1.0}}}]
     values["engine"] |= {"device": "cpu"}
     values["learner"] = {"device": "cpu", "tensor_parallel_size": 2, "token_budget": 512}
     values["bridge"] = {"name": "broadcast", "host": here.address}
@@ -128,7 +129,7 @@ def test_a_learner_of_two_hosts_trains_with_an_engine_of_the_second(hosts: tuple
         assert [rank.poll() for rank in both] == [0, 0], _told(tmp_path)
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [step["policy_version"] for step in steps] == list(range(1, NUM_STEPS + 1))
-    assert all(step["sync/bytes"] > 0 for step in steps)
+    assert any(step["sync/bytes"] > 0 for step in steps), "attempts that are all alike move no weight"
 
 
 def _told(folder: Path) -> str:

@@ -105,6 +105,7 @@ def test_public_names() -> None:
     assert public(types) == {
         "Completion",
         "FinishReason",
+        "ImageRef",
         "Lack",
         "Message",
         "Rollout",

@@ -28,6 +28,7 @@ ALWAYS_REFUSED: dict[str, tuple[Any, str]] = {
     "train_layer_indices": (None, f"every layer is trained; {_ADAPTER_LAYERS}"),
     "adafactor_scale_parameter": (False, "there is no adafactor here; use --optimizer adamw_8bit for little memory"),
     "adafactor_relative_step": (False, "there is no adafactor here; give --lr and --warmup-steps"),
+    "max_model_len": (None, "vLLM takes the model's own context, as much as fits; --seq-len bounds what is trained"),
     "trainer_rank": (0, _ONE_TRAINER),
     "world_size": (1, _ONE_TRAINER),
     "init_method": ("env://", _ONE_TRAINER),
@@ -92,7 +93,6 @@ def _engine(p: argparse.ArgumentParser) -> None:
     p.add_argument("--vllm-port", type=int, default=9001)
     p.add_argument("--vllm-gpu", type=int, help="of those this process sees, for the engine it starts")
     p.add_argument("--gpu-memory-utilization", "--vllm-gpu-memory-utilization", type=float)
-    p.add_argument("--max-model-len", type=int, help="of the engine it starts; default: the model's own")
     p.add_argument("--vllm-restart-interval", type=int, default=3, help="steps between syncs; shared_vllm: every step")
 
 
@@ -130,7 +130,7 @@ def faults(args: argparse.Namespace) -> list[str]:
     ]
     mode = args.weight_bridge_mode
     if mode not in OWN_ENGINE:
-        for name in ("vllm_gpu", "gpu_memory_utilization", "max_model_len"):
+        for name in ("vllm_gpu", "gpu_memory_utilization"):
             if getattr(args, name) is not None:
                 remedy = f"with --weight-bridge-mode {mode} you start vLLM yourself; give it to vllm_api_server.py"
                 found.append(f"--{name.replace('_', '-')} {getattr(args, name)}: {remedy}")
@@ -222,7 +222,7 @@ def _device(args: argparse.Namespace) -> dict[str, Any]:
 
 def _own_engine(args: argparse.Namespace) -> dict[str, Any]:
     used = 0.45 if args.gpu_memory_utilization is None else args.gpu_memory_utilization
-    found: dict[str, Any] = {"gpu_memory_utilization": used, "extra": {"max_model_len": args.max_model_len or -1}}
+    found: dict[str, Any] = {"gpu_memory_utilization": used, "extra": {"max_model_len": -1}}
     return found if args.vllm_gpu is None else found | {"devices": [args.vllm_gpu]}
 
 

@@ -21,11 +21,9 @@ from syncline.observe.files import write_atomically
 
 CONFIG_NAME = "vllm_api_server.yaml"
 _LOCAL = "the server listens on this machine alone, without TLS; put a proxy in front of it"
-_ONE_PIPELINE = "the proof of its weights knows tensor-parallel ranks alone; use --tensor-parallel-size"
 REFUSED = {
     **dict.fromkeys(("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "enable_ssl_refresh"), _LOCAL),
     "root_path": _LOCAL,
-    "pipeline_parallel_size": _ONE_PIPELINE,
     "data_parallel_size": "start one server a replica, or use `syncline run` with engine.num_replicas",
 }
 """Option of vLLM's or the original's → what to do instead."""
@@ -41,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("bfloat16", "float32", "float16", "auto"), default="bfloat16")
     p.add_argument("--tensor-parallel-size", type=int, default=1)
     p.add_argument("--gpu-memory-utilization", type=float, help="default: 0.9; 0.45 where a learner shares the GPU")
-    p.add_argument("--max-model-len", type=int, default=-1, help="default: the model's own, as much as fits")
+    p.add_argument("--max-model-len", type=int, help="default: the model's own, as much as fits")
+    p.add_argument("--max-num-seqs", type=int)
+    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--enforce-eager", action="store_true")
     p.add_argument("--enable-lora", action="store_true")
     p.add_argument("--max-lora-rank", type=int, choices=ENGINE_LORA_RANKS, default=16)
@@ -56,21 +56,26 @@ def run_values(args: argparse.Namespace, extra: Mapping[str, Any], *, shares: bo
     if faults:
         raise ConfigError(faults)
     ranks = args.tensor_parallel_size
-    on = {"tensor_parallel_size": ranks, "devices": list(range(ranks))}
+    on = {"tensor_parallel_size": ranks, "devices": list(range(ranks * int(extra.get("pipeline_parallel_size", 1))))}
     used = args.gpu_memory_utilization or (0.45 if shares else 0.9)
     engine = {"host": args.host, **on, "gpu_memory_utilization": used}
     if args.enforce_eager:
         engine["enforce_eager"] = True
+    if args.max_num_seqs:
+        engine["max_num_seqs"] = args.max_num_seqs
     model: dict[str, Any] = {"path": args.model, "tokenizer": args.tokenizer, "dtype": args.dtype}
+    if args.max_model_len:
+        model["max_length"] = args.max_model_len
+    context = {} if args.max_model_len else {"max_model_len": -1}
     if args.enable_lora:
         model["lora"] = {"rank": args.max_lora_rank}
     return {
-        "run": {"dir": ".", "num_steps": 1, "groups_per_step": 1},
+        "run": {"dir": ".", "num_steps": 1, "groups_per_step": 1, "seed": args.seed},
         "model": model,
         "sampling": {"max_tokens": 1},
         "environments": [],
-        "engine": engine | {"extra": {"max_model_len": args.max_model_len, **extra}},
-        "learner": {} if args.enable_lora else on,
+        "engine": engine | {"extra": context | dict(extra)},
+        "learner": {"token_budget": model.get("max_length", 8192), **(on if shares and not args.enable_lora else {})},
         "bridge": {"name": "shared" if shares else "lora" if args.enable_lora else "restart"},
     }
 

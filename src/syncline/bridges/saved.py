@@ -45,6 +45,13 @@ def tensors_as_in_memory(folder: Path, names: Collection[str]) -> Iterator[tuple
     return _loaded(folder, functools.reduce(torch.promote_types, kinds.values()))
 
 
+def model_class(config: Any) -> Any:
+    """transformers' class for a configuration: one with a vision tower has none among the causal language models."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
+
+
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     return json.loads(path.read_text()) if path.is_file() else {}
@@ -57,9 +64,9 @@ def _is_converted(model_type: str | None) -> bool:
 
 
 def _loaded(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    loading: Any = AutoModelForCausalLM.from_pretrained
+    loading: Any = model_class(AutoConfig.from_pretrained(folder)).from_pretrained
     model, found = loading(folder, dtype=dtype, output_loading_info=True)
     for name, parameter in model.named_parameters():
         if name not in found["missing_keys"]:

@@ -92,7 +92,13 @@ def told(sets: Mapping[str, Any]) -> list[str]:
 
 
 def told_comparison(name: str, found: Mapping[str, Any]) -> str:
-    return (
-        f"{name}: {found['accuracy_before']:.4f} -> {found['accuracy_after']:.4f} on {found['num_questions']} "
+    greedy = (
+        f"{name}: greedy {found['accuracy_before']:.4f} -> {found['accuracy_after']:.4f} on {found['num_questions']} "
         f"questions, {found['fixed']} fixed, {found['broken']} broken, McNemar p = {found['p']:.3g}"
+    )
+    if (sampled := found["sampled"]) is None:
+        return greedy
+    return greedy + (
+        f"\n{name}: sampled {sampled['before']:.4f} -> {sampled['after']:.4f}, {sampled['better']} questions better, "
+        f"{sampled['worse']} worse, sign test p = {sampled['p']:.3g}"
     )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from syncline.bridges.ranks import Ranks
     from syncline.engines.client import EngineController
     from syncline.learner.loop import Parts
+    from syncline.learner.model import Scorer
+    from syncline.learner.optim import SplitMasterAdamW
     from syncline.learner.parity import ParityGate
     from syncline.learner.step import Step
     from syncline.protocols import MetricSink, RolloutSource
@@ -117,8 +119,8 @@ def assemble(
     from syncline.learner.checkpoint import Checkpoints
     from syncline.learner.distributed import on_first
     from syncline.learner.loop import Parts
-    from syncline.learner.model import assets_folder, load_model, trainable_parameters
-    from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
+    from syncline.learner.model import assets_folder, load_model
+    from syncline.learner.optim import accumulate_fp32
     from syncline.observe.training_log import TrainingLog
 
     folder = Path(config.run.dir)
@@ -152,13 +154,13 @@ def assemble(
             torch.manual_seed(config.run.seed + ranks.rank)  # other tokens, other dropout
         yield Parts(
             model=model,
-            optimizer=SplitMasterAdamW(trainable_parameters(model), config.learner.optimizer, ranks=ranks),
+            optimizer=_optimizer(config, model, ranks),
             step=_step(config, model, device, ranks),
             bridge=bridge,
             source=on_first(source, ranks),
             sink=on_first(sink, ranks),
             checkpoints=checkpoints,
-            gate=_gate(config, [engine.url for engine in engines], ranks),
+            gate=_gate(config, [engine.url for engine in engines], ranks, model),
             device=device,
         )
 
@@ -194,8 +196,25 @@ def _outside(
     return sink, stack.enter_context(source)
 
 
+def _optimizer(config: RunConfig, model: "torch.nn.Module", ranks: "Ranks") -> "SplitMasterAdamW":
+    from syncline.learner.model import causal_lm, trainable_parameters
+    from syncline.learner.optim import SplitMasterAdamW
+    from syncline.learner.parts import family_of_model, rate_factors
+
+    rates = rate_factors(config.learner.optimizer, family_of_model(causal_lm(model)))
+    return SplitMasterAdamW(trainable_parameters(model), config.learner.optimizer, ranks=ranks, rate_factors=rates)
+
+
+def _scorer(config: RunConfig, model: "torch.nn.Module") -> "Scorer":
+    from syncline.learner.model import Scorer, causal_lm
+    from syncline.learner.vision import Vision
+
+    vision = Vision.of(causal_lm(model).config, config.model.path)
+    return Scorer(config.sampling.temperature, config.learner.logprob_chunk_tokens, vision)
+
+
 def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device", ranks: "Ranks") -> "Step":
-    from syncline.learner.model import Reference, Scorer
+    from syncline.learner.model import Reference
     from syncline.learner.step import Step
 
     reference = None
@@ -203,7 +222,7 @@ def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device", r
         reference = Reference.of(model, config.model, running=config.learner, device=device, ranks=ranks)
     return Step(
         config=config.learner,
-        scorer=Scorer(config.sampling.temperature, config.learner.logprob_chunk_tokens),
+        scorer=_scorer(config, model),
         reference=reference,
         device=device,
         max_completion_tokens=config.sampling.max_tokens,
@@ -218,18 +237,22 @@ def _tokenizer(config: RunConfig) -> Any:
     return AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
 
 
-def _gate(config: RunConfig, engine_urls: Sequence[str], ranks: "Ranks") -> "ParityGate":
+def _gate(config: RunConfig, engine_urls: Sequence[str], ranks: "Ranks", model: "torch.nn.Module") -> "ParityGate":
     from syncline.engines.pool import EnginePool
-    from syncline.learner.model import Scorer
+    from syncline.envs.rendering import rendered
     from syncline.learner.parity import ParityGate
+    from syncline.observe.images import image_ref
+    from syncline.types import Message
 
     tokenizer = _tokenizer(config)
+    shown = [Message("user", config.parity.prompts[0], (image_ref(path),)) for path in config.parity.images]
     return ParityGate(
         config=config.parity,
         connect=lambda: EnginePool(engine_urls, timeout_seconds=config.engine.request_timeout_seconds),
         encode=lambda text: tokenizer.encode(text),
         temperature=config.sampling.temperature,
-        scorer=Scorer(config.sampling.temperature, config.learner.logprob_chunk_tokens),
+        scorer=_scorer(config, model),
         token_budget=config.learner.token_budget,
         ranks=ranks,
+        shown=tuple((tuple(rendered(tokenizer, [turn])), turn.images[0]) for turn in shown),
     )

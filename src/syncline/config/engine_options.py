@@ -21,6 +21,8 @@ OWN_FIELDS = {
     "seed": "run.seed",
 }
 """vLLM's option → the field of ours that sets it."""
+MODELS_OWN_LENGTH = ("max_model_len", -1)
+"""What no field says: vLLM's context is the model's own, as much of it as fits; `model.max_length` is the learner's."""
 PROOF = ("worker_extension_cls", "logprobs_mode", "load_format", "generation_config", "served_model_name")
 """What every engine is started with, so that versions and digests, and the sampler's log-probabilities, are what they
 are said to be."""
@@ -30,7 +32,7 @@ def engine_options(config: RunConfig) -> Iterator[str]:
     """Every fault, with field, value and remedy."""
     extra, bridge = config.engine.extra, config.bridge.name
     for option, field in OWN_FIELDS.items():
-        if option in extra:
+        if option in extra and (option, extra[option]) != MODELS_OWN_LENGTH:
             yield f"engine.extra.{option}: {extra[option]!r} is set from {field}; set that"
     for option in PROOF:
         if option in extra:

@@ -348,6 +348,32 @@ def _adapter_engine(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _parts(config: RunConfig) -> Iterator[str]:
+    """Of a vision-language model."""
+    parts, lora, bridge = config.model.parts, config.model.lora, config.bridge.name
+    fates = {"language": parts.language, "aligner": parts.aligner, "vision": parts.vision}
+    for part, fate in fates.items():
+        if fate == "adapted" and lora is None:
+            yield f"model.parts.{part}: 'adapted' needs model.lora, which is absent; set model.lora, or say trained"
+        beside = fate == "trained" or (part != "language" and fate == "adapted")
+        if beside and serves_adapters(config):
+            yield (
+                f"model.parts.{part}: {fate!r} changes what bridge.name = {bridge!r} does not move, because the engine "
+                "serves the language model's adapter alone; freeze it, or use restart or broadcast, which merge"
+            )
+    if lora and not {"auto", "adapted"} & set(fates.values()):
+        yield "model.lora: is set, and model.parts adapts nothing; adapt a part, or leave model.lora out"
+    if set(fates.values()) == {"frozen"}:
+        yield "model.parts: every part is frozen, so nothing is trained; train or adapt one"
+    for part in ("aligner", "vision"):
+        rate = getattr(config.learner.optimizer, f"{part}_learning_rate")
+        if rate is not None and fates[part] == "frozen":
+            yield (
+                f"learner.optimizer.{part}_learning_rate: {rate:g} moves nothing, because model.parts.{part} is "
+                "frozen; train or adapt it, or leave the rate out"
+            )
+
+
 def _deadlines(config: RunConfig) -> Iterator[str]:
     if config.engine.request_timeout_seconds >= config.trajectory.lease_seconds:
         yield (
@@ -387,6 +413,7 @@ _RULES = (
     _published,
     _broadcast,
     _adapter,
+    _parts,
     _deadlines,
     _ports,
 )

@@ -48,6 +48,20 @@ class Lora(Section):
     `broadcast`."""
 
 
+Fate = Literal["trained", "adapted", "frozen"]
+
+
+class Parts(Section):
+    """What becomes of the parts of a vision-language model: all its weights train, it gets `model.lora`'s adapter, or
+    it stays as it is."""
+
+    language: Literal["auto"] | Fate = "auto"
+    """auto: adapted with `model.lora`, trained without."""
+    aligner: Fate = "frozen"
+    """What maps the tower's features to the language model's."""
+    vision: Fate = "frozen"
+
+
 class Model(Section):
     path: str
     """A local folder or a Hugging Face hub name."""
@@ -57,6 +71,8 @@ class Model(Section):
     """auto: bfloat16 on a GPU, float32 on a CPU. The engine samples in the same type."""
     lora: Lora | None = None
     """Absent: every parameter is trained."""
+    parts: Parts = Parts()
+    """For vision-language models: see multimodal.md."""
     max_length: PositiveInt = 2048
     """Prompt and completion together, in tokens: the engine's context."""
 
@@ -190,6 +206,10 @@ class Loss(Section):
 
 class Optimizer(Section):
     learning_rate: PositiveFloat = 1e-6
+    aligner_learning_rate: PositiveFloat | None = None
+    """Of a vision-language model's aligner; it follows the same schedule, in proportion. Absent: learning_rate."""
+    vision_learning_rate: PositiveFloat | None = None
+    """Of its vision tower."""
     min_learning_rate: NonNegativeFloat = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
     num_warmup_steps: NonNegativeInt = 0
@@ -294,6 +314,8 @@ class Parity(Section):
     interval: NonNegativeInt = 20
     """Steps between checks; 0 checks before the first step only."""
     prompts: tuple[str, ...] = ("The capital of France is", "def fibonacci(n):", "2 + 2 =", "Once upon a time")
+    images: tuple[str, ...] = ()
+    """Of a vision-language model: image files, each shown with the first prompt in the model's chat template."""
     max_tokens: PositiveInt = 32
     max_mean_abs_diff: PositiveFloat = 0.05
     max_k3_kl: PositiveFloat = 0.005

@@ -6,6 +6,7 @@ last answer. A connection that breaks off is `EngineGone`: nothing of an answer 
 """
 
 import asyncio
+import base64
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 import httpx
 
 from syncline.errors import EngineError, EngineGone, EngineTimeout
+from syncline.observe.images import read_image
 from syncline.protocols import Membership, Paused, Receipt, Received
-from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
+from syncline.types import Completion, FinishReason, ImageRef, SamplingParams, VersionSpan
 
 RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 3.0
@@ -54,13 +56,18 @@ class EngineClient:
         await self._http.aclose()
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, num_completions: int = 1
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        num_completions: int = 1,
+        images: Sequence[ImageRef] = (),
     ) -> list[Completion]:
         """Tries again until the deadline while the engine is not ready."""
         deadline = time.monotonic() + self._timeout_seconds
         while True:
             try:
-                return await self.attempt(prompt_token_ids, sampling, num_completions=num_completions)
+                return await self.attempt(prompt_token_ids, sampling, num_completions=num_completions, images=images)
             except NotReady as fault:
                 if time.monotonic() > deadline:
                     raise EngineTimeout(f"{fault}, after {self._timeout_seconds:g} s") from fault
@@ -72,17 +79,21 @@ class EngineClient:
         sampling: SamplingParams,
         *,
         num_completions: int = 1,
+        images: Sequence[ImageRef] = (),
         needs_version: bool = False,
     ) -> list[Completion]:
         """Asks once. With `needs_version` an engine that holds no published policy is `NotReady`, too."""
-        body = {
+        body: dict[str, Any] = {
             "prompt_token_ids": list(prompt_token_ids),
             "sampling": asdict(sampling),
             "num_completions": num_completions,
             "needs_version": needs_version,
         }
+        if images:  # their bytes, once for all completions: the engine may be on another host, and opens no files
+            body["images"] = [base64.b64encode(await asyncio.to_thread(read_image, image)).decode() for image in images]
         answer = await self._post("/syncline/generate", body)
-        return [_completion(c, self._unpublished_version) for c in answer["completions"]]
+        read = tuple(answer.get("prompt_token_ids", ()))
+        return [_completion(c, self._unpublished_version, read) for c in answer["completions"]]
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         try:
@@ -222,7 +233,7 @@ def _receipt(answer: Any) -> Receipt:
     return Receipt(answer["policy_version"], answer["digest"])
 
 
-def _completion(answer: Any, unpublished_version: int | None) -> Completion:
+def _completion(answer: Any, unpublished_version: int | None, prompt_token_ids: tuple[int, ...]) -> Completion:
     token_ids = tuple(answer["token_ids"])
     versions = tuple(VersionSpan(*span) for span in answer["versions"])
     if token_ids and not versions and unpublished_version is not None:
@@ -232,4 +243,5 @@ def _completion(answer: Any, unpublished_version: int | None) -> Completion:
         logprobs=tuple(answer["logprobs"]),
         versions=versions,
         finish_reason=FinishReason(answer["finish_reason"]),
+        prompt_token_ids=prompt_token_ids,
     )

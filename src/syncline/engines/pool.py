@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, contextmanager
 
 from syncline.engines.client import RETRY_SECONDS, EngineClient, NotReady
 from syncline.errors import EngineError, EngineGone, EngineTimeout
-from syncline.types import Completion, SamplingParams
+from syncline.types import Completion, ImageRef, SamplingParams
 
 REST_SECONDS = 1.0
 _MEMORY = 0.02
@@ -49,7 +49,12 @@ class EnginePool:
         await self._stack.aclose()
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, num_completions: int = 1
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        num_completions: int = 1,
+        images: Sequence[ImageRef] = (),
     ) -> list[Completion]:
         """Raises `EngineTimeout` with what every engine said when none has answered in time."""
         deadline = time.monotonic() + self._timeout_seconds
@@ -65,7 +70,11 @@ class EnginePool:
             try:
                 with self._counted(client, len(prompt_token_ids) + num_completions * length):
                     found = await client.attempt(
-                        prompt_token_ids, sampling, num_completions=num_completions, needs_version=self._needs_version
+                        prompt_token_ids,
+                        sampling,
+                        num_completions=num_completions,
+                        images=images,
+                        needs_version=self._needs_version,
                     )
             except (NotReady, EngineGone) as fault:
                 if isinstance(fault, EngineGone) and len(self._clients) == 1:

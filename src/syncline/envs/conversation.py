@@ -16,7 +16,7 @@ from syncline.envs.rendering import NoRoom
 from syncline.envs.scoring import Score, boundary, checked
 from syncline.errors import EngineError
 from syncline.protocols import Policy
-from syncline.types import Completion, FinishReason, Message, Rollout, RolloutStatus, TrainingSample
+from syncline.types import Completion, FinishReason, ImageRef, Message, Rollout, RolloutStatus, TrainingSample
 
 T = TypeVar("T")
 Messages = tuple[Message, ...]
@@ -31,6 +31,8 @@ class Conversation:
         self._policy = policy
         self.messages: Messages = tuple(messages)
         self.samples: list[TrainingSample] = []
+        self._tokens: tuple[int, ...] = ()
+        """As they were given and sampled, one placeholder an image: `samples` have them as the engine read them."""
         self.finish_reason = FinishReason.STOP
         self.out_of_room = False
         """The context or the turns ended before the conversation did."""
@@ -50,12 +52,12 @@ class Conversation:
         """Samples the next answer. Messages that leave no room for one, or cannot be rendered, end the conversation."""
         prompt, self.fault = await boundary("encode", self._prompt)
         if prompt:
-            [completion] = await self._policy.sample(prompt, num_completions=1)
+            [completion] = await self._policy.sample(prompt, num_completions=1, images=shown(self.messages))
             self.take(prompt, completion)
 
     def _prompt(self) -> tuple[int, ...]:
         try:
-            return self._policy.encode(self.messages, after=self.samples[-1].token_ids if self.samples else ())
+            return self._policy.encode(self.messages, after=self._tokens)
         except NoRoom:
             self.out_of_room = True
             return ()
@@ -64,11 +66,14 @@ class Conversation:
         """What was sampled from the prompt becomes the next turn."""
         if completion.token_ids and not completion.versions:
             raise EngineError("the engine sampled without a policy version: nothing has been published to it yet")
-        so_far = self.samples[-1].token_ids if self.samples else ()
-        if so_far and prompt_token_ids[: len(so_far)] == so_far:
-            self.samples[-1] = self.samples[-1].extended(prompt_token_ids[len(so_far) :], completion)
+        prompt, images = completion.prompt_token_ids or prompt_token_ids, shown(self.messages)
+        last = self.samples[-1] if self.samples else None
+        if last and prompt[: len(last.token_ids)] == last.token_ids:
+            new = images[len(last.images) :]
+            self.samples[-1] = last.extended(prompt[len(last.token_ids) :], completion, images=new)
         else:
-            self.samples.append(TrainingSample.from_completion(prompt_token_ids, completion))
+            self.samples.append(TrainingSample.from_completion(prompt, completion, images=images))
+        self._tokens = (*prompt_token_ids, *completion.token_ids)
         self.messages = (*self.messages, Message("assistant", self._policy.decode(completion.token_ids)))
         self.finish_reason = completion.finish_reason
 
@@ -87,6 +92,11 @@ class Conversation:
         return Rollout(tuple(self.samples), None, status, messages=self.messages, error=error)
 
 
+def shown(messages: Sequence[Message]) -> tuple[ImageRef, ...]:
+    """The images of a conversation, in order."""
+    return tuple(image for message in messages for image in message.images)
+
+
 async def converse(
     policy: Policy, messages: Sequence[Message], num_attempts: int, *, reply: Reply | None = None, max_turns: int = 1
 ) -> list[Conversation]:
@@ -100,7 +110,7 @@ async def converse(
         for attempt in attempts:
             attempt.fault = fault
         return attempts
-    completions = await policy.sample(prompt, num_completions=num_attempts)
+    completions = await policy.sample(prompt, num_completions=num_attempts, images=shown(messages))
     for attempt, completion in zip(attempts, completions, strict=True):
         attempt.take(prompt, completion)
     if reply is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from syncline.errors import ConfigError
 from syncline.protocols import Generate
-from syncline.types import Completion, Message, SamplingParams
+from syncline.types import Completion, ImageRef, Message, SamplingParams
 
 RENDERED = "rendered"
 """The role of a message that is the whole prompt in the model's chat format already, special tokens written out."""
@@ -24,12 +24,14 @@ def load_tokenizer(path: str) -> Any:
 
 
 def rendered(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Prompt tokens of messages, as `ChatPolicy` tells."""
+    """Prompt tokens of messages, as `ChatPolicy` tells; an image has one placeholder. Raises `ValueError`."""
     if [m.role for m in messages] == [RENDERED]:
         return tokenizer.encode(messages[0].content, add_special_tokens=False)
     if tokenizer.chat_template:
-        chat = [{"role": m.role, "content": m.content} for m in messages]
+        chat = [_turn(message) for message in messages]
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    if any(message.images for message in messages):
+        raise ValueError("the tokenizer has no chat template, which says where images go; give model.tokenizer one")
     return tokenizer.encode("".join(m.content for m in messages))
 
 
@@ -73,7 +75,7 @@ class ChatPolicy:
         """
         if not self._tokenizer.chat_template:
             return self._continued_plainly(messages, after)
-        chat = [{"role": m.role, "content": m.content} for m in messages]
+        chat = [_turn(message) for message in messages]
         text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         so_far = self._tokenizer.decode(list(after), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if not text.startswith(so_far):
@@ -90,8 +92,19 @@ class ChatPolicy:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    async def sample(self, prompt_token_ids: Sequence[int], *, num_completions: int) -> list[Completion]:
-        """Completions of at most `max_tokens`, and of no more than `max_length` leaves room for."""
+    async def sample(
+        self, prompt_token_ids: Sequence[int], *, num_completions: int, images: Sequence[ImageRef] = ()
+    ) -> list[Completion]:
+        """Completions of at most `max_tokens`, and of no more than `max_length` leaves room for: the engine, which
+        knows how long images are, ends them there."""
         room = self._max_length - len(prompt_token_ids)
         sampling = replace(self._sampling, max_tokens=min(self._sampling.max_tokens, room))
-        return await self._generate.generate(prompt_token_ids, sampling, num_completions=num_completions)
+        return await self._generate.generate(prompt_token_ids, sampling, num_completions=num_completions, images=images)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """As chat templates read it: a text, or the images and then the text."""
+    if not message.images:
+        return {"role": message.role, "content": message.content}
+    shown: list[dict[str, str]] = [{"type": "image"} for _ in message.images]
+    return {"role": message.role, "content": [*shown, {"type": "text", "text": message.content}]}

@@ -152,11 +152,12 @@ def _weights_name(model: nn.Module) -> str:
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: the adapter, or every parameter; tied ones once."""
+    """What training changes: the adapter and what trains beside it, or every parameter; tied ones once."""
     if _is_adapted(model):
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(model)
+        beside = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+        return get_peft_model_state_dict(model) | beside
     return dict(model.named_parameters())
 
 

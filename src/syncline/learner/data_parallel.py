@@ -49,7 +49,7 @@ def with_parameters(root: Any, compute: Callable[[], T]) -> T:
     """
     if not isinstance(root, FSDPModule):
         return compute()
-    outputs = root.with_root_gathered(compute)  # pyright: ignore[reportCallIssue]
+    outputs = root.with_root_gathered(compute)  # pyright: ignore[reportAttributeAccessIssue]
     if not torch.is_grad_enabled():
         root.reshard()  # no backward pass will
     return outputs

@@ -78,7 +78,7 @@ def _silent(rank: int, size: int) -> str:
         return "another rank"
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"gave-up/{rank}", b"")
+        store.set(f"gave-up/{rank}", "")
         deadline = time.monotonic() + ROLL_CALL_SECONDS
         while silent := [r for r in range(size) if not store.check([f"gave-up/{r}"])]:
             if time.monotonic() > deadline:
@@ -86,7 +86,9 @@ def _silent(rank: int, size: int) -> str:
             time.sleep(0.1)
     except RuntimeError:  # the store has died with the rank, or the launcher, that held it
         return "another rank"
-    return f"rank {', '.join(map(str, silent))}" if silent else "a connection between ranks"
+    if not silent:
+        return "a connection between ranks"
+    return f"rank {silent[0]}" if len(silent) == 1 else f"one of the ranks {', '.join(map(str, silent))}"
 
 
 def _is_collective(error: RuntimeError) -> bool:

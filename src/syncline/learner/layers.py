@@ -59,8 +59,10 @@ def _kept_results() -> list[Any]:
 
 
 def compile_layers(model: nn.Module, *, backend: str = "inductor") -> None:
-    """Has torch compile each layer, and the norm after them, at the first call. The weights stay where they are."""
-    for module in (*decoder_layers(model), *_last_norm(model)):
+    """Has torch compile each layer, and the norm after them, at the first call. The weights stay where they are. A
+    vision tower, whose work differs with every picture's shape, is left as it is."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore[reportCallIssue]
+    for module in (*decoder_layers(decoder), *_last_norm(model)):  # pyright: ignore[reportArgumentType]
         module.compile(dynamic=True, backend=backend)
 
 

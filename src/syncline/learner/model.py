@@ -12,6 +12,7 @@ from torch import nn
 
 from syncline.bridges.manifest import Shard
 from syncline.bridges.ranks import ONE_RANK, Ranks
+from syncline.bridges.saved import model_class
 from syncline.config.schema import Learner, Lora, Model
 from syncline.errors import ConfigError
 from syncline.learner.attention import check_attention
@@ -22,8 +23,10 @@ from syncline.learner.layers import compile_layers, recompute_layers
 from syncline.learner.logprobs import token_logprobs
 from syncline.learner.mxfp4 import dequantised, in_one_type
 from syncline.learner.packing import PackedBatch
+from syncline.learner.parts import adapter_targets, family_of_model, freeze_parts, trains_beside_adapter
 from syncline.learner.places import gathered, shard, wholes
 from syncline.learner.tensor_parallel import parallelize
+from syncline.learner.vision import Vision, refuse_family, sees
 
 log = logging.getLogger("syncline.model")
 
@@ -50,15 +53,18 @@ def load_model(
 
     Raises `ConfigError` for a path that holds no model, and for one that cannot be split.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     running = running or Learner()
     dtype = learner_dtype(config.dtype, device)
     try:
         settings = without_dropout(AutoConfig.from_pretrained(config.path))
-        check_attention(settings)
-        attention = choose_attention(running.attention, settings, device=device, dtype=dtype)
-        model = AutoModelForCausalLM.from_pretrained(
+        check_attention(settings.get_text_config())
+        attention: Any = choose_attention(running.attention, settings, device=device, dtype=dtype)
+        if sees(settings):  # a tower packs its pictures in its own way
+            refuse_family(settings, num_ranks=ranks.world_size)
+            attention = {"": attention, "text_config": attention, "vision_config": "sdpa"}
+        model = model_class(settings).from_pretrained(
             config.path, config=settings, dtype=dtype, attn_implementation=attention, **dequantised(settings)
         )
     except (OSError, ValueError, ImportError) as error:
@@ -68,8 +74,10 @@ def load_model(
     if not ranks.split_data:
         parallelize(model, ranks)
         model = in_one_type(model, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    family = family_of_model(model)
     if config.lora:
-        model = add_lora(model, config.lora)
+        model = add_lora(model, config.lora, targets=adapter_targets(model, config, config.lora))
+    freeze_parts(model, config, family)
     if ranks.split_data:
         shard_over(causal_lm(model), ranks, sum_in=torch.float32 if running.gradients == "float32" else None)
         model = model.to(device)  # pyright: ignore[reportArgumentType]
@@ -100,11 +108,12 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
+def add_lora(model: nn.Module, lora: Lora, *, targets: str | list[str] | None = None) -> nn.Module:
     """The model with a fresh adapter; only the adapter trains. Zero matched targets is an error listing what exists."""
     from peft import LoraConfig, get_peft_model
 
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    if targets is None:
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     parameters = found_parameters(model, lora.target_parameters)
     if lora.target_parameters:
         log.info("LoRA target parameters enumerated (%d): %s", len(parameters), ", ".join(parameters))
@@ -224,6 +233,8 @@ class Scorer:
 
     temperature: float
     chunk_tokens: int
+    vision: Vision | None = None
+    """Of a model that takes images; without it a batch that shows some is refused."""
 
     def score(self, model: nn.Module, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """`(logprobs [N], entropy [N])` of the batch's N sampled tokens, at the sampling temperature."""
@@ -231,12 +242,13 @@ class Scorer:
         return with_parameters(lm, lambda: self._score(lm, batch))
 
     def _score(self, lm: Any, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = lm.get_decoder()(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            **batch.attention_kwargs(),
-        ).last_hidden_state[0]
+        if self.vision is not None:
+            told = self.vision.inputs(lm, batch)
+        elif any(batch.images):
+            raise ConfigError([f"model.path: {lm.config.model_type} takes no images, and the batch shows some"])
+        else:
+            told = {"input_ids": batch.token_ids[None], "position_ids": batch.position_ids[None]}
+        hidden = lm.get_decoder()(use_cache=False, **told, **batch.attention_kwargs()).last_hidden_state[0]
         return token_logprobs(
             hidden.index_select(0, batch.predict_index),
             lm.get_output_embeddings(),
@@ -262,7 +274,7 @@ class Reference:
     def of(
         cls, policy: nn.Module, config: Model, *, running: Learner, device: torch.device, ranks: Ranks
     ) -> "Reference":
-        if config.lora:
+        if config.lora and not trains_beside_adapter(config):
             return cls(policy, policy.disable_adapter)
         return cls(load_model(config, device=device, running=running, ranks=ranks).requires_grad_(False).eval())
 

@@ -37,7 +37,7 @@ def dequantised(settings: Any) -> dict[str, Any]:
 def in_one_type(model: Any, dtype: torch.dtype) -> Any:
     """The model with its experts in `dtype` too, which transformers leaves in bfloat16."""
     for name, parameter in model.named_parameters():
-        if is_expert(name):
+        if is_expert(name) and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     return model
 

@@ -5,7 +5,7 @@ beside it in 16 bits (`low_bits`). A step joins the two, runs torch's own AdamW 
 again, exactly. The weight's storage is written in place and never replaced: another process may be reading it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -75,6 +75,7 @@ class _Slot:
     exp_avg_sq: Moment
     low_bits: Tensor | None
     weight_decay: float
+    rate_factor: float
 
     @property
     def gradient(self) -> Tensor | None:
@@ -105,10 +106,12 @@ class SplitMasterAdamW:
         config: Optimizer,
         *,
         ranks: Ranks = ONE_RANK,
+        rate_factors: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
+        """`rate_factors`: a parameter's share of the learning rate, by its name."""
         self._config = config
         self._ranks = ranks
-        self._slots = [_slot(name, p, config) for name, p in named_parameters if p.requires_grad]
+        self._slots = [_slot(name, p, config, rate_factors(name)) for name, p in named_parameters if p.requires_grad]
         self._num_steps = 0
         if not self._slots:
             raise ValueError("the optimizer got no trainable parameter")
@@ -215,7 +218,7 @@ class SplitMasterAdamW:
                     amsgrad=False,
                     beta1=beta1,
                     beta2=beta2,
-                    lr=learning_rate,
+                    lr=learning_rate * slot.rate_factor,
                     weight_decay=slot.weight_decay,
                     eps=self._config.eps,
                     maximize=False,
@@ -226,7 +229,7 @@ class SplitMasterAdamW:
                 weight.copy_(master)
 
 
-def _slot(name: str, parameter: nn.Parameter, config: Optimizer) -> _Slot:
+def _slot(name: str, parameter: nn.Parameter, config: Optimizer, rate_factor: float) -> _Slot:
     if parameter.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"parameter {name!r} is {parameter.dtype}; the optimizer takes float32 and bfloat16")
     shape, device, place = local(parameter).shape, parameter.device, place_of(parameter)
@@ -238,6 +241,7 @@ def _slot(name: str, parameter: nn.Parameter, config: Optimizer) -> _Slot:
         exp_avg_sq=moment_of(shape, device, config.moments, signed=False, whole=place.shape),
         low_bits=torch.zeros(shape, dtype=torch.int16, device=device) if parameter.dtype == torch.bfloat16 else None,
         weight_decay=config.weight_decay if parameter.ndim >= 2 else 0.0,
+        rate_factor=rate_factor,
     )
 
 

@@ -20,7 +20,7 @@ from syncline.errors import ConfigError
 from syncline.learner.advantages import num_sampled
 from syncline.learner.losses import ALGORITHMS, BatchCounts
 from syncline.learner.unrecorded import sampler_logprobs
-from syncline.types import Lack, Rollout, RolloutGroup, RolloutStatus, TrainingSample
+from syncline.types import ImageRef, Lack, Rollout, RolloutGroup, RolloutStatus, TrainingSample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +49,8 @@ class PackedBatch:
     """`[N]` float32."""
     loss_weights: Tensor
     """`[N]` float32, of the whole batch: see `losses`."""
+    images: tuple[tuple[ImageRef, ...], ...] = ()
+    """Of each of the S sequences, in order of its placeholders; `learner.vision` makes pixels of them."""
     idle: bool = False
     """A few tokens that weigh nothing, for a rank that has none while others compute: its gradients are zeros."""
 
@@ -100,6 +102,8 @@ class _Sequence:
     def length(self) -> int:
         """Index of the last sampled token: the number of tokens the model must read to predict it."""
         mask = self.sample.loss_mask
+        if self.sample.images and not mask[-1]:
+            return len(mask)  # an image may come after the last sampled token
         return len(mask) - 1 - mask[::-1].index(True)
 
 
@@ -234,6 +238,7 @@ def _collate(sequences: list[_Sequence]) -> PackedBatch:
         ),
         advantages=of_each([s.advantage for s in sequences]),
         loss_weights=of_each([s.loss_weight for s in sequences]),
+        images=tuple(s.sample.images for s in sequences),
     )
 
 

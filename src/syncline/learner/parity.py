@@ -20,7 +20,7 @@ from syncline.errors import ParityError
 from syncline.learner.model import Scorer
 from syncline.learner.packing import pack_samples
 from syncline.protocols import Generate
-from syncline.types import SamplingParams, TrainingSample
+from syncline.types import ImageRef, SamplingParams, TrainingSample
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -64,6 +64,8 @@ class ParityGate:
     scorer: Scorer
     token_budget: int
     ranks: Ranks = ONE_RANK
+    shown: tuple[tuple[tuple[int, ...], ImageRef], ...] = ()
+    """Prompts that show one image, in tokens."""
 
     def check(self, model: nn.Module, *, device: torch.device) -> ParityReport:
         """Raises `ParityError` with the figures when a threshold is passed."""
@@ -80,13 +82,16 @@ class ParityGate:
 
     async def _sample(self) -> list[TrainingSample]:
         async with self.connect() as engine:
-            return await asyncio.gather(*(self._sample_one(engine, i, p) for i, p in enumerate(self.config.prompts)))
+            texts = [(tuple(self.encode(prompt)), ()) for prompt in self.config.prompts]
+            shown = [(token_ids, (image,)) for token_ids, image in self.shown]
+            return await asyncio.gather(*(self._sample_one(engine, i, *p) for i, p in enumerate([*texts, *shown])))
 
-    async def _sample_one(self, engine: Generate, index: int, prompt: str) -> TrainingSample:
-        token_ids = tuple(self.encode(prompt))
+    async def _sample_one(
+        self, engine: Generate, index: int, token_ids: tuple[int, ...], images: tuple[ImageRef, ...]
+    ) -> TrainingSample:
         sampling = SamplingParams(self.config.max_tokens, temperature=self.temperature, seed=index)
-        [completion] = await engine.generate(token_ids, sampling)
-        return TrainingSample.from_completion(token_ids, completion)
+        [completion] = await engine.generate(token_ids, sampling, images=images)
+        return TrainingSample.from_completion(completion.prompt_token_ids or token_ids, completion, images=images)
 
     def _refuse(self, report: ParityReport) -> None:
         for name, value, limit in (

@@ -70,7 +70,9 @@ def local(parameter: Tensor) -> Tensor:
 
 def gathered(parameter: Tensor) -> Tensor:
     """A sharded parameter's whole, on every rank; all must ask together. A whole one as it is."""
-    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.detach().full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:

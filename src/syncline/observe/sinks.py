@@ -101,7 +101,10 @@ def group_for_people(group: RolloutGroup, advantages: Sequence[float]) -> dict[s
         "group_id": group.group_id,
         "environment": group.environment,
         "task_index": group.task_index,
-        "prompt": [{"role": m.role, "content": m.content} for m in prompt],
+        "prompt": [
+            {"role": m.role, "content": m.content} | ({"images": [i.path for i in m.images]} if m.images else {})
+            for m in prompt
+        ],
         "rollouts": [
             _rollout_for_people(rollout, advantage)
             for rollout, advantage in zip(group.rollouts, advantages, strict=True)

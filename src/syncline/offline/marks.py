@@ -88,7 +88,28 @@ def compare(before: Sequence[Marked], after: Sequence[Marked]) -> dict[str, Any]
         "broken": broken,
         "same_text": sum(was.text == new.text for was, new in pairs),
         "p": mcnemar(fixed, broken),
+        "sampled": _compare_samples(before, after),
     }
+
+
+def _compare_samples(before: Sequence[Marked], after: Sequence[Marked]) -> dict[str, Any] | None:
+    """Right samples of the questions that both have. `p` is the sign test's over questions: more of its samples right
+    after than before, or fewer."""
+    old, new = _rates_by_question(before), _rates_by_question(after)
+    both = [(old[question_id], new[question_id]) for question_id in old.keys() & new.keys()]
+    if not both:
+        return None
+    better, worse = sum(b > a for a, b in both), sum(b < a for a, b in both)
+    means = {"before": _share([a for a, _ in both]), "after": _share([b for _, b in both])}
+    return means | {"better": better, "worse": worse, "p": mcnemar(better, worse)}
+
+
+def _rates_by_question(answers: Sequence[Marked]) -> dict[str, float]:
+    hits: dict[str, list[bool]] = {}
+    for one in answers:
+        if one.arm == SAMPLED:
+            hits.setdefault(one.question_id, []).append(one.is_correct)
+    return {question_id: _share(own) for question_id, own in hits.items()}
 
 
 def _rates(answers: Sequence[Marked]) -> dict[str, Any]:

@@ -85,8 +85,14 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
                 f"{harness['accuracy']:.4f} ({harness['agreement']:.1%} as ours)",
             )
         )
-    told = "Greedy answers; intervals are Wilson's at 95 %. The model after is "
-    return _table(head, rows) + f"<p>{told}<code>{escape(summary['evaluations'][-1]['model'])}</code>.</p>"
+    sampled = {name: found["sampled"] for name, found in summary["comparisons"].items() if found["sampled"]}
+    told = "".join(
+        f"{name}: of the sampled answers {own['before']:.4f} were right before and {own['after']:.4f} after; "
+        f"{own['better']} questions became better, {own['worse']} worse (sign test p = {own['p']:.3g}). "
+        for name, own in sampled.items()
+    )
+    told += "In the table: greedy answers; intervals are Wilson's at 95 %. The model after is "
+    return _table(head, rows) + f"<p>{escape(told)}<code>{escape(summary['evaluations'][-1]['model'])}</code>.</p>"
 
 
 def _with_interval(greedy: Mapping[str, Any]) -> str:

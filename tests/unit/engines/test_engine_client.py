@@ -1,24 +1,27 @@
 """Deadlines that name the engine, and answers that become types."""
 
 import asyncio
+import base64
 import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from real_engine import free_port
 
 from syncline.engines.client import EngineClient, EngineController
-from syncline.errors import EngineError, EngineTimeout
-from syncline.types import FinishReason, SamplingParams, VersionSpan
+from syncline.errors import ConfigError, EngineError, EngineTimeout
+from syncline.observe.images import image_ref
+from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
 
 
 class Canned(BaseHTTPRequestHandler):
     """Answers every request with the server's next (status, body); the last one again and again."""
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))  # type: ignore[attr-defined]
         answers = self.server.answers  # type: ignore[attr-defined]
         status, body = answers.pop(0) if len(answers) > 1 else answers[0]
         self.send_response(status)
@@ -34,6 +37,7 @@ class Canned(BaseHTTPRequestHandler):
 @pytest.fixture
 def canned() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Canned)
+    server.bodies = []  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -92,3 +96,21 @@ def test_unpublished_weights_have_no_version_unless_the_caller_names_one(canned:
     assert generate(url_of(canned), timeout_seconds=5)[0].versions == ()
     [completion] = generate(url_of(canned), timeout_seconds=5, unpublished_version=0)
     assert completion.versions == (VersionSpan(0, 0, 2),)
+
+
+def test_images_are_sent_by_content_and_refused_once_changed(canned: ThreadingHTTPServer, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"a picture")
+    image = image_ref(tmp_path / "a.png")
+    canned.answers = [(200, ANSWER | {"prompt_token_ids": [1, 9, 9, 2]})]  # type: ignore[attr-defined]
+
+    async def ask() -> list[Completion]:
+        async with EngineClient(url_of(canned), timeout_seconds=5) as client:
+            return await client.generate((1, 9, 2), SamplingParams(4), images=[image])
+
+    [completion] = asyncio.run(ask())
+    assert completion.prompt_token_ids == (1, 9, 9, 2)
+    asked = json.loads(canned.bodies[-1])  # type: ignore[attr-defined]
+    assert [base64.b64decode(one) for one in asked["images"]] == [b"a picture"]
+    (tmp_path / "a.png").write_bytes(b"another")
+    with pytest.raises(ConfigError, match=r"a\.png: has sha256"):
+        asyncio.run(ask())

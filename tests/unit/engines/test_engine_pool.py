@@ -28,7 +28,7 @@ class Engine(EngineClient):
         self.answer = asyncio.Event()
         self.length = 100
 
-    async def attempt(self, prompt_token_ids, sampling, *, num_completions=1, needs_version=False):
+    async def attempt(self, prompt_token_ids, sampling, *, num_completions=1, images=(), needs_version=False):
         assert needs_version, "training takes published policies alone"
         self.prompts.append(len(prompt_token_ids))
         if self.faults:

@@ -192,6 +192,27 @@ def test_renamed_parameters_come_under_the_checkpoints_name(on_rank: Callable[[i
     assert names[:2] == ["h.wte.weight", "h.norm.weight"]
 
 
+def test_parts_of_a_vision_language_model_come_under_the_learners_names(on_rank: Callable[[int, int], None]) -> None:
+    """Its mapper also knows older checkpoints' names, which are vLLM's own; a part's own mapper does the fusing."""
+    from types import SimpleNamespace
+
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    on_rank(0, 1)
+    model: Any = nn.Module()
+    model.language_model, model.visual = nn.Module(), Block()
+    model.language_model.model = Block()
+    model.packed_modules_mapping = PACKED
+    model.config = SimpleNamespace(model_type="unheard-of", vision_config=object())
+    model.hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"model.language_model.": "language_model.model.", "model.visual.": "visual."}
+    )
+    names = [name for name, _ in checkpoint_views(model)]
+    assert "model.language_model.q_proj.weight" in names
+    assert "model.visual.gate_proj.weight" in names
+    assert all(name.startswith(("model.language_model.", "model.visual.")) for name in names)
+
+
 def test_what_latent_attention_keeps_twice_is_no_checkpoint_parameter(
     on_rank: Callable[[int, int], None],
 ) -> None:

@@ -111,6 +111,8 @@ def outcome(ranks: Ranks, folder: str, case: Case, dtype: str = "float32") -> Ou
     optimizer = SplitMasterAdamW(trainable_parameters(model), OPTIMIZER, ranks=ranks)
     batch = one_sample() if case.one_sample else groups()
     advantages = group_advantages(batch, "group")
+    scoring = pack(groups(), advantages_of(groups()), **PACKING)[0]
+    step.scorer.score_without_grad(model, scoring)  # as the parity gate does before the first step
     gradients, metrics = {}, []
     for number in range(2):
         report = Metrics()
@@ -118,7 +120,7 @@ def outcome(ranks: Ranks, folder: str, case: Case, dtype: str = "float32") -> Ou
         gradients = gradients or {name: gradient_of(p) for name, p in trainable_parameters(model)}
         step.apply_gradients(optimizer, number, report)
         metrics.append(report.reduced())
-    step.scorer.score_without_grad(model, pack(groups(), advantages_of(groups()), **PACKING)[0])
+    step.scorer.score_without_grad(model, scoring)
     in_parts = all(hasattr(p, "full_tensor") for p in model.parameters()) or ranks.world_size == 1
     weights = {name: whole.clone() for name, whole in checkpoint_wholes(model, ranks)}
     assert list(weights) == [name for name, _ in checkpoint_parameters(model)]

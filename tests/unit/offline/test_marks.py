@@ -42,7 +42,17 @@ def test_two_models_are_compared_on_the_questions_both_answered() -> None:
     found = compare(before, after)
     assert (found["num_questions"], found["num_left_out"], found["same_text"]) == (4, 2, 1)
     assert (found["fixed"], found["broken"], found["accuracy_before"], found["accuracy_after"]) == (2, 1, 0.5, 0.75)
-    assert found["p"] == 1.0
+    assert found["p"] == 1.0 and found["sampled"] is None
+
+
+def test_samples_are_compared_question_by_question() -> None:
+    """Of six questions five have more right samples than before; the sixth as many."""
+    before = [marked(q, text, arm=SAMPLED) for q in "abcdef" for text in ("5", "7")]
+    after = [marked(q, text, arm=SAMPLED) for q in "abcde" for text in ("7", "7")]
+    after += [marked("f", text, arm=SAMPLED) for text in ("7", "8")]
+    greedy = [marked("a", "7")]
+    found = compare(greedy + before, greedy + after)["sampled"]
+    assert found == {"before": 0.5, "after": pytest.approx(11 / 12), "better": 5, "worse": 0, "p": 2 / 32}
 
 
 def test_mcnemar_is_the_exact_binomial_test() -> None:

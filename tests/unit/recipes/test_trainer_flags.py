@@ -40,7 +40,6 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "--vllm-gpu": ("--vllm-gpu 1", {"engine.devices": (1,), "learner.devices": (0,)}),
     "--gpu-memory-utilization": ("--gpu-memory-utilization 0.3", {"engine.gpu_memory_utilization": 0.3}),
     "--vllm-gpu-memory-utilization": ("--vllm-gpu-memory-utilization 0.3", {"engine.gpu_memory_utilization": 0.3}),
-    "--max-model-len": ("--max-model-len 4096", {"engine.extra": {"max_model_len": 4096}}),
     "--vllm-restart-interval": (
         "--vllm-restart-interval 5",
         {"bridge.interval": 5, "learner.checkpoint_interval": 5, "parity.interval": 20},
@@ -64,6 +63,7 @@ REFUSED = {
     "--train-layer-indices": "--train-layer-indices 20-31",
     "--adafactor-scale-parameter": "--adafactor-scale-parameter",
     "--adafactor-relative-step": "--adafactor-relative-step",
+    "--max-model-len": "--max-model-len 4096",
     "--trainer-rank": "--trainer-rank 1",
     "--world-size": "--world-size 2",
     "--init-method": "--init-method tcp://host:1",
@@ -80,7 +80,6 @@ REFUSED_HERE = {
     "--dtype float16": "use bfloat16",
     "--group-size 7": "--gradient-accumulation-steps = 64 sequences",
     f"{SHARED} --vllm-gpu 1": "give it to vllm_api_server.py",
-    f"{LORA} --max-model-len 8": "give it to vllm_api_server.py",
     f"{SHARED} --gpu-memory-utilization 0.3": "give it to vllm_api_server.py",
     f"{LORA} --single-copy": "is for --weight-bridge-mode shared_vllm",
     "--vllm-config-path there": "is for --weight-bridge-mode shared_vllm",

@@ -43,7 +43,8 @@ def test_options_become_the_configuration(server):
         True,
     )
     assert config.model.lora and (config.model.lora.rank, config.bridge.name) == (32, "lora")
-    assert (config.engine.tensor_parallel_size, config.engine.extra) == (2, {"max_model_len": 4096})
+    assert (config.engine.tensor_parallel_size, config.model.max_length, config.engine.extra) == (2, 4096, {})
+    assert config_of(server, "--pipeline-parallel-size 2").engine.devices == (0, 1)
     assert config_of(server, "", shares=True).bridge.name == "shared"
     assert config_of(server, "--enable-lora", shares=True).bridge.name == "shared"
     assert config_of(server, "").bridge.name == "restart"
@@ -52,16 +53,15 @@ def test_options_become_the_configuration(server):
 
 
 def test_vllms_own_options_go_to_vllm(server):
-    words = (
-        "--max-num-batched-tokens 8192 --trust-remote-code --no-enable-prefix-caching --seed=3 --served-model-name x"
-    )
-    assert config_of(server, words).engine.extra == {
+    words = "--max-num-batched-tokens 8192 --trust-remote-code --no-enable-prefix-caching --block-size=32 --seed 3"
+    config = config_of(server, words)
+    assert config.run.seed == 3
+    assert config.engine.extra == {
         "max_model_len": -1,
         "max_num_batched_tokens": "8192",
         "trust_remote_code": True,
         "enable_prefix_caching": False,
-        "seed": "3",
-        "served_model_name": "x",
+        "block_size": "32",
     }
     with pytest.raises(ConfigError, match="stray: is no option"):
         config_of(server, "stray")
@@ -73,7 +73,7 @@ def test_vllms_own_options_go_to_vllm(server):
         ("--ssl-keyfile k", "put a proxy in front of it"),
         ("--enable-ssl-refresh", "put a proxy in front of it"),
         ("--root-path /x", "put a proxy in front of it"),
-        ("--pipeline-parallel-size 2", "use --tensor-parallel-size"),
+        ("--data-parallel-size 2", "start one server a replica"),
         ("--dtype float16", "use bfloat16"),
         ("--host 0.0.0.0", "use 127.0.0.1"),
     ],

@@ -85,15 +85,26 @@ async def pause(engine: Any, mode: str, *, reuse_kv: bool = False) -> None:
     What `pause_generation` does, less the 20 ms it then sleeps to let outputs arrive: the gate knows when they have.
     """
     freezes = mode == "keep" and engine.output_processor.has_unfinished_requests()
-    clear_cache = (freezes and not reuse_kv) or _caches_more_than_kv(engine)
+    sees = engine.model_config.is_multimodal_model
+    kept_elsewhere = engine.vllm_config.kv_transfer_config is not None  # blocks that are not told apart by weights
+    clear_cache = (freezes and not reuse_kv) or kept_elsewhere
     mode = "wait" if mode == "drain" else mode
-    await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+    core = engine.engine_core
+    await core.pause_scheduler_async(mode=mode, clear_cache=clear_cache and not sees)
+    if sees:
+        await _forget_what_was_seen(core, clear_cache=clear_cache or freezes)
 
 
-def _caches_more_than_kv(engine: Any) -> bool:
-    """KV blocks are told apart by the weights that filled them (`door.py`); images an encoder has seen, and blocks that
-    another process keeps, are not. Dropping everything is a walk over every block, in Python."""
-    return engine.model_config.is_multimodal_model or engine.vllm_config.kv_transfer_config is not None
+async def _forget_what_was_seen(core: Any, *, clear_cache: bool) -> None:
+    """KV blocks are told apart by the weights that filled them (`door.py`); what a vision tower made of an image is
+    found by the image alone, so it goes. A frozen request may be half way through one, so it begins anew.
+
+    Not by `clear_cache` of the pause: that drops the pixels the core holds as well, which no weights made, and the
+    front end, which sends each image once, then names one that the core no longer has: the request fails.
+    """
+    if clear_cache:
+        await core.reset_prefix_cache_async(reset_running_requests=True, reset_connector=True)
+    await core.reset_encoder_cache_async()
 
 
 def can_freeze(*, seed: int | None) -> bool:

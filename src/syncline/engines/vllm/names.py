@@ -15,11 +15,12 @@ class CheckpointNames:
     """See the module."""
 
     def __init__(self, model: Any) -> None:
-        self.packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+        self.packed = _packed(model)
         """Name of a layer that vLLM fuses → names of the checkpoint's layers in it, in order."""
         self._mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._loaded: frozenset[str] = getattr(model, "syncline_loaded", frozenset())
         """What the checkpoint was seen to hold, where a name could have come from several; empty: nobody looked."""
+        self._sees = getattr(getattr(model, "config", None), "vision_config", None) is not None
         self._renames = _transformers_renames(getattr(getattr(model, "config", None), "model_type", None))
 
     def of(self, piece: str, parameter: str) -> str:
@@ -31,16 +32,25 @@ class CheckpointNames:
 
     def _reversed(self, piece: str, parameter: str) -> str:
         mapper: Any = self._mapper
-        # a layer is fused by the mapper's table, or by the model's own loader
-        ways = [name for name in _candidates(piece, mapper) if mapper.apply_list([name]) in ([parameter], [piece])]
+        candidates = [piece, *_candidates(piece, mapper)]
+        if self._sees:  # whose mapper also takes the names of older checkpoints, which are vLLM's own
+            candidates.append(candidates.pop(0))
+        # a part's own mapper, or the model's own loader, may do the fusing
+        ways = [name for name in candidates if mapper.apply_list([name]) in ([parameter], [piece])]
         if ways:
-            return next((name for name in ways if name in self._loaded), ways[0])
+            seen = [name for name in ways if name in self._loaded and not self._sees]
+            return (seen or ways)[0]
         raise SyncError(f"{piece}: vLLM loads {parameter} under a name that its hf_to_vllm_mapper cannot be asked for")
 
 
+def _packed(model: Any) -> dict[str, list[str]]:
+    """The model's table, or, where a model of several parts has none, its language model's (Qwen2-VL)."""
+    inner = getattr(model, "language_model", None)
+    return getattr(model, "packed_modules_mapping", None) or getattr(inner, "packed_modules_mapping", {})
+
+
 def _candidates(name: str, mapper: Any) -> Iterator[str]:
-    """The name itself, then each way back through one entry of the mapper's tables."""
-    yield name
+    """Each way back through one entry of the mapper's tables."""
     for before, after in _renamed(mapper.orig_to_new_prefix):
         if name.startswith(after):
             yield before + name.removeprefix(after)

@@ -4,6 +4,10 @@
 """
 
 import asyncio
+import base64
+import binascii
+import io
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
@@ -27,6 +31,8 @@ class GenerateBody(Body):
     prompt_token_ids: tuple[int, ...] = Field(min_length=1)
     sampling: SamplingParams
     num_completions: int = Field(default=1, ge=1)
+    images: tuple[str, ...] = ()
+    """Image files in base64; each has one placeholder among the tokens."""
     needs_version: bool = False
     """Answer 503, and sample nothing, while no published policy is held."""
 
@@ -72,8 +78,10 @@ async def _fault(engine: Any) -> str | None:
 
 
 async def _sample(served: Served, body: GenerateBody, visit: Visit, adapter: Adapter | None) -> dict[str, Any]:
-    prompt = {"prompt_token_ids": list(body.prompt_token_ids)}
+    prompt: dict[str, Any] = {"prompt_token_ids": list(body.prompt_token_ids)}
     lora_request = adapter.request() if adapter else None
+    if body.images:
+        prompt["multi_modal_data"] = {"image": await asyncio.to_thread(_pictures, body.images)}
     try:
         collector = await served.engine.add_visit(visit, prompt, _params(body), lora_request=lora_request)
     except ValueError as error:
@@ -84,7 +92,21 @@ async def _sample(served: Served, body: GenerateBody, visit: Visit, adapter: Ada
     except asyncio.CancelledError:
         await served.engine.abort(visit.request_id)
         raise
-    return {"completions": [_completion(output, visit) for output in final.outputs]}
+    read = {"prompt_token_ids": list(final.prompt_token_ids)} if body.images else {}
+    return {"completions": [_completion(output, visit) for output in final.outputs], **read}
+
+
+def _pictures(images: Sequence[str]) -> list[Any]:
+    """Raises `EngineError` naming the one that is no image."""
+    from PIL import Image
+
+    pictures = []
+    for i, image in enumerate(images):
+        try:
+            pictures.append(Image.open(io.BytesIO(base64.b64decode(image, validate=True))).convert("RGB"))
+        except (binascii.Error, OSError) as error:
+            raise EngineError(f"images.{i}: is no image file in base64 ({error})") from error
+    return pictures
 
 
 def _params(body: GenerateBody) -> Any:
