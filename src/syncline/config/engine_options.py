@@ -37,10 +37,10 @@ def engine_options(config: RunConfig) -> Iterator[str]:
     for option in PROOF:
         if option in extra:
             yield f"engine.extra.{option}: {extra[option]!r} is what proofs and log-probabilities rest on; leave it out"
-    if num_stages(config) > 1 and (bridge == "shared" or (config.model.lora and bridge == "lora")):
+    if num_stages(config) > 1:
         yield (
-            f"engine.extra.pipeline_parallel_size: {num_stages(config)} gives ranks different layers, which "
-            f"bridge.name = {bridge!r} does not serve; leave it out, or set bridge.name to broadcast or restart"
+            f"engine.extra.pipeline_parallel_size: {num_stages(config)} gives ranks different layers, which no bridge "
+            "has been shown to prove yet; leave it out, and split layers by engine.tensor_parallel_size"
         )
     if bridge == "restart" and extra.get("quantization"):
         yield (

@@ -212,10 +212,13 @@ def _model(found: Translation, given: _Given) -> Iterator[str]:
         yield "model.model: required, but missing; name a folder or a model of the hub"
     if (implementation := given.take("model.attn_impl", None)) is not None:
         found.set("learner.attention", keys.ATTENTION.get(implementation, implementation), "model.attn_impl")
-    for part in ("vit", "aligner"):
+    fate = "adapted" if given.left.get("tuner.train_type", "lora") == "lora" else "trained"
+    for part, ours in (("vit", "vision"), ("aligner", "aligner")):
         frozen, rate = given.take(f"tuner.freeze_{part}", True), given.take(f"training.{part}_lr", None)
         if frozen is not True:
-            yield f"tuner.freeze_{part}: {frozen!r} trains a tower that this learner does not have; set it to true"
+            found.set(f"model.parts.{ours}", fate, f"tuner.freeze_{part}")
+            if rate is not None:
+                found.set(f"learner.optimizer.{ours}_learning_rate", rate, f"training.{part}_lr")
         elif rate is not None:
             found.notes.append(f"training.{part}_lr: {rate} changes nothing: tuner.freeze_{part} is true")
 

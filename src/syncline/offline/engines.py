@@ -21,8 +21,8 @@ from syncline.launch.groups import subreaper
 from syncline.launch.guardian import DONE
 from syncline.launch.plan import Machine, ProcessSpec, plan, wanted_ports
 from syncline.launch.ports import lease_ports
-from syncline.launch.supervisor import HEALTH_SECONDS, LAST_LINES, PROCESSES_FILE, answers
-from syncline.observe.files import CONFIG_FILE, last_lines, write_atomically
+from syncline.launch.supervisor import HEALTH_SECONDS, LAST_LINES, answers
+from syncline.observe.files import CONFIG_FILE, PROCESSES_FILE, last_lines, write_atomically
 
 GRACE_SECONDS = 10.0
 

@@ -103,6 +103,13 @@ def test_colocated_engines_share_the_weights(tmp_path: Path) -> None:
     assert loaded(tmp_path, together).bridge.name == "restart", "DoRA must be merged"
 
 
+def test_towers_that_are_not_frozen_have_rates_of_their_own(tmp_path: Path) -> None:
+    config = loaded(tmp_path, {"tuner.freeze_vit": False, "tuner.freeze_aligner": False, "training.aligner_lr": 1e-6})
+    assert (config.model.parts.vision, config.model.parts.aligner) == ("adapted", "adapted")
+    optimizer = config.learner.optimizer
+    assert (optimizer.vision_learning_rate, optimizer.aligner_learning_rate) == (1e-7, 1e-6)
+
+
 def test_epochs_count_the_rows(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n" * 100)
@@ -158,7 +165,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rlhf.kl_in_reward": True}, "rlhf.kl_in_reward: true, but KL is a term of the loss"),
     ({"rlhf.reward_funcs": ["summary.format", "a:b"]}, "rlhf.reward_funcs.0: 'summary.format' is no import path"),
     ({"rlhf.reward_weights": [1.0]}, "rlhf.reward_weights: 1 numbers for 2 rlhf.reward_funcs"),
-    ({"tuner.freeze_vit": False}, "tuner.freeze_vit: False trains a tower that this learner does not have"),
     ({"custom.grpo.chord.enabled": True}, "custom.grpo.chord.enabled: True mixes fine-tuning into the loss"),
     ({"custom.colour": 1}, "custom.colour: unknown key (value 1)"),
     ({"model.model": None}, "model.model: required, but missing"),
