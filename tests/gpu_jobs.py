@@ -50,6 +50,11 @@ def _others() -> Iterator[Job]:
     yield Job("restart-process", 1, ("tests/e2e/test_engine_restart.py",))
     yield Job("learner-apart", 1, ("tests/e2e/test_learner_apart.py",))
     yield Job("recovery", 1, ("tests/e2e/test_recovery.py",))
+    yield Job(
+        "gpt-oss",
+        1,
+        ("tests/contracts/test_gpt_oss_engine.py", "tests/e2e/test_gpt_oss_job.py", "tests/gpu/test_sinks_on_cuda.py"),
+    )
 
 
 def _main_jobs() -> Iterator[Job]:

@@ -19,7 +19,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 @dataclass(frozen=True, slots=True)
 class LoraLayer:
-    """One adapted linear layer: y = W x + scaling · B (A x)."""
+    """One adapted linear layer: y = W x + scaling · B (A x). Of fused experts all at once: their number comes first."""
 
     a: torch.Tensor
     """`[rank, in]`"""
@@ -84,12 +84,12 @@ def what_cannot_be_held(shapes: Mapping[str, Sequence[int]], held: Mapping[str, 
     """Faults of an adapter for an engine whose `EngineControl.adapters` says `held`; one a module."""
     modules: Mapping[str, Sequence[int]] = held["modules"]
     faults = []
-    for name, (rank, num_inputs) in ((n.removesuffix(A), s) for n, s in shapes.items() if n.endswith(A)):
-        size = [num_inputs, shapes[name + B][0]]
+    for name, (*experts, rank, num_inputs) in ((n.removesuffix(A), s) for n, s in shapes.items() if n.endswith(A)):
+        size = [*experts, num_inputs, shapes[name + B][-2]]
         if name not in modules:
             faults.append(f"{name}: the engine cannot adapt this module")
         elif list(modules[name]) != size:
-            faults.append(f"{name}: {size[0]} inputs and {size[1]} outputs, in the engine {list(modules[name])}")
+            faults.append(f"{name}: {size[-2]} inputs and {size[-1]} outputs, in the engine {list(modules[name])}")
         elif rank > held["max_rank"]:
             faults.append(f"{name}: rank {rank} is above the engine's max_lora_rank = {held['max_rank']}")
     return faults

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from syncline.bridges.adapter import A, AdapterLayout
 from syncline.bridges.handles import Origin, export_views, new_memory_file, open_views
+from syncline.bridges.peft_files import file_name, from_file, to_file
 from syncline.bridges.receipt import whole
 from syncline.errors import SyncError
 
-_PEFT_PREFIX = "base_model.model."
 _KEPT_VERSIONS = 2
 Way = Literal["device", "memory", "files"]
 
@@ -97,7 +97,8 @@ class Carrier:
 
 def write_adapter(layout: AdapterLayout, buffer: torch.Tensor, path: Path) -> None:
     """A folder PEFT and vLLM load as it is. B holds its scaling, so the adapter's alpha is its rank, layer by layer."""
-    ranks = {name: layout.shapes[name + A][0] for name in layout.modules()}
+    ranks = {name: layout.shapes[name + A][-2] for name in layout.modules()}
+    experts = {name for name in ranks if len(layout.shapes[name + A]) > 2}
     rank = max(ranks.values())
     others = {name: other for name, other in ranks.items() if other != rank}
     config = {
@@ -107,14 +108,16 @@ def write_adapter(layout: AdapterLayout, buffer: torch.Tensor, path: Path) -> No
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in ranks}),
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in ranks if name not in experts}),
+        "target_parameters": sorted({".".join(name.split(".")[-3:]) for name in experts}) or None,
         "bias": "none",
         "inference_mode": True,
     }
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {_PEFT_PREFIX + name: view.cpu().clone() for name, view in layout.views(buffer).items()}
+    views = layout.views(buffer).items()
+    tensors = {file_name(name, view.dim()): to_file(name, view).cpu().clone() for name, view in views}
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     (partial / "adapter_config.json").write_text(json.dumps(config))
     shutil.rmtree(path, ignore_errors=True)
@@ -154,7 +157,8 @@ class Receiver:
             raise SyncError(f"{folder} cannot be read by the engine: {error}; put run.dir on a shared disk") from error
         buffer = layout.new_buffer(torch.device("cpu"))
         for name, view in layout.views(buffer).items():
-            tensor = tensors.get(_PEFT_PREFIX + name)
+            tensor = tensors.get(file_name(name, view.dim()))
+            tensor = None if tensor is None else from_file(name, tensor, view.shape)
             if tensor is None or tensor.shape != view.shape or tensor.dtype != view.dtype:
                 raise SyncError(f"{folder}: {name} is missing or of another shape or type")
             view.copy_(tensor)

@@ -24,6 +24,7 @@ from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, fingerprint_of, open_views
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.receipt import differences, model_digest, parameter_digests, whole
+from syncline.bridges.repacked import is_repacked
 from syncline.bridges.stopwatch import Stopwatch
 from syncline.config.schema import Bridge
 from syncline.errors import SyncError
@@ -31,12 +32,14 @@ from syncline.protocols import EngineControl, Receipt, SyncReport
 
 Base = Callable[[Any], Iterable[tuple[str, torch.Tensor]]]
 Layers = Callable[[Any], Iterable[tuple[str, LoraLayer]]]
+Stored = Callable[[Any], Mapping[str, str]]
 
 
 class LoraBridge(CopyingBridge):
     """See the module. `base(model)` yields the frozen parameters under their checkpoint names, tied ones once;
     `layers(model)` the adapted layers; `folder` is where versions are written for engines on other hosts. With several
-    ranks both yield wholes on each of them, together; rank 0 alone holds what engines read."""
+    ranks both yield wholes on each of them, together; rank 0 alone holds what engines read. `stored(model)` are the
+    digests of what engines repack of the checkpoint, which `base` then leaves out."""
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class LoraBridge(CopyingBridge):
         layers: Layers,
         folder: Path,
         shares_base: bool = False,
+        stored: Stored = lambda model: {},
         ranks: Ranks = ONE_RANK,
     ) -> None:
         self._fleet = Fleet(engines, config, ranks=ranks)
@@ -56,6 +60,7 @@ class LoraBridge(CopyingBridge):
         self._layers = layers
         self._folder = folder
         self._shares_base = shares_base
+        self._stored = stored
         self._base_digests: dict[str, str] = {}
         self._carrier: Carrier | None = None
         self._device = torch.device("cpu")
@@ -65,7 +70,7 @@ class LoraBridge(CopyingBridge):
     def attach(self, model: Any) -> None:
         """Proves the base, refuses modules an engine cannot adapt, by name, and opens the way to every engine."""
         self._fleet.wait_until_ready()
-        self._base_digests = parameter_digests(self._base(model))
+        self._base_digests = parameter_digests(self._base(model)) | dict(self._stored(model))
         self._fleet.each(self._refuse_other_base)
         layers = dict(self._layers(model))
         engines = self._fleet.each(lambda engine: engine.adapters())
@@ -151,6 +156,8 @@ class LoraBridge(CopyingBridge):
 
     def _refuse_other_base(self, engine: EngineControl) -> None:
         served = {name: digest for name, digest in engine.parameters().items() if not is_adapter_name(name)}
+        for name in filter(is_repacked, served):
+            self._base_digests.setdefault(name, served[name])
         if faults := differences(self._base_digests, served):
             lines = "\n".join(faults)
             raise SyncError(f"{engine.name} serves another base than the learner adapts:\n{lines}")

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,10 @@ def learn(config: RunConfig, args: argparse.Namespace, *, watch: "Callable[[Part
     with joined_ranks(device, timeout_seconds=_longest_wait(config), dimension=dimension) as ranks:
         set_up_logging(logging.INFO if ranks.is_first else logging.WARNING)
         engines = connect_engines(config, args.engine_urls, args.bridge_config, device=device, ranks=ranks)
-        with assemble(config, ranks, device=device, engines=engines, trajectories_url=trajectories_url) as parts:
+        with (
+            assemble(config, ranks, device=device, engines=engines, trajectories_url=trajectories_url) as parts,
+            parts.stop.listening() if ranks.world_size == 1 else nullcontext(),
+        ):
             state = train(config, watch(parts) if watch else parts)
     log.info(
         "finished: step %d, policy version %d, %d tokens trained",
@@ -118,8 +121,12 @@ def assemble(
     from syncline.learner.loop import Parts
     from syncline.learner.model import assets_folder, load_model
     from syncline.learner.optim import accumulate_fp32
+    from syncline.observe.training_log import TrainingLog
 
     folder = Path(config.run.dir)
+    training_log = None
+    if config.observe.training_log and ranks.is_first:
+        training_log = TrainingLog(config, [engine.url for engine in engines])
     torch.manual_seed(config.run.seed)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to sum in one order
@@ -140,7 +147,9 @@ def assemble(
         resumed_step = checkpoints.newest_step()
         sink, source = (None, None)
         if ranks.is_first:
-            sink, source = _outside(config, stack, trajectories_url=trajectories_url, resumed_step=resumed_step)
+            sink, source = _outside(
+                config, stack, trajectories_url=trajectories_url, resumed_step=resumed_step, training_log=training_log
+            )
         if ranks.split_data:
             torch.manual_seed(config.run.seed + ranks.rank)  # other tokens, other dropout
         yield Parts(
@@ -157,18 +166,26 @@ def assemble(
 
 
 def _outside(
-    config: RunConfig, stack: ExitStack, *, trajectories_url: str, resumed_step: int
+    config: RunConfig,
+    stack: ExitStack,
+    *,
+    trajectories_url: str,
+    resumed_step: int,
+    training_log: "MetricSink | None",
 ) -> tuple["MetricSink", "RolloutSource"]:
     from syncline.cli.trajectories import run_terms
     from syncline.observe.exports import ExportingSink, open_exports
-    from syncline.observe.sinks import JsonlSink
+    from syncline.observe.sinks import JsonlSink, MultiSink
+    from syncline.observe.training_log import CompletionsCsv
     from syncline.trajectory.client import TrajectorySource
     from syncline.trajectory.guard import TOKEN_VARIABLE
 
     folder = Path(config.run.dir)
     exports = open_exports(config.observe, folder, resumed_step=resumed_step)
-    own = JsonlSink(folder, resumed_step=resumed_step, decode=_tokenizer(config).decode)
-    sink = ExportingSink(own, exports)
+    own: list[MetricSink] = [JsonlSink(folder, resumed_step=resumed_step, decode=_tokenizer(config).decode)]
+    own += [CompletionsCsv(Path(config.observe.completions_csv))] if config.observe.completions_csv else []
+    own += [training_log] if training_log else []
+    sink = ExportingSink(MultiSink(own), exports)
     stack.callback(sink.close)
     source = TrajectorySource(
         trajectories_url,

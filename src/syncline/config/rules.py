@@ -203,6 +203,11 @@ def _ranks(config: RunConfig) -> Iterator[str]:
             f"learner.data_parallel_size: {num_data} leaves a rank a part of every parameter, and bridge.name = "
             f"'shared' needs parameters as the engine has them in one place; set bridge.name to {remedy}"
         )
+    if num_data > 1 and config.model.lora and config.model.lora.target_parameters:
+        yield (
+            f"learner.data_parallel_size: {num_data} does not split adapters of parameters, and "
+            "model.lora.target_parameters names some; set it to 1, or leave those out"
+        )
     if size > 1 and config.model.lora:
         yield (
             f"learner.tensor_parallel_size: {size} does not split adapters, and model.lora is set; set it to 1, or "

@@ -39,6 +39,9 @@ class Lora(Section):
     alpha: PositiveFloat = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = ()
+    """Matrices that are no layer of their own, as fused experts have them, by the end of their names:
+    `[mlp.experts.gate_up_proj, mlp.experts.down_proj]`. One that no layer has is an error."""
     rslora: bool = False
     dora: bool = False
     """DoRA: rows of the adapted weights have magnitudes of their own. Reaches an engine merged, by `restart` or
@@ -249,7 +252,9 @@ class Learner(Section):
     """As many logits as this many rows have are alive at once."""
     attention: str = "auto"
     """`auto`: the first that works here of `flash3` and `flash4` (where these FlashAttentions are installed), `flash`
-    (torch's own), and on a CPU SDPA. Or a name that transformers knows, such as `kernels-community/flash-attn3`."""
+    (torch's own), and on a CPU SDPA. Or a name that transformers knows, such as `kernels-community/flash-attn3`.
+    Several, with commas between: the first that works here, as the log says:
+    `kernels-community/vllm-flash-attn3,auto`."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch compiles the layers at the first step. auto: dense layers, where one GPU has the whole model."""
     recomputation: Recomputation = Recomputation()
@@ -332,6 +337,11 @@ class Observe(Section):
     are in `<run.dir>/tensorboard`; wandb and trackio take their own environment variables (`WANDB_MODE=offline`)."""
     project: str = "syncline"
     """In wandb and trackio; the group is named as the run's folder."""
+    training_log: bool = False
+    """`training.log` in run.dir: what the learner logs, the generation's settings, each step's metrics under TRL's
+    names."""
+    completions_csv: str | None = None
+    """A file that gets a row for every completion trained on: step, prompt, completion, reward and its parts."""
 
 
 class RunConfig(Section):

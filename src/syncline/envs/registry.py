@@ -15,6 +15,7 @@ BUILT_IN = {
     "judged": "syncline.envs.tasks.judged:Judged",
     "reasoning_gym": "syncline.envs.adapters.reasoning_gym:ReasoningGym",
     "summary": "syncline.envs.tasks.summary:Summary",
+    "thermal_storage": "syncline.envs.tasks.thermal_storage:ThermalStorage",
     "trl_rewards": "syncline.envs.adapters.trl_rewards:TrlRewards",
     "verifiers": "syncline.envs.adapters.verifiers:Verifiers",
 }

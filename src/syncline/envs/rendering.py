@@ -8,6 +8,9 @@ from syncline.errors import ConfigError
 from syncline.protocols import Generate
 from syncline.types import Completion, ImageRef, Message, SamplingParams
 
+RENDERED = "rendered"
+"""The role of a message that is the whole prompt in the model's chat format already, special tokens written out."""
+
 
 def load_tokenizer(path: str) -> Any:
     """A transformers tokenizer from a folder or the hub. Raises `ConfigError` when there is none."""
@@ -22,6 +25,8 @@ def load_tokenizer(path: str) -> Any:
 
 def rendered(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Prompt tokens of messages, as `ChatPolicy` tells; an image has one placeholder. Raises `ValueError`."""
+    if [m.role for m in messages] == [RENDERED]:
+        return tokenizer.encode(messages[0].content, add_special_tokens=False)
     if tokenizer.chat_template:
         chat = [_turn(message) for message in messages]
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)

@@ -92,7 +92,7 @@ def open_rows(
     Raises `ConfigError` naming what is missing.
     """
     if path is not None:
-        return _file_rows(path), lambda: _heldout_rows(heldout_path)
+        return file_rows(path), lambda: _heldout_rows(heldout_path)
     if heldout_path is not None:
         raise ConfigError([f"heldout_path: {heldout_path!r} is given without path; give both, or neither for the hub"])
     if hub is None:
@@ -103,10 +103,11 @@ def open_rows(
 def _heldout_rows(path: str | None) -> Source:
     if path is None:
         raise ConfigError(["heldout_path: is needed for held-out tasks; give the JSONL file of the test rows"])
-    return _file_rows(path)
+    return file_rows(path)
 
 
-def _file_rows(path: str) -> Iterator[tuple[str, Any]]:
+def file_rows(path: str) -> Iterator[tuple[str, Any]]:
+    """Of a JSON lines file."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
 """A PEFT model as the `lora` bridge sees it: the frozen base, and the adapted layers.
 
-vLLM adds B·A·x of plain linear layers and nothing else, so whatever else an adapter may train (DoRA's magnitudes,
-embeddings, biases, whole modules) is refused by name here, before a token is sampled without it.
+vLLM adds B·A·x of plain linear layers and of fused experts and nothing else, so whatever else an adapter may train
+(DoRA's magnitudes, embeddings, biases, whole modules) is refused by name here, before a token is sampled without it.
 """
 
 from collections.abc import Iterator
@@ -11,15 +11,25 @@ from torch import Tensor, nn
 
 from syncline.bridges.adapter import LoraLayer, listed
 from syncline.errors import SyncError
+from syncline.learner.expert_adapter import expert_pair, is_expert_lora
 from syncline.learner.model import causal_lm, trainable_parameters
+from syncline.learner.mxfp4 import is_expert
 from syncline.learner.places import gathered
+
+EXPERT_DIM = 3
+OTHER = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters under the adapter, by their checkpoint names, tied ones once; gathered where ranks have parts."""
     for name, parameter in causal_lm(model).named_parameters():
         if "lora_" not in name:
-            yield name.replace(".base_layer.", "."), gathered(parameter)
+            yield name.replace(".base_layer", ""), gathered(parameter)
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """As `base_parameters`, without the experts, of a base whose experts an engine keeps in another form."""
+    return ((name, parameter) for name, parameter in base_parameters(model) if not is_expert(name))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -27,8 +37,11 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
     Raises `SyncError` naming what is trained beside them.
     """
-    layers = {name: layer for name, module in causal_lm(model).named_modules() if (layer := _plain_lora(module))}
-    pairs = {id(tensor) for layer in layers.values() for tensor in (layer.a, layer.b)}
+    named = causal_lm(model).named_modules()
+    layers = {_name(name, module): layer for name, module in named if (layer := _plain_lora(module))}
+    _refuse_half_adapted_experts(layers)
+    tensors = [tensor for layer in layers.values() for tensor in (layer.a, layer.b)]
+    pairs = {id(tensor._base if tensor.dim() == EXPERT_DIM else tensor) for tensor in tensors}
     others = [name for name, parameter in trainable_parameters(model) if id(parameter) not in pairs]
     if others or not layers:
         raise SyncError(
@@ -43,6 +56,8 @@ def _plain_lora(module: Any) -> LoraLayer | None:
     """The layer's one active pair; `None` for any other module, and for LoRA that is not of a linear layer."""
     from peft.tuners.lora import Linear
 
+    if is_expert_lora(module):
+        return LoraLayer(*expert_pair(module))
     if not isinstance(module, Linear) or len(module.active_adapters) != 1:
         return None
     [adapter] = module.active_adapters
@@ -50,3 +65,21 @@ def _plain_lora(module: Any) -> LoraLayer | None:
         return None
     scaling: float = module.scaling[adapter]
     return LoraLayer(module.lora_A[adapter].weight, module.lora_B[adapter].weight, scaling)  # pyright: ignore
+
+
+def _name(name: str, module: Any) -> str:
+    """Of a layer, or of the parameter that PEFT's wrapper around its module adapts, as the checkpoint has it."""
+    return f"{name.replace('.base_layer', '')}.{module.parameter_name}" if is_expert_lora(module) else name
+
+
+def _refuse_half_adapted_experts(layers: dict[str, LoraLayer]) -> None:
+    """vLLM's layer of fused experts takes the pairs of both of their matrices, or none."""
+    experts = {name for name, layer in layers.items() if layer.a.dim() == EXPERT_DIM}
+    for name in experts:
+        parent, _, leaf = name.rpartition(".")
+        other = f"{parent}.{OTHER[leaf]}" if leaf in OTHER else None
+        if other not in experts:
+            raise SyncError(
+                f"{name}: vLLM serves adapters of both matrices of the experts; add {other or 'the other'} to "
+                "model.lora.target_parameters, or set bridge.name to restart"
+            )

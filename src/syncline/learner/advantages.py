@@ -59,8 +59,19 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": _share(r.status is RolloutStatus.TRUNCATED for r in scored),
+        **_terminated_lengths(scored),
         **{f"rewards/{part}/mean": fmean(values) for part, values in _parts(scored).items()},
+        **{f"rewards/{part}/std": _std(values) for part, values in _parts(scored).items()},
     }
+
+
+def _terminated_lengths(scored: Iterable[Rollout]) -> dict[str, float]:
+    """Of completions that ended by themselves; empty when none did."""
+    lengths = [num_sampled(rollout) for rollout in scored if rollout.status is RolloutStatus.COMPLETED]
+    if not lengths:
+        return {}
+    stats = {"mean": fmean(lengths), "min": float(min(lengths)), "max": float(max(lengths))}
+    return {f"completions/{stat}_terminated_length": value for stat, value in stats.items()}
 
 
 def num_sampled(rollout: Rollout) -> int:

@@ -3,8 +3,8 @@
 No token attends across a sequence's border, nothing is padded and no T x T mask exists. On a GPU in half precision
 torch's variable-length FlashAttention does the work: 2, or another that `attention_choice` put in its place. Elsewhere
 one SDPA call does for each run of equally long sequences (`packing` puts the longest first, so equal lengths are
-neighbours). Neither caps its scores, so the attention of Gemma 2 is written out for each run. What none can do is
-refused by name.
+neighbours). Neither caps its scores, so the attention of Gemma 2 is written out for each run, and so are the learned
+sinks of GPT-OSS, but on a GPU in half precision (`sinks`). What none can do is refused by name.
 """
 
 import inspect
@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
+from syncline.learner.sinks import attention_with_sinks
+
 ATTENTION = "syncline_varlen"
+WRITTEN_OUT = "syncline_written_out"
+"""The same on any device, without a kernel that knows packed sequences: memory for the scores of each one whole."""
 
 
 def register_attention() -> str:
@@ -26,7 +30,9 @@ def register_attention() -> str:
     Registering twice is harmless.
     """
     AttentionInterface.register(ATTENTION, packed_attention)
-    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    AttentionInterface.register(WRITTEN_OUT, written_out_attention)
+    for name in (ATTENTION, WRITTEN_OUT):
+        AttentionMaskInterface.register(name, _no_mask)
     return ATTENTION
 
 
@@ -54,12 +60,38 @@ def packed_attention(
 
     The borders come from transformers' FlashAttention keywords: `cu_seq_lens_q` [S + 1] int32 and `max_length_q`.
     """
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if not half or kwargs.get("softcap") is not None:
+        return written_out_attention(module, query, key, value, attention_mask, **kwargs)
     _refuse_unsupported(module, query, attention_mask, kwargs)
     borders, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    window, scale, softcap = kwargs.get("sliding_window"), kwargs.get("scaling"), kwargs.get("softcap")
-    if softcap is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _flash(query, key, value, borders, longest, window=window, scale=scale), None
-    return _by_runs(query, key, value, borders.tolist(), window=window, scale=scale, softcap=softcap), None
+    how = {"window": kwargs.get("sliding_window"), "scale": kwargs.get("scaling")}
+    if (sinks := kwargs.get("s_aux")) is not None:
+        return attention_with_sinks(query, key, value, sinks, borders, longest, **how), None
+    return _flash(query, key, value, borders, longest, **how), None
+
+
+def written_out_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As `packed_attention`, one run of equally long sequences after the other."""
+    _refuse_unsupported(module, query, attention_mask, kwargs)
+    out = _by_runs(
+        query,
+        key,
+        value,
+        kwargs["cu_seq_lens_q"].tolist(),
+        window=kwargs.get("sliding_window"),
+        scale=kwargs.get("scaling"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return out, None
 
 
 def _refuse_unsupported(
@@ -69,7 +101,7 @@ def _refuse_unsupported(
         "an attention mask": attention_mask is not None,
         "attention that is not causal": not kwargs.get("is_causal", getattr(module, "is_causal", True)),
         "attention dropout": kwargs.get("dropout", 0.0) != 0.0,
-        "attention sinks (s_aux)": kwargs.get("s_aux") is not None,
+        "attention sinks (s_aux) and capped scores": None not in (kwargs.get("s_aux"), kwargs.get("softcap")),
         "a position bias": kwargs.get("position_bias") is not None,
         "output_attentions": bool(kwargs.get("output_attentions")),
         "a batch dimension above 1": query.shape[0] != 1,
@@ -121,16 +153,17 @@ def _by_runs(
     window: int | None,
     scale: float | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     outputs = []
     for start, count, length in _equal_runs(borders):
         rows = slice(start, start + count * length)
         q, k, v = (_as_batch(x, rows, count) for x in (query, key, value))
         seen = None if window is None or length <= window else window
-        if softcap is None:
+        if softcap is None and sinks is None:
             out = _sdpa(q, k, v, window=seen, scale=scale)
         else:
-            out = _capped(q, k, v, window=seen, scale=scale, softcap=softcap)
+            out = _written_out(q, k, v, window=seen, scale=scale, softcap=softcap, sinks=sinks)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0)
 
@@ -148,16 +181,29 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scal
     )
 
 
-def _capped(
-    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float | None, softcap: float
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2, arXiv 2408.00118, section 2)."""
+    """Scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2, arXiv 2408.00118, section 2). A sink
+    is one more score a head, of a key whose value is nothing (GPT-OSS, arXiv 2508.10925, section 2.2)."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = (query @ key.transpose(-1, -2)).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     length = query.shape[2]
     seen = _window_mask(length, length if window is None else window, query.device)
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype) @ value
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        column = sinks.float()[None, :, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1].to(value.dtype) @ value
+    return scores.softmax(-1).to(value.dtype) @ value
 
 
 def _as_batch(x: Tensor, rows: slice, count: int) -> Tensor:

@@ -5,7 +5,9 @@ engine. Environments sample again as soon as `acknowledge` frees their permits, 
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from syncline.learner.checkpoint import Checkpoints, TrainState
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.parity import ParityGate
 from syncline.learner.step import Step
+from syncline.learner.stopping import Stopped, StopRequest
 from syncline.learner.telemetry import log_step, staleness, timings
 from syncline.learner.versions import refuse_unproved
 from syncline.observe.metrics import Metrics
@@ -36,6 +39,8 @@ class Parts:
     checkpoints: Checkpoints
     gate: ParityGate
     device: torch.device
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Whoever listens for signals says here that somebody asked to stop."""
 
 
 def train(config: RunConfig, parts: Parts) -> TrainState:
@@ -51,7 +56,8 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
     parts.source.start(policy_version=state.policy_version, step=state.step)
     while state.step < config.run.num_steps:
         report, started = Metrics(), time.perf_counter()
-        groups = parts.source.next_batch(config.run.groups_per_step)
+        with _saved_when_stopped(config, parts, state, synced.receipt.digest):
+            groups = parts.source.next_batch(config.run.groups_per_step)
         refuse_unproved(groups, proved=state.policy_version)
         sampled = time.perf_counter()
         report.update(staleness(groups, policy_version=state.policy_version))
@@ -73,9 +79,25 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
             report.update(parts.gate.check(model, device=parts.device).metrics())
         log_step(parts.sink, state, report, groups=groups, advantages=advantages)
         if state.step % config.learner.checkpoint_interval == 0 or state.step == config.run.num_steps:
-            parts.checkpoints.save(state, model, optimizer, digest=synced.receipt.digest)
-            parts.source.commit(step=state.step)
+            _save(parts, state, synced.receipt.digest)
     return state
+
+
+@contextmanager
+def _saved_when_stopped(config: RunConfig, parts: Parts, state: TrainState, digest: str) -> Iterator[None]:
+    """The last step, if it was published: a checkpoint tells the digest that an engine will be asked for."""
+    try:
+        with parts.stop.here():
+            yield
+    except Stopped:
+        if publishes_after(state.step, config) and state.step > parts.checkpoints.newest_step():
+            _save(parts, state, digest)
+        raise
+
+
+def _save(parts: Parts, state: TrainState, digest: str) -> None:
+    parts.checkpoints.save(state, parts.model, parts.optimizer, digest=digest)
+    parts.source.commit(step=state.step)
 
 
 def publishes_after(step: int, config: RunConfig) -> bool:

@@ -1,5 +1,6 @@
 """The policy: a Hugging Face causal language model, whole or with a LoRA adapter, and its checkpoint parameters."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,13 +18,17 @@ from syncline.errors import ConfigError
 from syncline.learner.attention import check_attention
 from syncline.learner.attention_choice import choose_attention
 from syncline.learner.data_parallel import in_parts, shard_over, with_parameters
+from syncline.learner.expert_adapter import found_parameters, is_expert_lora, with_delta
 from syncline.learner.layers import compile_layers, recompute_layers
 from syncline.learner.logprobs import token_logprobs
+from syncline.learner.mxfp4 import dequantised, in_one_type
 from syncline.learner.packing import PackedBatch
 from syncline.learner.parts import adapter_targets, family_of_model, freeze_parts, trains_beside_adapter
 from syncline.learner.places import gathered, shard, wholes
 from syncline.learner.tensor_parallel import parallelize
 from syncline.learner.vision import Vision, refuse_family, sees
+
+log = logging.getLogger("syncline.model")
 
 
 def learner_device(asked: str) -> torch.device:
@@ -60,7 +65,7 @@ def load_model(
             refuse_family(settings, num_ranks=ranks.world_size)
             attention = {"": attention, "text_config": attention, "vision_config": "sdpa"}
         model = model_class(settings).from_pretrained(
-            config.path, config=settings, dtype=dtype, attn_implementation=attention
+            config.path, config=settings, dtype=dtype, attn_implementation=attention, **dequantised(settings)
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError([f"model.path: {config.path!r} cannot be trained: {error}"]) from error
@@ -68,7 +73,7 @@ def load_model(
     model.config.use_cache = False
     if not ranks.split_data:
         parallelize(model, ranks)
-        model = model.to(device)  # pyright: ignore[reportArgumentType]
+        model = in_one_type(model, dtype).to(device)  # pyright: ignore[reportArgumentType]
     family = family_of_model(model)
     if config.lora:
         model = add_lora(model, config.lora, targets=adapter_targets(model, config, config.lora))
@@ -77,6 +82,7 @@ def load_model(
         shard_over(causal_lm(model), ranks, sum_in=torch.float32 if running.gradients == "float32" else None)
         model = model.to(device)  # pyright: ignore[reportArgumentType]
     run_layers_as(running, model, device=device, ranks=ranks)
+    log.info("Loaded policy model dtype=%s", dtype)
     return model.train()
 
 
@@ -108,11 +114,15 @@ def add_lora(model: nn.Module, lora: Lora, *, targets: str | list[str] | None = 
 
     if targets is None:
         targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    parameters = found_parameters(model, lora.target_parameters)
+    if lora.target_parameters:
+        log.info("LoRA target parameters enumerated (%d): %s", len(parameters), ", ".join(parameters))
     adapter = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (PEFT takes any number)
         lora_dropout=lora.dropout,
         target_modules=targets,
+        target_parameters=parameters or None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
@@ -123,6 +133,9 @@ def add_lora(model: nn.Module, lora: Lora, *, targets: str | list[str] | None = 
         linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         fault = f"model.lora.target_modules: {targets!r} matches no layer; there are {', '.join(sorted(linear))}"
         raise ConfigError([fault]) from error
+    names = [name for name, _ in trainable_parameters(peft_model)]
+    more = f" … (+{len(names) - 20} more)" if len(names) > 20 else ""
+    log.info("Trainable LoRA parameters (%d): %s%s", len(names), ", ".join(names[:20]), more)
     return peft_model
 
 
@@ -154,12 +167,12 @@ def checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]
         if ".lora_" in prefix or "lora_" in prefix.split(".")[0]:
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{leaf}".replace(".base_layer.", ".")
+            name = f"{prefix}.{leaf}".replace(".base_layer", "")
             if _is_tied_copy(lm, name):
                 continue
-            owner = lm.get_submodule(prefix.removesuffix(".base_layer")) if prefix.endswith(".base_layer") else None
-            if owner is not None and leaf == "weight" and hasattr(owner, "lora_A"):
-                yield name, _merged(owner, parameter)
+            owner = _adapted_by(lm, prefix, leaf)
+            if owner is not None:
+                yield name, with_delta(owner, parameter) if is_expert_lora(owner) else _merged(owner, parameter)
             else:
                 yield name, parameter
 
@@ -185,6 +198,16 @@ def saved_parameters(model: nn.Module, ranks: Ranks = ONE_RANK) -> Iterable[tupl
     if ranks.world_size == 1:
         return revert_weight_conversion(lm, dict(named)).items()
     return (saved for name, whole in named for saved in revert_weight_conversion(lm, {name: whole}).items())
+
+
+def _adapted_by(lm: Any, prefix: str, leaf: str) -> Any | None:
+    """The LoRA layer around the module at `prefix` that adapts its parameter `leaf`; PEFT nests one a parameter."""
+    while prefix.endswith(".base_layer"):
+        prefix = prefix.removesuffix(".base_layer")
+        owner = lm.get_submodule(prefix)
+        if hasattr(owner, "lora_A") and leaf == getattr(owner, "parameter_name", "weight"):
+            return owner
+    return None
 
 
 def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:

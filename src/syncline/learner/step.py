@@ -6,6 +6,7 @@ the step between them.
 """
 
 import logging
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -139,6 +140,10 @@ class Step:
             torch.cuda.reset_peak_memory_stats(self.device)
         self._microbatch(model, batch.to(self.device), tally)
         if not on_gpu:
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            log.info(
+                "micro-batch %d: %d tokens, process peak %.2f GB (no GPU)", index, batch.num_tokens, resident / 1e9
+            )
             return
         peak = torch.cuda.max_memory_allocated(self.device)
         log.info("micro-batch %d: %d tokens, peak %.2f GB of GPU memory", index, batch.num_tokens, peak / 1e9)

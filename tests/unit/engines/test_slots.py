@@ -36,7 +36,7 @@ def manager(on_rank: Callable[[int, int], None]) -> Any:
 
 def held(manager: Any) -> dict[str, torch.Tensor]:
     rows = (Part(6, 0, 6, counted=True),)
-    layers = {name: AdaptedSlice(manager.modules["qk"], i, rows) for i, name in enumerate("qk")}
+    layers = {name: AdaptedSlice(name, manager.modules["qk"], i, rows) for i, name in enumerate("qk")}
     assert sizes(layers) == {"q": [8, 6], "k": [8, 6]}
     return {name: shard.tensor for name, shard in read(manager, layers, 77, LAYOUT)}
 

@@ -75,8 +75,13 @@ def test_metrics_worked_by_hand() -> None:
             "completions/min_length": 1,
             "completions/max_length": 6,
             "completions/clipped_ratio": 1 / 4,
+            "completions/mean_terminated_length": (5 + 1 + 4) / 3,
+            "completions/min_terminated_length": 1,
+            "completions/max_terminated_length": 5,
             "rewards/accuracy/mean": 1 / 2,
+            "rewards/accuracy/std": math.sqrt(0.5),
             "rewards/form/mean": 1 / 2,
+            "rewards/form/std": 0,
         }
     )
 

@@ -28,6 +28,12 @@ MODELS = {
         "query_pre_attn_scalar": 5,
     },
     "gemma3_text": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_oss": {
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 LENGTHS = (7, 5, 5, 5, 2, 1)
 """Runs of equal length, sequences longer and shorter than the window, and one of a single token."""
@@ -37,7 +43,10 @@ def model(kind: str, attention: str) -> Any:
     register_attention()
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**SIZES, **MODELS.get(kind, {})})
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    made = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    for sinks in (parameter for name, parameter in made.named_parameters() if name.endswith("sinks")):
+        torch.nn.init.normal_(sinks, generator=torch.Generator().manual_seed(0))
+    return made
 
 
 def name_in_front(name: str) -> Callable[[str], str]:
@@ -85,7 +94,7 @@ def test_a_sequence_does_not_see_its_neighbours() -> None:
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ({"s_aux": torch.zeros(4)}, "attention sinks"),
+        ({"s_aux": torch.zeros(4), "softcap": 1.0}, "attention sinks"),
         ({"is_causal": False}, "not causal"),
         ({"cu_seq_lens_q": None}, "without cu_seq_lens_q"),
         ({"max_length_q": None}, "without max_length_q"),

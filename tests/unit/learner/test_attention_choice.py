@@ -8,11 +8,12 @@ import torch
 
 from syncline.errors import ConfigError
 from syncline.learner import attention_choice
-from syncline.learner.attention import ATTENTION, packed_attention
+from syncline.learner.attention import ATTENTION, WRITTEN_OUT, packed_attention
 from syncline.learner.attention_choice import TOLERANCE, choose_attention
 
 CPU = torch.device("cpu")
-CONFIG = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+CONFIG = SimpleNamespace(model_type="qwen2", num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+SINKS = SimpleNamespace(**vars(CONFIG) | {"model_type": "gpt_oss", "sliding_window": 16})
 
 
 def test_a_cpu_gets_sdpa() -> None:
@@ -53,3 +54,52 @@ def test_a_candidate_is_tried_against_float32(compute: Any, fault: str | None) -
 def test_bfloat16_itself_is_well_within_the_tolerance() -> None:
     kernel = attention_choice._Kernel()
     assert 0 < attention_choice._error(kernel, CONFIG, CPU, torch.bfloat16) < TOLERANCE / 2
+
+
+def without_sinks(*args: Any, s_aux: Any, **kwargs: Any) -> Any:
+    """As FlashAttention 2 in transformers: what it does not know is dropped."""
+    return packed_attention(*args, **kwargs)
+
+
+def sinks_that_pass_no_gradient(*args: Any, s_aux: Any, **kwargs: Any) -> Any:
+    return packed_attention(*args, s_aux=s_aux.detach() + 0 * s_aux, **kwargs)
+
+
+def without_the_window(*args: Any, sliding_window: Any, **kwargs: Any) -> Any:
+    return packed_attention(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("compute", "works"),
+    [
+        (packed_attention, True),
+        (without_sinks, False),
+        (sinks_that_pass_no_gradient, False),
+        (without_the_window, False),
+    ],
+)
+def test_a_model_with_sinks_tries_candidates_with_sinks_and_its_window(compute: Any, works: bool) -> None:
+    fault = attention_choice._fault(attention_choice._Kernel(compute=compute), SINKS, CPU, torch.bfloat16)
+    assert (fault is None) is works
+
+
+def test_of_several_names_the_first_that_works_is_taken_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    asked = "kernels-community/vllm-flash-attn3, flash3, auto"
+    with caplog.at_level("INFO"):
+        assert choose_attention(asked, SINKS, device=CPU, dtype=torch.float32) == ATTENTION
+    assert "'kernels-community/vllm-flash-attn3' needs a GPU" in caplog.text
+    assert "attention: written out" in caplog.text
+
+
+def test_where_no_kernel_works_sinks_are_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = attention_choice._Kernel(compute=absent)
+    monkeypatch.setattr(attention_choice, "_KERNELS", {"flash": broken})
+    assert attention_choice._best("auto", SINKS, CPU, torch.bfloat16) == WRITTEN_OUT
+    with pytest.raises(ConfigError, match="no kernel works"):
+        attention_choice._best("auto", CONFIG, CPU, torch.bfloat16)
+
+
+def test_a_kernel_that_cannot_be_had_is_named() -> None:
+    fault = attention_choice._hub_fault("kernels-community/vllm-flash-attn3", SINKS, CPU, torch.bfloat16)
+    assert fault is not None
+    assert "kernels" in fault

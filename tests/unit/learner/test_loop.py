@@ -19,6 +19,7 @@ from syncline.learner.model import Scorer, load_model, trainable_parameters
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.parity import ParityReport
 from syncline.learner.step import Step
+from syncline.learner.stopping import Stopped
 from syncline.learner.versions import refuse_unproved
 from syncline.protocols import Receipt, SyncReport
 from syncline.testing import InMemoryTrajectories, ListMetricSink, make_group
@@ -314,3 +315,31 @@ def test_environments_sample_while_the_learner_learns_as_far_as_the_run_allows(
     assert [metrics["sample/staleness_mean"] for metrics in logged] == ages
     assert [metrics["sample/staleness_max"] for metrics in logged] == ages
     assert logged[-1]["queue/stale"] == 0
+
+
+class StoppedAfter(RecordingTrajectories):
+    """Somebody presses Ctrl-C while the learner waits for the batch after `num_batches`."""
+
+    def __init__(self, events: list[str], held: Any, num_batches: int) -> None:
+        super().__init__(events)
+        self._held, self._left = held, num_batches
+
+    def next_batch(self, num_groups: int) -> list[RolloutGroup]:
+        if self._left == 0:
+            raise Stopped(2)
+        self._left -= 1
+        return super().next_batch(num_groups)
+
+
+@pytest.mark.parametrize(("num_batches", "saved"), [(2, 2), (0, 0)])
+def test_a_learner_that_is_stopped_saves_its_last_step(
+    model_path: Path, tmp_path: Path, num_batches: int, saved: int
+) -> None:
+    config = config_of(model_path, tmp_path, num_steps=3)
+    events: list[str] = []
+    parts = parts_of(config, first_group=0, events=events)
+    source = StoppedAfter(events, parts.source._held, num_batches)  # type: ignore[attr-defined]
+    with pytest.raises(Stopped):
+        train(config, replace(parts, source=source))
+    assert parts.checkpoints.newest_step() == saved
+    assert not saved or events[-1] == "commit"

@@ -1,7 +1,8 @@
 """Which pieces of an adapter a rank's slot holds: vLLM cuts A and B as it cuts the layer they adapt.
 
 A layer split by columns holds rows of B, one split by rows holds columns of A; the other matrix is whole on every rank.
-With `fully_sharded_loras` that one is cut too, by its rows, which shows in the size of the slot.
+With `fully_sharded_loras` that one is cut too, by its rows, which shows in the size of the slot. Fused experts are in
+`expert_slots`.
 """
 
 from collections.abc import Iterator
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 
 from syncline.bridges.manifest import Shard
+from syncline.engines.vllm.expert_slots import AdaptedExperts, adapted_experts
 from syncline.engines.vllm.layout import Part, row_parts
+from syncline.engines.vllm.names import CheckpointNames
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedSlice:
     """One linear layer of the checkpoint, as one of the slices that a layer of vLLM's fuses."""
 
+    name: str
+    """vLLM's."""
     layer: Any
     index: int
     parts: tuple[Part, ...]
@@ -30,6 +35,11 @@ class AdaptedSlice:
     @property
     def num_outputs(self) -> int:
         return sum(part.total_rows for part in self.parts)
+
+    @property
+    def size(self) -> list[int]:
+        """Inputs and outputs of the whole."""
+        return [self.num_inputs, self.num_outputs]
 
     def a(self, slot: int, rank: int) -> Shard:
         """This worker's piece of `A [rank, inputs]`."""
@@ -54,19 +64,24 @@ class AdaptedSlice:
         yield self.layer.lora_b_stacked[self.index][slot, 0, :, rank:]
 
 
-Layers = dict[str, AdaptedSlice]
-"""By the checkpoint's name of each linear layer that can be adapted."""
+Layers = dict[str, AdaptedSlice | AdaptedExperts]
+"""By the checkpoint's name of each linear layer, and of each fused parameter of experts, that can be adapted."""
 
 
 def adaptable(manager: Any) -> Layers:
     """What of vLLM's model the bridge can adapt; anything else is left to be refused by name."""
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
+    known = CheckpointNames(getattr(manager, "model", None))
     found: Layers = {}
     for name, layer in manager.modules.items():
         names = manager.packed_modules.get(name, [name])
         if isinstance(layer, BaseLinearLayerWithLoRA) and layer.n_slices == len(names):
-            found |= {own: AdaptedSlice(layer, i, parts) for i, (own, parts) in enumerate(_split(layer, names))}
+            for i, (own, parts) in enumerate(_split(layer, names)):
+                learners = known.of(f"{own}.weight", f"{name}.weight").removesuffix(".weight")
+                found[learners] = AdaptedSlice(own, layer, i, parts)
+        else:
+            found |= adapted_experts(name, layer)
     return found
 
 

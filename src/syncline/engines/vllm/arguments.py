@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from syncline.config import RunConfig
+from syncline.config.model_folder import MXFP4
 from syncline.config.rules import ENGINE_LORA_RANKS, serves_adapters
 from syncline.engines.client import EngineController
 from syncline.engines.vllm import compat
-from syncline.engines.vllm.plugin import ATTACHED, UNPACKED
+from syncline.engines.vllm.packed_experts import refuse_unservable, stored_format
+from syncline.engines.vllm.plugin import ATTACHED, UNPACKED, WITNESSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,9 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         values |= {"gpu_memory_utilization": engine.gpu_memory_utilization}
     if serves_adapters(config):
         values |= _adapter_options(config)
+    if stored_format(config) == MXFP4:
+        refuse_unservable(config)
+        values |= {} if device == "cpu" else {"load_format": WITNESSED}
     if start.attach_to:
         values |= {"load_format": ATTACHED, "model_loader_extra_config": _owned_by(start.attach_to, config)}
     values |= engine.extra

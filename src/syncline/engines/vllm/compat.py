@@ -143,10 +143,15 @@ def adapter_manager(model_runner: Any) -> Any:
     return model_runner.lora_manager._adapter_manager
 
 
-def new_adapter(adapter_id: int, pairs: Mapping[str, tuple[Any, Any]]) -> Any:
-    """vLLM's `LoRAModel` of module → (A, B), B scaled: no file and no configuration is read."""
+def new_adapter(adapter_id: int, pairs: Mapping[str, list[tuple[Any, Any]]]) -> Any:
+    """vLLM's `LoRAModel` of module → (A, B), B scaled: no file and no configuration is read. Fused experts have a pair
+    for each of their matrices, with an expert's in each row."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import LoRALayerWeights
 
-    layers = {name: LoRALayerWeights(name, a.shape[0], a.shape[0], a, b, scaling=1.0) for name, (a, b) in pairs.items()}
+    layers = {}
+    for name, found in pairs.items():
+        rank = found[0][0].shape[-2]
+        a, b = found[0] if len(found) == 1 else map(list, zip(*found, strict=True))
+        layers[name] = LoRALayerWeights(name, rank, rank, a, b, scaling=1.0)  # pyright: ignore[reportArgumentType]
     return LoRAModel(adapter_id, max(layer.rank for layer in layers.values()), layers)

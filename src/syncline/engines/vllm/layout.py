@@ -14,6 +14,7 @@ from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import whole
 from syncline.engines.vllm.experts import expert_pieces
 from syncline.engines.vllm.names import CheckpointNames
+from syncline.engines.vllm.packed_experts import is_packed, repacked_pieces
 from syncline.errors import SyncError
 
 Pieces = Iterator[tuple[str, Shard]]
@@ -73,6 +74,8 @@ def _pieces(name: str, module: Any, parameter: torch.nn.Parameter, packed: dict[
     tensor = parameter.data
     if isinstance(module, VocabParallelEmbedding):
         yield name, _vocabulary(name, tensor, module)
+    elif isinstance(module, RoutedExperts) and is_packed(module):
+        yield from repacked_pieces(name, tensor, module)
     elif isinstance(module, RoutedExperts):
         yield from expert_pieces(name, tensor, module)
     elif isinstance(module, ColumnParallelLinear):
@@ -81,9 +84,19 @@ def _pieces(name: str, module: Any, parameter: torch.nn.Parameter, packed: dict[
     elif isinstance(module, RowParallelLinear) and tensor.dim() > 1:
         _refuse_own_loader(name, module)
         yield name, _rows(name, tensor, module)
+    elif name.endswith(".sinks"):
+        yield name, _heads(tensor)
     else:
         _refuse_unknown_split(name, module, parameter)
         yield name, whole(tensor)
+
+
+def _heads(tensor: torch.Tensor) -> Shard:
+    """A number for each of this rank's attention heads."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    return Shard(tensor, (len(tensor) * ranks,), (len(tensor) * rank,))
 
 
 def _vocabulary(name: str, tensor: torch.Tensor, module: Any) -> Shard:

@@ -18,6 +18,8 @@ class CheckpointNames:
         self.packed = _packed(model)
         """Name of a layer that vLLM fuses → names of the checkpoint's layers in it, in order."""
         self._mapper = getattr(model, "hf_to_vllm_mapper", None)
+        self._loaded: frozenset[str] = getattr(model, "syncline_loaded", frozenset())
+        """What the checkpoint was seen to hold, where a name could have come from several; empty: nobody looked."""
         self._sees = getattr(getattr(model, "config", None), "vision_config", None) is not None
         self._renames = _transformers_renames(getattr(getattr(model, "config", None), "model_type", None))
 
@@ -33,9 +35,11 @@ class CheckpointNames:
         candidates = [piece, *_candidates(piece, mapper)]
         if self._sees:  # whose mapper also takes the names of older checkpoints, which are vLLM's own
             candidates.append(candidates.pop(0))
-        for candidate in candidates:
-            if mapper.apply_list([candidate]) in ([parameter], [piece]):  # a part's own mapper may do the fusing
-                return candidate
+        # a part's own mapper, or the model's own loader, may do the fusing
+        ways = [name for name in candidates if mapper.apply_list([name]) in ([parameter], [piece])]
+        if ways:
+            seen = [name for name in ways if name in self._loaded and not self._sees]
+            return (seen or ways)[0]
         raise SyncError(f"{piece}: vLLM loads {parameter} under a name that its hf_to_vllm_mapper cannot be asked for")
 
 

@@ -3,8 +3,9 @@
 vLLM's CPU build packs every linear layer's weight into a private oneDNN buffer at load and empties the parameter;
 a later reload then leaves a tied `lm_head` stale, with the right checksums and the wrong logprobs. The loader below
 keeps the weights in checkpoint layout and computes from them, so what is loaded (or written in place) is what is used.
-The second loader reads no checkpoint: it binds the parameters, before anything is compiled or captured, to those of
-another engine on the same device, so that several engines sample from one copy.
+It also takes MXFP4 experts, which it leaves in their blocks (`plain_experts`); on a GPU a loader of its own only
+digests what is handed to vLLM of those. The last loader reads no checkpoint: it binds the parameters, before anything
+is compiled or captured, to those of another engine on the same device, so that several engines sample from one copy.
 """
 
 import dataclasses
@@ -12,11 +13,14 @@ import os
 from importlib.metadata import entry_points
 from typing import Any
 
+from syncline.engines.vllm.packed_experts import witnessed
+from syncline.engines.vllm.plain_experts import register_plain_experts
 from syncline.errors import EngineError
 
 GROUP = "vllm.general_plugins"
 UNPACKED = "syncline_unpacked"
 ATTACHED = "syncline_attached"
+WITNESSED = "syncline_witnessed"
 
 
 def refuse_unregistered() -> None:
@@ -36,22 +40,39 @@ def refuse_unregistered() -> None:
 def register() -> None:
     """Called by vLLM once in every process it starts."""
     from vllm.model_executor.model_loader import register_model_loader
+    from vllm.platforms import current_platform
 
-    unpacked = _unpacked_loader()
+    if current_platform.is_cpu():
+        register_plain_experts()
+    witnessing = _witnessing_loader()
+    unpacked = _unpacked_loader(witnessing)
+    register_model_loader(WITNESSED)(witnessing)
     register_model_loader(UNPACKED)(unpacked)
     register_model_loader(ATTACHED)(_attached_loader(unpacked))
 
 
-def _unpacked_loader() -> type:
-    import torch.nn.functional as F
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+def _witnessing_loader() -> type:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    class UnpackedLoader(DefaultModelLoader):
-        """Reads like `auto`; linear layers and embeddings compute from their plain parameters."""
+    class WitnessingLoader(DefaultModelLoader):
+        """Reads like `auto`; keeps digests of what vLLM will repack."""
 
         def __init__(self, load_config: Any) -> None:
             super().__init__(dataclasses.replace(load_config, load_format="auto"))
+
+        def get_all_weights(self, model_config: Any, model: Any) -> Any:
+            weights = super().get_all_weights(model_config, model)
+            return witnessed(weights, model, quantisation=model_config.quantization)
+
+    return WitnessingLoader
+
+
+def _unpacked_loader(parent: Any) -> type:
+    import torch.nn.functional as F
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    class UnpackedLoader(parent):
+        """Linear layers and embeddings compute from their plain parameters."""
 
         def load_weights(self, model: Any, model_config: Any) -> None:
             _leave_unpacked(model)

@@ -36,6 +36,8 @@ class Served:
     """Of `parameters`, which `hold` sets."""
     is_measured: bool = False
     """`parameters` tells what the engine holds now; not so once it was paused, when somebody may write the weights."""
+    handed: dict[str, str] = field(default_factory=dict)
+    """Digests of what was loaded and then repacked, by checkpoint name."""
     restart_from: Restart | None = None
     generation: str = ""
     """Of the learner's process group the workers are in; empty: in none."""
@@ -54,7 +56,7 @@ class Served:
             stages = self.engine.vllm_config.parallel_config.pipeline_parallel_size
             self.combination = Combination([[Piece(*piece) for piece in p] for p in ranks], num_stages=stages)
             self.layouts = layouts
-        measured = self.combination.digests([reading.digests for reading in readings])
+        measured = self.combination.digests([reading.digests for reading in readings]) | self.handed
         if current := self.adapters.current:
             measured |= combined(await self.each_rank("syncline_held", current.id))
         return measured

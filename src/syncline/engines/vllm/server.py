@@ -96,6 +96,7 @@ async def _serve(
             await served.each_rank("syncline_share")
         if start.bridge_config:
             await _write_bridge_file(served, start, args, say)
+        served.handed = (await served.each_rank("syncline_handed"))[0]
         await served.remeasure()
         if start.policy_version >= 0:
             await compat.name_weights(engine, start.policy_version)

@@ -18,20 +18,23 @@ from syncline.bridges.receipt import Piece
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.adapter_pieces import Layers, adaptable
 from syncline.engines.vllm.answer import answer
+from syncline.engines.vllm.expert_slots import stacks
 from syncline.errors import SyncError
 
 
 def sizes(layers: Layers) -> dict[str, list[int]]:
-    """Name → inputs and outputs, of the whole layer."""
-    return {name: [part.num_inputs, part.num_outputs] for name, part in layers.items()}
+    """Name → inputs and outputs of the whole layer, of experts their number before them."""
+    return {name: part.size for name, part in layers.items()}
 
 
 def load(manager: Any, adapter_id: int, layout: AdapterLayout, buffer: torch.Tensor) -> None:
     """Fills a free slot from the buffer and pins it. The buffer may be written again once the device has caught up.
 
     Of a layer that is split over ranks vLLM takes this rank's part of the whole."""
-    views = layout.views(buffer)
-    pairs = {name: (views[name + A], views[name + B]) for name in layout.modules()}
+    views, layers = layout.views(buffer), adaptable(manager)
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name, part in sorted(((n, layers[n]) for n in layout.modules()), key=lambda found: found[1].index):
+        pairs.setdefault(part.name, []).append((views[name + A], views[name + B]))
     adapter = compat.new_adapter(adapter_id, pairs)
     manager.add_adapter(adapter)
     manager.activate_adapter(adapter_id)
@@ -48,7 +51,7 @@ def read(manager: Any, layers: Layers, adapter_id: int, layout: AdapterLayout) -
         raise SyncError(f"{bad}: the engine's slot holds more than the adapter that was loaded into it")
     pieces: list[tuple[str, Shard]] = []
     for name in layout.modules():
-        rank = layout.shapes[name + A][0]
+        rank = layout.shapes[name + A][-2]
         pieces.append((name + A, layers[name].a(slot, rank)))
         pieces += [(name + B, piece) for piece in layers[name].b(slot, rank)]
     return pieces
@@ -56,10 +59,10 @@ def read(manager: Any, layers: Layers, adapter_id: int, layout: AdapterLayout) -
 
 def whole(manager: Any) -> AdapterLayout:
     """The layout of all that a slot can hold, for an adapter whose own is not known."""
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     rank = manager.lora_config.max_lora_rank
-    for name, (num_inputs, num_outputs) in sizes(adaptable(manager)).items():
-        shapes |= {name + A: (rank, num_inputs), name + B: (num_outputs, rank)}
+    for name, (*experts, num_inputs, num_outputs) in sizes(adaptable(manager)).items():
+        shapes |= {name + A: (*experts, rank, num_inputs), name + B: (*experts, num_outputs, rank)}
     return AdapterLayout(shapes, str(manager.lora_config.lora_dtype).removeprefix("torch."))
 
 
@@ -67,15 +70,13 @@ def _rest(manager: Any, layers: Layers, slot: int, layout: AdapterLayout) -> Ite
     """What of a slot is no part of the adapter: padding up to the largest rank, and layers that are not adapted."""
     adapted = {(id(part.layer), part.index): name for name, part in layers.items() if name + A in layout.shapes}
     for module_name, module in manager.modules.items():
-        stacks = [module.lora_a_stacked, module.lora_b_stacked]
-        slices = zip(*([one] if isinstance(one, torch.Tensor) else one for one in stacks), strict=True)
-        for i, (a, b) in enumerate(slices):
+        for i, (a, b) in enumerate(stacks(module)):
             name = adapted.get((id(module), i))
             if name is None:
                 yield module_name, a[slot]
                 yield module_name, b[slot]
             else:
-                yield from ((name, tensor) for tensor in layers[name].beside(slot, layout.shapes[name + A][0]))
+                yield from ((name, tensor) for tensor in layers[name].beside(slot, layout.shapes[name + A][-2]))
 
 
 class AdapterExtension:

@@ -12,6 +12,7 @@ from syncline.bridges.receipt import whole
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.answer import answer
 from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
+from syncline.engines.vllm.packed_experts import handed_to
 from syncline.engines.vllm.receiver import Member
 from syncline.engines.vllm.slots import AdapterExtension
 from syncline.errors import SyncError
@@ -33,6 +34,10 @@ class WorkerExtension(AdapterExtension):
     def syncline_pieces(self) -> dict[str, Any]:
         """The `receipt.Piece`s that were measured last."""
         return answer(lambda: self._own_measure().pieces)
+
+    def syncline_handed(self) -> dict[str, Any]:
+        """`packed_experts.handed_to` this rank's model."""
+        return {"value": handed_to(self.get_model())}
 
     def syncline_reload(self, path: str) -> dict[str, Any]:
         """Loads the checkpoint at `path` into the parameters' own storages; answers as `syncline_measure`."""

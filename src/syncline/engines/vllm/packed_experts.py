@@ -1,0 +1,101 @@
+"""Experts in MXFP4: what vLLM was handed of them, what its kernels read, and what of all that can be adapted.
+
+vLLM repacks blocks and scales for its kernels once they are loaded, and on a GPU keeps nothing else. So `witnessed`
+digests each tensor of the experts on its way into the model, under its checkpoint name, and `repacked_pieces` what came
+of them; the first proves where the base came from, the second that it never moves.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from syncline.bridges.manifest import Shard
+from syncline.bridges.receipt import parameter_digests
+from syncline.bridges.repacked import PREFIX
+from syncline.config.model_folder import quantisation
+from syncline.config.schema import RunConfig
+from syncline.errors import ConfigError, SyncError
+
+GPT_OSS_MXFP4 = "gpt_oss_mxfp4"
+"""vLLM's name for it."""
+WITH_ADAPTERS = ("auto", "marlin")
+"""Of `moe_backend`: kernels whose packing can be measured, and which add adapters."""
+
+
+def stored_format(config: RunConfig) -> str | None:
+    """`"mxfp4"`, as the model's own configuration says it; `None`: not quantised, or no model, which vLLM will say. In
+    the engine's process alone."""
+    from transformers import AutoConfig
+
+    if Path(config.model.path).is_dir():
+        return quantisation(config.model.path)
+    try:
+        settings = AutoConfig.from_pretrained(config.model.path)
+    except (OSError, ValueError):
+        return None
+    return (getattr(settings, "quantization_config", None) or {}).get("quant_method")
+
+
+def refuse_unservable(config: RunConfig) -> None:
+    """Raises `ConfigError` for options under which MXFP4 experts cannot be adapted, or cannot be proved."""
+    extra, faults = config.engine.extra, []
+    if (backend := extra.get("moe_backend", "auto")) not in WITH_ADAPTERS:
+        faults.append(
+            f"engine.extra.moe_backend: {backend!r} has no adapters of MXFP4 experts, or keeps them where nobody can "
+            "measure them; leave it out, or set it to marlin"
+        )
+    for option in ("enable_expert_parallel", "fully_sharded_loras", "enable_mixed_moe_lora_format"):
+        if extra.get(option):
+            faults.append(f"engine.extra.{option}: true lays adapters of experts out otherwise; leave it out")
+    if faults:
+        raise ConfigError(faults)
+
+
+def is_packed(module: Any) -> bool:
+    """Of a `RoutedExperts`."""
+    return hasattr(_method(module), "mxfp4_backend")
+
+
+def repacked_pieces(name: str, tensor: torch.Tensor, module: Any) -> Iterator[tuple[str, Shard]]:
+    """This rank's bytes of a parameter; no two ranks' are pieces of one tensor, so they are laid side by side."""
+    _refuse_unseen(name, module)
+    parallel = module.moe_config.moe_parallel_config
+    bytes_ = tensor.view(torch.uint8)[None]
+    shape = (parallel.tp_size, *bytes_.shape[1:])
+    start = (parallel.tp_rank, *(0 for _ in shape[1:]))
+    yield f"{PREFIX}{name}", Shard(bytes_, shape, start)
+
+
+def _refuse_unseen(name: str, module: Any) -> None:
+    held = {leaf for leaf, _ in module.named_parameters(recurse=False)}
+    if missing := {"w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"} - held:
+        raise SyncError(
+            f"{name}: vLLM's {_method(module).mxfp4_backend.name} kernels keep {', '.join(sorted(missing))} where "
+            "nobody can measure them; set engine.extra to {moe_backend: marlin}"
+        )
+
+
+def _method(module: Any) -> Any:
+    """Serving adapters wraps it."""
+    return getattr(module.quant_method, "old_quant_method", module.quant_method)
+
+
+def witnessed(
+    weights: Iterable[tuple[str, torch.Tensor]], model: Any, *, quantisation: str | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a loader reads, as it is; the names, and of MXFP4 experts the digests, are kept with the model."""
+    handed: dict[str, str] = {}
+    names: set[str] = set()
+    for name, tensor in weights:
+        names.add(name)
+        if quantisation == GPT_OSS_MXFP4 and ".experts." in name:
+            handed |= parameter_digests([(name, tensor)])
+        yield name, tensor
+    model.syncline_handed, model.syncline_loaded = handed, frozenset(names)
+
+
+def handed_to(model: Any) -> dict[str, str]:
+    """Checkpoint name → digest of what was loaded and then repacked; empty for a model that is measured as it is."""
+    return getattr(model, "syncline_handed", {})
