@@ -12,22 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from syncline.cli import collect
 from syncline.cli.report import PIPELINE_FILE
 from syncline.config.offline import OfflineConfig, load_offline
 from syncline.offline.stage import Finished
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="the pipeline's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument(
-        "--engine-url",
-        dest="engine_urls",
-        metavar="URL",
-        action="append",
-        default=[],
-        help="a running engine, as often as there are engines; without it they are started, and stopped",
-    )
+    collect.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
