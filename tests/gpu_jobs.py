@@ -49,6 +49,11 @@ def _others() -> Iterator[Job]:
     yield Job("kernels", 1, ("tests/gpu",))
     yield Job("restart-process", 1, ("tests/e2e/test_engine_restart.py",))
     yield Job("learner-apart", 1, ("tests/e2e/test_learner_apart.py",))
+    yield Job("prefix-cache", 1, ("tests/contracts/test_prefix_cache.py",))
+    yield Job("conversations", 1, ("tests/e2e/test_conversations.py",))
+    yield Job("images", 1, ("tests/contracts/test_images.py", "tests/e2e/test_summary_run.py"))
+    yield Job("example-trainer", 2, ("tests/e2e/test_example_trainer.py",))
+    yield Job("offline", 1, ("tests/e2e/test_offline.py", "tests/e2e/test_collect.py"))
     yield Job("recovery", 1, ("tests/e2e/test_recovery.py",))
     yield Job(
         "gpt-oss",
@@ -66,6 +71,7 @@ def _main_jobs() -> Iterator[Job]:
         "shared-lora": 1,
         "lora": 1,
         "broadcast-lora": 2,
+        "broadcast-fsdp2": 3,
         "shared-tp2": 2,
         "shared-tp4": 4,
     }.items():

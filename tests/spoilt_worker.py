@@ -16,14 +16,25 @@ PLACES = {
 }
 
 
-class SpoiltWorker(WorkerExtension):
-    """Between the loading of a slot and its digest, one number of it changes."""
+def install(folder: Path) -> None:
+    """Makes this a plugin of every vLLM that has `folder` on its path."""
+    about = folder / "spoilt_worker-0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: spoilt_worker\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nspoilt_worker = spoilt_worker:spoil\n")
 
-    def _digests(self, adapter_id: int) -> list[Any]:
+
+def spoil() -> None:
+    """Between the loading of a slot and its digest, one number of it changes."""
+    honest = WorkerExtension._digests
+
+    def digests(worker: Any, adapter_id: int) -> list[Any]:
         asked = Path(os.environ[SPOIL])
-        if self.rank == 1 and asked.exists():
-            manager = compat.adapter_manager(self.model_runner)
+        if worker.rank == 1 and asked.exists():
+            manager = compat.adapter_manager(worker.model_runner)
             layer, stack, (row, column) = PLACES[asked.read_text()]
             held = getattr(manager.modules[f"model.layers.1.mlp.{layer}"], stack)[0]
             held[manager.lora_index_to_id.index(adapter_id), 0, row, column] += 1
-        return super()._digests(adapter_id)
+        return honest(worker, adapter_id)
+
+    WorkerExtension._digests = digests

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from real_engine import make_tiny_model, run_values, running_engine
-from spoilt_worker import SPOIL
+from spoilt_worker import SPOIL, install
 from test_lora_engine import attached, post, status
 from test_weight_bridge import DEVICE, LORA, TOLERANCE, Side
 
@@ -34,9 +34,9 @@ def side(tmp_path_factory, spoilt: Path) -> Iterator[Side]:
     values = run_values(model_path, folder / "run", bridge={"name": "lora"})
     values["model"] |= {"lora": LORA}
     values["engine"] |= {"device": DEVICE, "devices": [0, 1], "tensor_parallel_size": 2}
-    values["engine"]["extra"] = {"worker_extension_cls": "spoilt_worker.SpoiltWorker"}
     values["learner"] = {"device": DEVICE}
-    environment = {SPOIL: str(spoilt), "PYTHONPATH": os.pathsep.join(sys.path)}  # the engine imports the worker too
+    install(folder / "plugins")
+    environment = {SPOIL: str(spoilt), "PYTHONPATH": os.pathsep.join([str(folder / "plugins"), *sys.path])}
     with running_engine(values, folder, environment=environment) as engine:
         yield Side("lora", engine, model_path, folder / "adapters")
 
