@@ -3,6 +3,7 @@ PYTHON ?= python3
 ENGINE ?= auto
 SEEDS ?= 0
 GPU_TEST ?=
+WORKERS ?= 2
 PY := .venv/bin/python
 RUN_TESTS := $(PY) -m pytest
 
@@ -12,7 +13,7 @@ help:
 	@echo "setup     .venv with syncline and vLLM (ENGINE=auto|cpu|cuda, PYTHON=python3)"
 	@echo "demo      train the small model with GRPO (SEEDS=\"0 1 2\")"
 	@echo "offline-demo  train it offline: collect, prefer, DPO, evaluate, in two rounds"
-	@echo "test      the tests that need no GPU, real vLLM included; CI runs them"
+	@echo "test      the tests that need no GPU, real vLLM included; CI runs them (WORKERS=2)"
 	@echo "slow      the tests that \`test\` leaves out: more of a kind of which it runs a few"
 	@echo "families  every model family's parity, learner against a real engine"
 	@echo "check     ruff, pyright, import-linter, unit and contract tests"
@@ -42,7 +43,7 @@ offline-demo: environments
 	$(PY) recipes/demo/offline.py
 
 test: environments
-	$(RUN_TESTS) -m "not gpu and not slow"
+	$(RUN_TESTS) -m "not gpu and not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 slow: environments
 	$(RUN_TESTS) -m "slow and not gpu"

@@ -41,7 +41,7 @@ def attached(side: Side, engine: EngineController | None = None, **config: Any):
     side.reset()
     bridge = lora(side, Bridge(name="lora", **config))
     if engine is not None:
-        bridge._fleet.engines = (engine,)  # type: ignore[attr-defined]
+        bridge._fleet.engines = bridge._fleet.all = (engine,)  # type: ignore[attr-defined]
     bridge.attach(side.model)
     return bridge
 

@@ -79,8 +79,8 @@ BRIDGES: dict[str, MakeBridge] = {
 }
 TENSOR_PARALLEL = {"restart": (1, 2, 4), "broadcast": (1, 2, 4), "broadcast-sparse": (2,), "lora": (1, 2, 4)}
 """Ranks of the engine, if not one; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
-SPARSE_SHOWS = ("broadcast", 2)
-"""What `broadcast-sparse` goes through as well, at twice the time: left to whoever asks for it."""
+ASKED_FOR = (("broadcast", 2), ("restart", 2), ("lora", 2))
+"""Left to `make slow`: every run has two ranks in `broadcast-sparse`, `test_shared_ranks` and `test_lora_ranks`."""
 ADAPTED = ("lora", "shared-lora")
 LORA = {"rank": 4, "alpha": 22.0}
 """A rank below vLLM's smallest slot, and a scaling of 5.5, which rounds and makes a stale adapter show."""
@@ -197,7 +197,7 @@ def _engines() -> list[Any]:
             marks=[
                 pytest.mark.contract(name, ranks),
                 pytest.mark.skipif(0 < torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs"),
-                *([pytest.mark.slow] if ranks > 2 or (name, ranks) == SPARSE_SHOWS else []),
+                *([pytest.mark.slow] if ranks > 2 or (name, ranks) in ASKED_FOR else []),
             ],
         )
         for name in sorted(BRIDGES)
