@@ -36,12 +36,6 @@ ALWAYS_REFUSED: dict[str, tuple[Any, str]] = {
         0,
         "give 0: engines on other hosts are for `syncline train` with --engine-url",
     ),
-    "use_wandb": (
-        False,
-        "metrics are in SAVE_PATH/metrics.jsonl; `syncline report SAVE_PATH` draws them",
-    ),
-    "wandb_project": (None, "it needs --use-wandb, which is refused too"),
-    "wandb_group": (None, "it needs --use-wandb, which is refused too"),
     "distill_enabled": (False, _DISTILLED),
     "distill_coef": (None, _DISTILLED),
     "distill_temperature": (None, _DISTILLED),
@@ -83,6 +77,9 @@ def _files(p: argparse.ArgumentParser) -> None:
     p.add_argument("--log-dir", help="logs of the processes that this one starts; default: SAVE_PATH/logs")
     p.add_argument("--debug-loading", action="store_true", help="say what is loaded")
     p.add_argument("--benchmark", action="store_true", help="end with a summary of times")
+    p.add_argument("--use-wandb", action="store_true", help="metrics go to wandb too, beside SAVE_PATH/metrics.jsonl")
+    p.add_argument("--wandb-project")
+    p.add_argument("--wandb-group", help="default: the last part of SAVE_PATH")
 
 
 def _engine(p: argparse.ArgumentParser) -> None:
@@ -140,6 +137,9 @@ def faults(args: argparse.Namespace) -> list[str]:
                 found.append(f"--{name.replace('_', '-')}: is for --weight-bridge-mode shared_vllm, not {mode}")
     if not mode.startswith("lora") and args.lora_layer_indices is not None:
         found.append(f"--lora-layer-indices {args.lora_layer_indices}: {_ADAPTER_LAYERS}")
+    for name in ("wandb_project", "wandb_group"):
+        if getattr(args, name) and not args.use_wandb:
+            found.append(f"--{name.replace('_', '-')} {getattr(args, name)}: is for --use-wandb; give that too")
     if args.optimizer == "adafactor":
         found.append("--optimizer adafactor: is not here; use adamw_8bit, whose moments take 2 bytes a parameter")
     if args.dtype == "float16":
@@ -177,6 +177,9 @@ def run_values(args: argparse.Namespace) -> dict[str, Any]:
         "bridge": {"name": BRIDGES[mode], "interval": interval},
         "parity": {"interval": interval * math.ceil(PARITY_STEPS / interval)},
     }
+    if args.use_wandb:
+        names = {"project": args.wandb_project, "group": args.wandb_group}
+        values["observe"] = {"sinks": ["wandb"], **{field: name for field, name in names.items() if name}}
     if mode in OWN_ENGINE:
         values["bridge"]["restart"] = "process"
         values["engine"] |= _own_engine(args)

@@ -336,7 +336,9 @@ class Observe(Section):
     """Where metrics go beside the run's own `metrics.jsonl`; each needs the package of its name. TensorBoard's files
     are in `<run.dir>/tensorboard`; wandb and trackio take their own environment variables (`WANDB_MODE=offline`)."""
     project: str = "syncline"
-    """In wandb and trackio; the group is named as the run's folder."""
+    """In wandb and trackio."""
+    group: str | None = None
+    """In wandb and trackio, of the starts of one run. Default: the name of the run's folder."""
     training_log: bool = False
     """`training.log` in run.dir: what the learner logs, the generation's settings, each step's metrics under TRL's
     names."""

@@ -87,7 +87,7 @@ def missing_packages(observe: Observe) -> list[str]:
 
 
 def _open(name: str, observe: Observe, folder: Path, resumed_step: int) -> Export:
-    group = folder.resolve().name
+    group = observe.group or folder.resolve().name
     start = f"from-step-{resumed_step}"
     try:
         return _OPENERS[name](observe.project, group, start, folder)

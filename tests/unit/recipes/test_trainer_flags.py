@@ -55,6 +55,9 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "--log-dir": ("--log-dir there", {}),
     "--debug-loading": ("--debug-loading", {}),
     "--benchmark": ("--benchmark", {}),
+    "--use-wandb": ("--use-wandb", {"observe.sinks": ("wandb",), "observe.project": "syncline"}),
+    "--wandb-project": ("--use-wandb --wandb-project mine", {"observe.project": "mine"}),
+    "--wandb-group": ("--use-wandb --wandb-group mine", {"observe.group": "mine"}),
     "--group-size": ("--group-size 16", {"run.rollouts_per_group": 16, "run.groups_per_step": 4}),
     "--max-staleness": ("--max-staleness 0", {"run.max_staleness": 0}),
 }
@@ -68,9 +71,6 @@ REFUSED = {
     "--world-size": "--world-size 2",
     "--init-method": "--init-method tcp://host:1",
     "--num-inference-nodes": "--num-inference-nodes 1",
-    "--use-wandb": "--use-wandb",
-    "--wandb-project": "--wandb-project mine",
-    "--wandb-group": "--wandb-group mine",
     "--distill-enabled": "--distill-enabled",
     "--distill-coef": "--distill-coef 0.5",
     "--distill-temperature": "--distill-temperature 2",
@@ -78,6 +78,8 @@ REFUSED = {
 REFUSED_HERE = {
     "--optimizer adafactor": "use adamw_8bit",
     "--dtype float16": "use bfloat16",
+    "--wandb-project mine": "is for --use-wandb",
+    "--wandb-group mine": "is for --use-wandb",
     "--group-size 7": "--gradient-accumulation-steps = 64 sequences",
     f"{SHARED} --vllm-gpu 1": "give it to vllm_api_server.py",
     f"{SHARED} --gpu-memory-utilization 0.3": "give it to vllm_api_server.py",
