@@ -82,7 +82,7 @@ class Policies:
         return self._urls
 
     def _held(self, urls: tuple[str, ...]) -> "Receipt":
-        from syncline.cli.evaluate import held_by
+        from syncline.cli.held import held_by
 
         return held_by(self._run(), urls)[0]
 

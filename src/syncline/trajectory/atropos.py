@@ -12,7 +12,7 @@ import json
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -29,9 +29,7 @@ from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import why_no_permit
 from syncline.trajectory.store import TrajectoryStore, pack, unpack
 from syncline.trajectory.tickets import Ticket, Wire
-
-if TYPE_CHECKING:
-    from syncline.trajectory.app import Turns
+from syncline.trajectory.turns import Turns
 
 HOLD_SECONDS = 240.0
 """Below the 300 s that atroposlib's client waits for an answer."""
@@ -56,7 +54,7 @@ class AtroposWire:
     def __init__(
         self,
         store: TrajectoryStore,
-        turns: "Turns",
+        turns: Turns,
         own: Registration | None,
         hold_seconds: float,
         max_waiting_bytes: int,

@@ -6,7 +6,7 @@ ended, and, where the learner writes to another machine's disk, the queue alone.
 """
 
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Response
 
@@ -24,9 +24,7 @@ from syncline.observe.summary import SUMMARY_FILE
 from syncline.trajectory import atropos_run
 from syncline.trajectory.atropos_wire import Registration
 from syncline.trajectory.store import TrajectoryStore
-
-if TYPE_CHECKING:
-    from syncline.trajectory.app import Turns
+from syncline.trajectory.turns import Turns
 
 PIECE_BYTES = 1 << 20
 _HEADERS = {

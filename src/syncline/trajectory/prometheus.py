@@ -5,7 +5,7 @@ The engine's own /metrics stays vLLM's. Nothing is counted here: each scrape rea
 
 import asyncio
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
@@ -17,9 +17,7 @@ from syncline.observe.sinks import METRICS_FILE
 from syncline.trajectory.queue import TrajectoryQueue
 from syncline.trajectory.status import QueueStatus, queue_status
 from syncline.trajectory.store import TrajectoryStore
-
-if TYPE_CHECKING:
-    from syncline.trajectory.app import Turns
+from syncline.trajectory.turns import Turns
 
 _HELD = {
     "permits": "out with environments that sample",
