@@ -33,15 +33,18 @@ def test_the_engine_process_replaces_itself_and_requests_wait_for_it(tmp_path: P
             for parameter in model.parameters():
                 parameter.mul_(1.1)
 
-        async def publish_and_sample() -> Completion:
-            publishing = asyncio.create_task(asyncio.to_thread(bridge.publish, model, policy_version=1))
-            await asyncio.sleep(2)  # long enough for the engine to be down; the request must wait, not fail
+        async def publish_and_sample() -> list[Completion]:
+            engine.pause(mode="drain", timeout_seconds=30)
             async with EngineClient(engine.url, timeout_seconds=180) as client:
-                [completion] = await client.generate((5, 6, 7), SamplingParams(8))
+                at_the_door = asyncio.create_task(client.generate((5, 6, 7), SamplingParams(8)))
+                await asyncio.sleep(1)
+                publishing = asyncio.create_task(asyncio.to_thread(bridge.publish, model, policy_version=1))
+                await asyncio.sleep(2)  # long enough for the engine to be down; the request must wait, not fail
+                sampled = await client.generate((5, 6, 7), SamplingParams(8)) + await at_the_door
             report = await publishing
             assert report.receipt == engine.receipt()
-            return completion
+            return sampled
 
-        completion = asyncio.run(publish_and_sample())
-        assert [span.policy_version for span in completion.versions] == [1]
+        for completion in asyncio.run(publish_and_sample()):
+            assert [span.policy_version for span in completion.versions] == [1]
         assert engine.process.poll() is None, "the supervisor watches this pid"

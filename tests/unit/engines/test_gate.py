@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from syncline.engines.vllm.gate import Gate, Visit
-from syncline.errors import EngineTimeout
+from syncline.errors import EngineGone, EngineTimeout
 
 
 def test_a_request_that_ends_before_the_next_version_is_of_one() -> None:
@@ -110,5 +110,23 @@ def test_a_pause_that_keeps_requests_waits_for_one_that_cannot_be_frozen() -> No
                 with pytest.raises(EngineTimeout, match="cannot be frozen"):
                     await gate.wait_until_freezable(timeout_seconds=0.01)
             await gate.wait_until_freezable(timeout_seconds=1)
+
+    asyncio.run(scenario())
+
+
+def test_requests_at_the_door_of_an_engine_that_ends_are_sent_away() -> None:
+    async def enter(gate: Gate) -> None:
+        async with gate.request("a"):
+            pass
+
+    async def scenario() -> None:
+        gate = Gate(policy_version=3)
+        await gate.close()
+        waiting = asyncio.create_task(enter(gate))
+        await asyncio.sleep(0)
+        await gate.shut()
+        for late in (waiting, enter(gate)):
+            with pytest.raises(EngineGone, match="ending, or starting anew"):
+                await asyncio.wait_for(late, 1)
 
     asyncio.run(scenario())

@@ -4,7 +4,8 @@ Requests enter while the gate is open and stay inside until they end. `close` st
 those inside end (drain, abort), or the engine freezes them at a token boundary (keep) once each has reached it. Only
 while the gate is `still` may weights and version change, so a token belongs to the version named last before it.
 Producers: the generate route. Waits: `wait_until_empty` and `wait_until_submitted` (for requests inside, with a
-deadline) and requests at a closed door (for `open`). Unblocks: a leaving or submitted request, `open`.
+deadline) and requests at a closed door (for `open`). Unblocks: a leaving or submitted request, `open`, and `shut`,
+after which nobody waits any more: a server that ends waits for its requests.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from syncline.errors import EngineTimeout
+from syncline.errors import EngineGone, EngineTimeout
 
 UNPUBLISHED = -1
 
@@ -50,6 +51,7 @@ class Gate:
         self.is_open = True
         self.is_still = False
         """Nothing samples and nothing can begin to: weights and version may change."""
+        self._is_shut = False
         self._num_pauses = 0
         self._inside: set[Visit] = set()
         self._changed = asyncio.Condition()
@@ -66,9 +68,11 @@ class Gate:
 
     @asynccontextmanager
     async def request(self, request_id: str, *, can_freeze: bool = True) -> AsyncIterator[Visit]:
-        """Waits for the gate to be open."""
+        """Waits for the gate to be open. Raises `EngineGone` once it is shut."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self.is_open)
+            await self._changed.wait_for(lambda: self.is_open or self._is_shut)
+            if self._is_shut:
+                raise EngineGone("the engine is ending, or starting anew")
             visit = Visit(request_id, self.policy_version, self.salt, can_freeze)
             self._inside.add(visit)
         try:
@@ -87,6 +91,12 @@ class Gate:
         """Stops new requests at the door; those inside go on."""
         async with self._changed:
             self.is_open = False
+
+    async def shut(self) -> None:
+        """For good: this process ends. Those at the door are sent away, to ask again."""
+        async with self._changed:
+            self._is_shut = True
+            self._changed.notify_all()
 
     async def wait_until_empty(self, *, timeout_seconds: float) -> None:
         """Raises `EngineTimeout` when requests are still inside at the deadline."""

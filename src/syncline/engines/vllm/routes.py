@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 
-from syncline.errors import EngineError, EngineTimeout, SyncError
+from syncline.errors import EngineError, EngineGone, EngineTimeout, SyncError
 
 
 class Body(BaseModel):
@@ -26,10 +26,15 @@ class Route(APIRoute):
             try:
                 return await handle(request)
             except (EngineError, SyncError) as error:
-                status = HTTPStatus.GATEWAY_TIMEOUT if isinstance(error, EngineTimeout) else HTTPStatus.CONFLICT
-                return JSONResponse({"error": str(error)}, status_code=status)
+                return JSONResponse({"error": str(error)}, status_code=_status(error))
 
         return answer
+
+
+def _status(error: EngineError | SyncError) -> HTTPStatus:
+    if isinstance(error, EngineGone):
+        return HTTPStatus.SERVICE_UNAVAILABLE
+    return HTTPStatus.GATEWAY_TIMEOUT if isinstance(error, EngineTimeout) else HTTPStatus.CONFLICT
 
 
 def add_routes(app: FastAPI, *routers: APIRouter) -> None:

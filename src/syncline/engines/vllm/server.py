@@ -113,6 +113,7 @@ async def _serve(
         shutdown = await parts.serve_http(
             app, sock=sock, host=args.host, port=args.port, log_level="warning", access_log=False, timeout_keep_alive=30
         )
+        await served.gate.shut()
         watch.cancel()
         announcement.cancel()
     with suppress(asyncio.CancelledError):
