@@ -121,7 +121,7 @@ def test_every_part_of_the_base_is_in_the_digest(side: Side) -> None:
 
 
 def test_files_reach_the_engine_too_and_are_an_adapter_peft_loads(side: Side) -> None:
-    side.step(side.attached(adapter_transfer="files"), scale=0.1)
+    side.step(side.attached(adapter_transfer="files"), scale=0.05)
     samples = side.sampled()
     assert side.difference(samples) < TOLERANCE
     plain = load_model(Model(path=str(side.path), dtype="bfloat16"), device=DEVICE)

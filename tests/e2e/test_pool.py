@@ -101,7 +101,7 @@ def test_an_engine_killed_under_a_run_comes_back_proved(values: dict, tmp_path: 
         assert [step["step"] for step in steps] == list(range(1, len(steps) + 1)), "no step was lost"
         assert all(step["sample/staleness_max"] == 0 for step in steps), "nobody sampled under an older policy"
         assert servers.poll() is None
-        assert num_answered(second.url) > 0, "it samples again"
+        wait_for(lambda: num_answered(second.url) > 0, process=run, log=run_log)  # it samples again
     text = run_log.read_text() + (folder / "logs" / "learner.log").read_text()
     assert re.search(r"lost engine at http://127\.0\.0\.1:\d+; the run goes on with 1 of 2 engines", text)
     assert re.search(r"engine at http://127\.0\.0\.1:\d+ is back, 2 of 2 engines", text)
