@@ -19,9 +19,16 @@ def quantisation(path: str) -> str | None:
 
 
 def packed_faults(config: RunConfig) -> list[str]:
-    """What a base in MXFP4, which the engine keeps as it is, cannot be used with; a folder's, not yet a hub name's."""
-    if quantisation(config.model.path) != MXFP4:
+    """What a packed base cannot be used with; a folder's, not yet a hub name's. MXFP4 alone can be used at all: the
+    engine keeps it as it is."""
+    packed = quantisation(config.model.path)
+    if packed is None:
         return []
+    if packed != MXFP4:
+        return [
+            f"model.path: {config.model.path!r} is quantised by {packed!r}, and no bridge has been shown to prove such "
+            "a base; give the model it was made from, or one in MXFP4"
+        ]
     faults, on_gpu = [], "cuda" in (config.engine.device, config.learner.device)
     if config.model.lora is None or config.bridge.name != "lora":
         faults.append(

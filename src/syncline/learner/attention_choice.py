@@ -27,7 +27,7 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class _Kernel:
-    library: str | None = None
+    package: str | None = None
     """torch's name of a FlashAttention that is a package of its own; none: torch's, which is the second."""
     module: str | None = None
     compute: Callable[..., tuple[Tensor, None]] = packed_attention
@@ -39,10 +39,8 @@ _KERNELS = {
     "flash": _Kernel(),
 }
 """Fastest first."""
-_FAULTS = (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)
+_FAULTS = (ImportError, RuntimeError, ValueError, TypeError, AttributeError)
 """What kernels of another build, or for another GPU, are known to fail with."""
-
-
 _HAVE_SINKS = ("gpt_oss",)
 """Model types whose attention has learned sinks."""
 _EXACT = ("eager", "flex_attention")
@@ -127,13 +125,13 @@ def _fault(kernel: _Kernel, config: Any, device: torch.device, dtype: torch.dtyp
     from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
     try:
-        if kernel.library:
-            activate_flash_attention_impl(kernel.library)
+        if kernel.package:
+            activate_flash_attention_impl(kernel.package)
         error = _error(kernel, config, device, dtype)
         fault = None if error < TOLERANCE else f"its relative error is {error:.2g}"
     except _FAULTS as raised:
         fault = f"{type(raised).__name__}: {raised}".splitlines()[0]
-    if fault and kernel.library:
+    if fault and kernel.package:
         restore_flash_attention_impl()
     return fault
 

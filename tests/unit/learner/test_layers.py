@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Qwen2Config
 
@@ -103,7 +103,7 @@ def test_recomputing_keeps_less_the_more_layers_do_it() -> None:
     assert full < third < none
 
 
-@torch.library.custom_op("test::attend", mutates_args=())
+@library.custom_op("test::attend", mutates_args=())
 def attend(query: torch.Tensor, borders: torch.Tensor, longest: int) -> torch.Tensor:
     return query.clone()
 

@@ -37,6 +37,8 @@ from syncline.engines.vllm.weight_routes import pause_routes, weight_routes
 from syncline.launch.plan import url
 
 WATCH_SECONDS = 0.5
+GRACE_SECONDS = 10
+"""For requests that are still answered when the server ends; then they are cut off."""
 
 
 def _say(line: str) -> None:
@@ -110,8 +112,9 @@ async def _serve(
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))
         watch = asyncio.create_task(_watch(engine, died))
         announcement = asyncio.create_task(_announce(args.host, start.port, say))
+        waits = {"timeout_keep_alive": 30, "timeout_graceful_shutdown": GRACE_SECONDS}
         shutdown = await parts.serve_http(
-            app, sock=sock, host=args.host, port=args.port, log_level="warning", access_log=False, timeout_keep_alive=30
+            app, sock=sock, host=args.host, port=args.port, log_level="warning", access_log=False, **waits
         )
         await served.gate.shut()
         watch.cancel()
