@@ -185,7 +185,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--kill", action="store_true", help="kill one engine half way")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "syncline-rollout-split")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.overrides = [word for word in args.splits if "=" in word]
     args.splits = [word for word in args.splits if "=" not in word]
     args.folder.mkdir(parents=True, exist_ok=True)
