@@ -89,14 +89,18 @@ def _unpacked_loader(parent: Any) -> type:
 
 
 def _leave_unpacked(model: Any) -> None:
+    import torch.nn.functional as F
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    def compute_plainly(layer: Any) -> None:
+        layer.cpu_linear = F.linear
 
     for name, module in model.named_modules():
         if isinstance(getattr(module, "quant_method", None), UnquantizedFusedMoEMethod):
             raise ValueError(f"{name}: mixture-of-experts layers are repacked by vLLM's CPU build; use a GPU")
-        if isinstance(module, LinearBase):
-            module._cpu_skip_gemm_dispatch = True  # pyright: ignore[reportArgumentType]
+        if isinstance(module, LinearBase) and isinstance(module.quant_method, UnquantizedLinearMethod):
+            module.quant_method.process_weights_after_loading = compute_plainly  # in place of packing them
 
 
 def _attached_loader(unpacked: type) -> type:
