@@ -53,7 +53,7 @@ def _others() -> Iterator[Job]:
     yield Job("conversations", 1, ("tests/e2e/test_conversations.py",))
     yield Job("images", 1, ("tests/contracts/test_images.py", "tests/e2e/test_summary_run.py"))
     yield Job("example-trainer", 2, ("tests/e2e/test_example_trainer.py",))
-    yield Job("offline", 1, ("tests/e2e/test_offline.py", "tests/e2e/test_collect.py"))
+    yield Job("offline", 2, ("tests/e2e/test_offline.py", "tests/e2e/test_collect.py"))
     yield Job("recovery", 1, ("tests/e2e/test_recovery.py",))
     yield Job(
         "gpt-oss",

@@ -73,23 +73,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def engine_values() -> dict:
+    """A small engine's section: on a GPU it takes little of it, so that several fit on one."""
+    on_gpu = {"gpu_memory_utilization": 0.1, "extra": {"kv_cache_memory_bytes": 1 << 30}}
+    return {"kv_cache_bytes": 64 << 20} | (on_gpu if torch.cuda.is_available() else {})
+
+
 def run_values(model: Path, run_dir: Path, **sections) -> dict:
     """A small run's configuration as plain values; `sections` replace or add whole sections.
 
-    On a GPU the engine takes little of it, so that several fit on one, and half precision is given room: random weights
-    differ there by a few hundredths, and by 0.5 and more where one tensor is stale.
+    On a GPU half precision is given room: random weights differ there by a few hundredths, and by 0.5 and more where
+    one tensor is stale.
     """
-    engine: dict = {"kv_cache_bytes": 64 << 20}
     parity: dict = {"prompts": ["12+7=", "the cat"]}
     if torch.cuda.is_available():
-        engine |= {"gpu_memory_utilization": 0.1, "extra": {"kv_cache_memory_bytes": 1 << 30}}
         parity |= {"max_mean_abs_diff": 0.15, "max_k3_kl": 0.05}
     return {
         "run": {"dir": str(run_dir), "num_steps": 3, "groups_per_step": 4, "rollouts_per_group": 4},
         "model": {"path": str(model), "max_length": 128},
         "sampling": {"max_tokens": 16},
         "environments": [{"task": "arithmetic"}],
-        "engine": engine,
+        "engine": engine_values(),
         "parity": parity,
     } | sections
 
