@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpt_oss_models import recipe
+from gpt_oss_models import needs_experts, recipe
 from peft import PeftModel
 from real_engine import run_values, running_engine
 
@@ -25,7 +25,7 @@ from syncline.learner.mxfp4 import is_expert, stored_experts
 from syncline.learner.packing import pack_samples
 from syncline.types import SamplingParams, TrainingSample
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.contract("lora", 1)]
+pytestmark = [needs_experts, pytest.mark.e2e, pytest.mark.slow, pytest.mark.contract("lora", 1)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LORA = {
     "rank": 4,
