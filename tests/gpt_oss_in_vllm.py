@@ -92,6 +92,15 @@ def experts_differ(config: Any, theirs: Any, manager: Any, learner: Any) -> dict
     }
 
 
+def packed_by_a_reload(config: Any, model: Any) -> list[str]:
+    """Layers that no longer compute from their parameters once vLLM has processed loaded weights again."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+    linear = torch.nn.functional.linear
+    return [name for name, layer in model.named_modules() if getattr(layer, "cpu_linear", linear) is not linear]
+
+
 def main(path: Path) -> dict[str, Any]:
     from vllm.config import set_current_vllm_config
 
@@ -115,6 +124,7 @@ def main(path: Path) -> dict[str, Any]:
             "cannot": what_cannot_be_held(layout.shapes, {"modules": sizes(adaptable(manager)), "max_rank": 8}),
             "slots": differences(layout.digests(buffer), slots),
             "experts": experts_differ(config, model, manager, learner),
+            "packed": packed_by_a_reload(config, model),
         }
 
 

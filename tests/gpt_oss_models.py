@@ -7,19 +7,12 @@ from types import ModuleType
 
 import pytest
 import torch
-
-
-def _experts_are_served() -> bool:
-    """Without importing vLLM."""
-    found = importlib.util.find_spec("vllm")
-    if torch.cuda.is_available() or found is None or found.origin is None:
-        return True
-    mxfp4 = Path(found.origin).parent / "model_executor/layers/quantization/mxfp4.py"
-    return "def _make_moe_method" in mxfp4.read_text()
-
+from real_engine import vllm_has
 
 needs_experts = pytest.mark.skipif(
-    not _experts_are_served(), reason="the CPU build of this vLLM serves no adapters of MXFP4 experts: use a newer one"
+    not torch.cuda.is_available()
+    and not vllm_has("def _make_moe_method", "model_executor/layers/quantization/mxfp4.py"),
+    reason="the CPU build of this vLLM serves no adapters of MXFP4 experts: use a newer one",
 )
 
 
