@@ -46,5 +46,5 @@ def engine_options(config: RunConfig) -> Iterator[str]:
         yield (
             f"engine.extra.quantization: {extra['quantization']!r} repacks the weights that bridge.name = 'restart' "
             "proves to be the learner's; leave it out: a quantised base is served with an adapter alone, from a "
-            "checkpoint that is in MXFP4 itself, by bridge.name lora"
+            "checkpoint that is quantised itself, by bridge.name lora"
         )
