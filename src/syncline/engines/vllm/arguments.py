@@ -9,6 +9,7 @@ from typing import Any
 from syncline.config import RunConfig
 from syncline.config.model_folder import MXFP4
 from syncline.config.rules import ENGINE_LORA_RANKS, serves_adapters
+from syncline.config.servers import num_stages
 from syncline.engines.client import EngineController
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.packed_experts import refuse_unservable, stored_format
@@ -52,7 +53,8 @@ def set_environment(config: RunConfig, device: str) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")  # it rounds activations, the learner does not
         threads = config.engine.num_threads or os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads // config.engine.tensor_parallel_size)))
+        ranks = config.engine.tensor_parallel_size * num_stages(config)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads // ranks)))
 
 
 def parse(config: RunConfig, device: str, start: Start) -> Namespace:
