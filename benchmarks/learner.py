@@ -95,7 +95,9 @@ def _contenders(args: argparse.Namespace, device: torch.device) -> list[dict[str
 
 def _freed(measure: Callable[[], Reading], device: torch.device) -> dict[str, Any]:
     try:
-        return asdict(measure())
+        reading = measure()
+        print(f"{reading.name}: {reading.tokens_per_second:.0f} tokens/s", flush=True)
+        return asdict(reading)
     finally:
         gc.collect()  # compiled layers refer to themselves
         if device.type == "cuda":
