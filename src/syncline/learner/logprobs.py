@@ -171,7 +171,8 @@ class _LossOfPlainHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        torch._assert_async(gradients[0] == 1, "token_loss's scalar must be the one that backward() is called on")
+        alone, said = gradients[0] == 1, "token_loss's scalar must be the one that backward() is called on"
+        torch._assert_async(alone, said)  # pyright: ignore[reportPrivateImportUsage]
         hidden_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
         return hidden_gradient, None, None, None, weight_gradient, bias_gradient
 

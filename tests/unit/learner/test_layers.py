@@ -11,13 +11,14 @@ from torch import Tensor, library, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Qwen2Config
 
 from syncline.config.schema import Lora, Recomputation
 from syncline.errors import ConfigError
 from syncline.learner import layers
-from syncline.learner.attention import register_attention
+from syncline.learner.attention import _flash, register_attention
 from syncline.learner.layers import compile_layers, decoder_layers, recompute_layers
 from syncline.learner.model import add_lora, causal_lm
 
@@ -206,6 +207,24 @@ def test_a_compiled_layer_computes_again_what_was_not_kept_and_never_its_last_pr
         kept[what] = Kept.by(packed)
     assert kept["selective"] < 0.8 * kept["none"]
     assert kept["full"] < kept["attention"] < 0.4 * kept["selective"]
+
+
+def test_a_gpus_attention_is_one_operator_to_the_compiler_and_is_kept() -> None:
+    """torch's own, compiled as on a GPU; there is no kernel here that could run it."""
+
+    def on_gpu(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        borders, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+        return _flash(query, key, value, borders, longest, window=None, scale=kwargs["scaling"]), None
+
+    AttentionInterface.register("on_gpu", on_gpu)
+    AttentionMaskInterface.register("on_gpu", lambda *args, **kwargs: None)
+    counters.clear()
+    packed, graphs = compiled("attention", "on_gpu")
+    with pytest.raises(NotImplementedError, match="_flash_attention_forward"):
+        run(packed.to(torch.bfloat16), BATCHES[0])
+    assert not counters["graph_break"]
+    assert (graphs.backward["product"], graphs.backward["_varlen_attn"]) == (20, 0)
+    assert graphs.backward["_varlen_attn_backward"] == 1
 
 
 @pytest.mark.slow
