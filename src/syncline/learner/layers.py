@@ -6,9 +6,9 @@ number of tokens and sequences, so packed micro-batches never wait for another o
 that compilation: of a layer's forward pass the backward pass holds only what it needs, never the last product.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
@@ -35,12 +35,10 @@ def recompute_layers(model: nn.Module, asked: Recomputation) -> None:
     """Makes every `asked.every`-th layer compute again in the backward pass what `asked.what` says is not kept."""
     if asked.what == "none":
         return
-    kept = (
-        {}
-        if asked.what == "full"
-        else {"context_fn": partial(create_selective_checkpoint_contexts, KEPT[asked.what]())}
-    )
-    again: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=_draws(model), **kept)
+    again: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=_draws(model))
+    if asked.what != "full":
+        kept = _attention() if asked.what == "attention" else [*_products(), *_attention()]
+        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, kept))
     for i, layer in enumerate(decoder_layers(model)):
         layer._gradient_checkpointing_func = again  # pyright: ignore[reportArgumentType]
         layer.gradient_checkpointing = i % asked.every == 0  # pyright: ignore[reportArgumentType]
@@ -48,6 +46,10 @@ def recompute_layers(model: nn.Module, asked: Recomputation) -> None:
 
 def _draws(model: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def _products() -> list[Any]:
+    return [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
 
 
 def _attention() -> list[Any]:
@@ -63,17 +65,6 @@ def _attention() -> list[Any]:
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
     ]
-
-
-def _products() -> list[Any]:
-    aten = torch.ops.aten
-    return [aten.mm.default, aten.addmm.default, aten.bmm.default, *_attention()]
-
-
-KEPT: Mapping[str, Callable[[], list[Any]]] = MappingProxyType(
-    {"attention": lambda: _attention(), "selective": lambda: _products()}
-)
-"""The operators whose results are kept, by `Recomputation.what`."""
 
 
 def compile_layers(model: nn.Module, *, backend: str = "inductor") -> None:
