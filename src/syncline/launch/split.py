@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from syncline.config.load import resolve
-from syncline.config.schema import RunConfig
+from syncline.config.schema import Recomputation, RunConfig
 from syncline.config.servers import num_stages
 from syncline.errors import ConfigError
 from syncline.launch.estimate import (
@@ -82,6 +82,16 @@ def splits(config: RunConfig, shape: Shape, *, num_gpus: int, gpu: str) -> list[
         if (split := _split(config, shape, gpu, bridge, (engines, ranks, learners))) and _may_run(split, config)
     ]
     return sorted(found, key=lambda split: (split.step, split.engine_ranks))
+
+
+def fastest_recomputation(config: RunConfig, shape: Shape, *, num_gpus: int, gpu: str) -> tuple[str, Split] | None:
+    """The `learner.recomputation.what` whose best split has the shortest step; of equals what computes least again."""
+    learner, best = config.learner, []
+    for what in get_args(Recomputation.model_fields["what"].annotation):
+        again = learner.model_copy(update={"recomputation": learner.recomputation.model_copy(update={"what": what})})
+        found = splits(config.model_copy(update={"learner": again}), shape, num_gpus=num_gpus, gpu=gpu)
+        best += [(what, split) for split in found[:1]]
+    return min(best, key=lambda pair: pair[1].step, default=None)
 
 
 def _may_run(split: Split, config: RunConfig) -> bool:
