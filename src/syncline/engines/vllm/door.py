@@ -22,6 +22,9 @@ async def engine_behind(gate: Gate, args: Namespace) -> AsyncIterator[Any]:
 
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    if config.scheduler_config.scheduler_cls is None:
+        name = "HoldingAsyncScheduler" if config.scheduler_config.async_scheduling else "HoldingScheduler"
+        config.scheduler_config.scheduler_cls = f"{__package__}.schedulers.{name}"
     engine = _gated(gate).from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,

@@ -123,16 +123,20 @@ def _params(body: GenerateBody) -> Any:
         seed=asked.seed,
         stop_token_ids=list(asked.stop_token_ids) or None,
         logprobs=0,
+        flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
 def _completion(output: Any, visit: Visit) -> dict[str, Any]:
-    token_ids = list(output.token_ids)
+    """`output.logprobs` is flat: one a token, the sampled token's."""
+    token_ids, logprobs = list(output.token_ids), output.logprobs
+    if logprobs.token_ids != token_ids:
+        raise EngineError("vLLM's logprobs are not those of the tokens it sampled")
     return {
         "token_ids": token_ids,
-        "logprobs": [row[token].logprob for token, row in zip(token_ids, output.logprobs, strict=True)],
+        "logprobs": logprobs.logprobs,
         "versions": visit.spans(output.index, len(token_ids)),
         "finish_reason": output.finish_reason,
     }
