@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def engine(args: argparse.Namespace) -> dict:
-    """Of several on one GPU each has a KV cache of its own: 256 sequences of 640 tokens of the 1.5B shape are 4.7 GB."""
+    """Several on one GPU have a KV cache each: 256 sequences of 640 tokens of the 1.5B shape are 4.7 GB."""
     size = {"gpu_memory_utilization": 0.4}
     if args.replicas > 1 and args.device != "cpu":
         size = {"gpu_memory_utilization": 0.1, "extra": {"kv_cache_memory_bytes": 6 << 30}}

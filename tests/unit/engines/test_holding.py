@@ -42,10 +42,9 @@ class Scheduler:
 class HoldingScheduler(Holding, Scheduler):
     def admit(self, request_id: str, *, client: int = 0, stop: tuple[str, ...] = (), **options: Any) -> None:
         kind = options.get("kind", RequestOutputKind.FINAL_ONLY)
-        params = SimpleNamespace(output_kind=kind, stop=stop)
-        self.requests[request_id] = SimpleNamespace(
-            request_id=request_id, client_index=client, sampling_params=params, resumable=options.get("resumable", False)
-        )
+        asked = {"sampling_params": SimpleNamespace(output_kind=kind, stop=stop), "client_index": client}
+        resumable = options.get("resumable", False)
+        self.requests[request_id] = SimpleNamespace(request_id=request_id, resumable=resumable, **asked)
 
     def step(self, *outputs: EngineCoreOutput) -> list[tuple[str, list[int]]]:
         """Request and tokens of each output that goes out."""

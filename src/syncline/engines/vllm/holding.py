@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-HELD_TOKENS = 16
+HELD_TOKENS = 32
 
 
 class Holding:

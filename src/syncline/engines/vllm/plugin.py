@@ -9,6 +9,7 @@ is compiled or captured, to those of another engine on the same device, so that 
 """
 
 import dataclasses
+import logging
 import os
 from importlib.metadata import entry_points
 from typing import Any
@@ -38,10 +39,11 @@ def refuse_unregistered() -> None:
 
 
 def register() -> None:
-    """Called by vLLM once in every process it starts."""
+    """Called by vLLM once in every process it starts. Its warning of schedulers it does not know is not for ours."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.platforms import current_platform
 
+    logging.getLogger("vllm.config.scheduler").addFilter(lambda record: __package__ not in record.getMessage())
     if current_platform.is_cpu():
         register_plain_experts()
     witnessing = _witnessing_loader()
