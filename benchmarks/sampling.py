@@ -18,9 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -67,8 +66,8 @@ class Row:
 
 
 class Bench:
-    def __init__(self, args: argparse.Namespace, stack: ExitStack) -> None:
-        self._args, self._stack = args, stack
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args, self._engines = args, list[ExitStack]()
         self._deadline = time.monotonic() + args.seconds
         self._threads = ThreadPoolExecutor(16)
         self._model = args.folder / args.shape
@@ -100,27 +99,35 @@ class Bench:
 
     def _start(self, name: str, extra: dict, *, attach_to: str | None = None) -> "Future[str]":
         args, options = self._args, ["--attach-to", attach_to] if attach_to else []
-        engine: dict = {"device": args.device, "max_num_seqs": args.max_num_seqs, "extra": dict(extra)}
+        settings: dict = {"device": args.device, "max_num_seqs": args.max_num_seqs, "extra": dict(extra)}
         if args.device == "cuda":
-            engine |= {"gpu_memory_utilization": 0.05}  # asked for at the start, whatever the cache's size
-            engine["extra"]["kv_cache_memory_bytes"] = KV_CACHE_BYTES
+            settings |= {"gpu_memory_utilization": 0.05}  # asked for at the start, whatever the cache's size
+            settings["extra"]["kv_cache_memory_bytes"] = KV_CACHE_BYTES
         elif extra.get("scheduler_cls"):  # a CPU schedules in turn
-            engine["extra"]["scheduler_cls"] = "vllm.v1.core.sched.scheduler.Scheduler"
+            settings["extra"]["scheduler_cls"] = "vllm.v1.core.sched.scheduler.Scheduler"
         if name == "ours":
             traces = {"profiler": "torch", "torch_profiler_dir": str(self._traces()), "ignore_frontend": True}
-            engine["extra"]["profiler_config"] = traces | {"torch_profiler_with_stack": False}
+            settings["extra"]["profiler_config"] = traces | {"torch_profiler_with_stack": False}
         values = {
             "run": {"dir": str(args.folder / f"run-{name}"), "num_steps": 1, "groups_per_step": 1},
             "model": {"path": str(self._model), "max_length": PROMPT_TOKENS + args.max_tokens},
             "sampling": {"max_tokens": args.max_tokens},
             "environments": [{"task": "arithmetic"}],
-            "engine": engine,
+            "engine": settings,
             "learner": {"device": args.device},
             "bridge": {"name": "shared"},
         }
         gpus = [0] if args.device == "cuda" else []
-        engines = serving(values, args.folder, name=name, gpus=gpus, options=options)
-        return self._threads.submit(lambda: self._stack.enter_context(engines).url)
+        left = max(1.0, self._deadline - time.monotonic())
+        engine_ready = serving(values, args.folder, name=name, gpus=gpus, options=options, start_seconds=left)
+        self._engines.append(stack := ExitStack())
+        return self._threads.submit(lambda: stack.enter_context(engine_ready).url)
+
+    def stop(self) -> None:
+        """All engines at once; those that are still starting, when their time is up."""
+        self._threads.shutdown()
+        with ThreadPoolExecutor(16) as threads:
+            list(threads.map(ExitStack.close, self._engines))
 
     def _ready(self, name: str, start: "Future[str]") -> str | None:
         try:
@@ -220,17 +227,14 @@ def _used(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-@contextmanager
-def benched(args: argparse.Namespace) -> Iterator[Bench]:
-    with ExitStack() as stack:
-        yield Bench(args, stack)
-
-
 def main() -> int:
     args = _arguments()
     args.folder.mkdir(parents=True, exist_ok=True)
-    with benched(args) as bench:
+    bench = Bench(args)
+    try:
         bench.run()
+    finally:
+        bench.stop()
     if "trl" in args.only:
         bench.trl()
     reference = next((median(row.seconds) for row in bench.rows if row.name == "trl"), None)
