@@ -48,8 +48,8 @@ def trainer(args: argparse.Namespace, model: Path, clock: Clock) -> Any:
     from datasets import Dataset
     from datasets.table import InMemoryTable
     from transformers import TrainerCallback
-    from trl.trainer.grpo_config import GRPOConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig  # pyright: ignore[reportMissingImports]
+    from trl.trainer.grpo_trainer import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
     class Ends(TrainerCallback):
         at = time.perf_counter()

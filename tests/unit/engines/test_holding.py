@@ -42,7 +42,8 @@ class Scheduler:
 class HoldingScheduler(Holding, Scheduler):
     def admit(self, request_id: str, *, client: int = 0, stop: tuple[str, ...] = (), **options: Any) -> None:
         kind = options.get("kind", RequestOutputKind.FINAL_ONLY)
-        asked = {"sampling_params": SimpleNamespace(output_kind=kind, stop=stop), "client_index": client}
+        more = {"logprobs": options.get("logprobs", 0), "logprob_token_ids": options.get("logprob_token_ids")}
+        asked = {"sampling_params": SimpleNamespace(output_kind=kind, stop=stop, **more), "client_index": client}
         resumable = options.get("resumable", False)
         self.requests[request_id] = SimpleNamespace(request_id=request_id, resumable=resumable, **asked)
 
@@ -52,8 +53,10 @@ class HoldingScheduler(Holding, Scheduler):
         return [(o.request_id, o.new_token_ids) for each in self.sent.values() for o in each.outputs]
 
 
-def one(request_id: str, token: int, **more: Any) -> EngineCoreOutput:
-    logprobs = LogprobsLists(np.array([[token]]), np.array([[-token / 8]], np.float32), np.array([token + 1]))
+def one(request_id: str, token: int, *, others: int = 0, **more: Any) -> EngineCoreOutput:
+    """`others`: logprobs beside the sampled token's, which another request of the step asked for."""
+    row = [[token] * (1 + others)]
+    logprobs = LogprobsLists(np.array(row), -np.array(row, np.float32) / 8, np.array([token + 1]))
     return EngineCoreOutput(request_id, [token], new_logprobs=logprobs, **more)
 
 
@@ -79,6 +82,19 @@ def test_tokens_travel_together_each_with_its_own_logprob_and_rank() -> None:
     assert last.new_logprobs.sampled_token_ranks.tolist() == [71, 72, 73]
 
 
+def test_logprobs_that_another_request_of_the_step_asked_for_stay_behind() -> None:
+    scheduler = HoldingScheduler()
+    scheduler.admit("a")
+    scheduler.step(first("a"))
+    scheduler.step(one("a", 1))
+    scheduler.step(one("a", 2, others=5))
+    assert scheduler.step(one("a", 3, finish_reason=FinishReason.LENGTH)) == [("a", [1, 2, 3])]
+    (last,) = scheduler.sent[0].outputs
+    assert last.new_logprobs is not None
+    assert last.new_logprobs.logprobs.tolist() == [[-0.125], [-0.25], [-0.375]]
+    assert last.new_logprobs.logprob_token_ids.tolist() == [[1], [2], [3]]
+
+
 def test_tokens_without_logprobs_travel_together_too() -> None:
     scheduler = HoldingScheduler()
     scheduler.admit("a")
@@ -90,8 +106,15 @@ def test_tokens_without_logprobs_travel_together_too() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"kind": RequestOutputKind.DELTA}, {"kind": RequestOutputKind.CUMULATIVE}, {"stop": ("\n",)}, {"resumable": True}],
-    ids=["streamed", "cumulative", "stop strings", "streamed in"],
+    [
+        {"kind": RequestOutputKind.DELTA},
+        {"kind": RequestOutputKind.CUMULATIVE},
+        {"stop": ("\n",)},
+        {"resumable": True},
+        {"logprobs": 5},
+        {"logprob_token_ids": [3]},
+    ],
+    ids=["streamed", "cumulative", "stop strings", "streamed in", "most likely tokens", "named tokens"],
 )
 def test_requests_whose_tokens_are_waited_for_are_not_held(options: dict[str, Any]) -> None:
     scheduler = HoldingScheduler()

@@ -2,9 +2,10 @@
 
 vLLM's engine core sends the server every token by itself, and with logprobs each of them as three arrays to pack and
 unpack: at hundreds of requests that takes the server longer than the GPU takes for the step. A request whose caller
-wants the final answer alone (`RequestOutputKind.FINAL_ONLY`) is held here: its first token goes out at once, then
-`HELD_TOKENS` at a time, and whatever is left with its last one. Nothing is held while the engine is paused, and a pause
-is not complete before all that was held has gone out, so the server knows how many tokens of which version there are.
+wants the final answer alone (`RequestOutputKind.FINAL_ONLY`), with the sampled tokens' logprobs or none, is held here:
+its first token goes out at once, then `HELD_TOKENS` at a time, and whatever is left with its last one. Nothing is held
+while the engine is paused, and a pause is not complete before all that was held has gone out, so the server knows how
+many tokens of which version there are.
 """
 
 from typing import Any
@@ -89,15 +90,19 @@ def _may_wait(request: Any) -> bool:
     from vllm.sampling_params import RequestOutputKind
 
     params = request.sampling_params
-    return params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop and not request.resumable
+    alone = params.output_kind is RequestOutputKind.FINAL_ONLY and not request.resumable
+    return alone and not params.stop and not params.logprobs and not params.logprob_token_ids
 
 
 def _join(outputs: list[Any]) -> Any:
-    """The last of them, with the tokens and logprobs of all."""
+    """The last of them, with the tokens and logprobs of all. A row of logprobs begins with the sampled token's; others
+    follow when another request of that step asked for more."""
     last = outputs[-1]
     last.new_token_ids = [token for output in outputs for token in output.new_token_ids]
     pieces = [output.new_logprobs for output in outputs if output.new_logprobs is not None]
     if pieces:
-        ids, logprobs, ranks = (np.concatenate(arrays) for arrays in list(zip(*pieces, strict=True))[:3])
+        ids = np.concatenate([piece.logprob_token_ids[:, :1] for piece in pieces])
+        logprobs = np.concatenate([piece.logprobs[:, :1] for piece in pieces])
+        ranks = np.concatenate([piece.sampled_token_ranks for piece in pieces])
         last.new_logprobs = type(pieces[0])(ids, logprobs, ranks)
     return last

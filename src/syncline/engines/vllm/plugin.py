@@ -22,6 +22,7 @@ GROUP = "vllm.general_plugins"
 UNPACKED = "syncline_unpacked"
 ATTACHED = "syncline_attached"
 WITNESSED = "syncline_witnessed"
+SCHEDULERS = "syncline.engines.vllm.schedulers"
 
 
 def refuse_unregistered() -> None:
@@ -43,7 +44,7 @@ def register() -> None:
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.platforms import current_platform
 
-    logging.getLogger("vllm.config.scheduler").addFilter(lambda record: __package__ not in record.getMessage())
+    logging.getLogger("vllm.config.scheduler").addFilter(lambda record: SCHEDULERS not in record.getMessage())
     if current_platform.is_cpu():
         register_plain_experts()
     witnessing = _witnessing_loader()
