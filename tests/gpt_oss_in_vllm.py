@@ -56,7 +56,8 @@ def vllms(config: Any) -> tuple[Any, Any]:
     from vllm.model_executor.model_loader import get_model_loader
 
     torch.accelerator.empty_cache = lambda: None  # as the CPU worker does
-    init_distributed_environment(1, 0, f"file://{tempfile.mkdtemp()}/meet", 0, "gloo")
+    if not torch.distributed.is_initialized():
+        init_distributed_environment(1, 0, f"file://{tempfile.mkdtemp()}/meet", 0, "gloo")
     ensure_model_parallel_initialized(1, 1)
     model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
     vocabulary = config.model_config.get_vocab_size()

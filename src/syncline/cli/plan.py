@@ -51,16 +51,17 @@ def _head(config: RunConfig, shape: Shape, num_gpus: int, gpu: str) -> list[str]
 
 
 def _table(found: Sequence[Split]) -> list[str]:
-    titles = (("engines", 10), ("learner", 9), ("bridge", 8), ("sample", 13), ("learn", 9), ("sync", 8), ("step", 9))
+    titles = (("engines", 16), ("learner", 9), ("bridge", 8), ("sample", 13), ("learn", 9), ("sync", 8), ("step", 9))
     head = "".join(f"{title:>{width}}" for title, width in (*titles, ("idle E / L", 13)))
     return [head, *(_row(split) for split in found[:SHOWN])]
 
 
 def _row(split: Split) -> str:
-    engines = f"{split.num_engines} x TP {split.engine_ranks}"
+    engines = f"{split.num_engines} x TP {split.tensor_parallel}"
+    engines += f" x PP {split.num_stages}" if split.num_stages > 1 else ""
     idle = [100 * (1 - busy / split.step) for busy in (split.sample, split.learn)]
     return (
-        f"{engines:>10}{split.learner_gpus:>9}  {split.bridge:<10}{split.sample:>7.1f} s{split.learn:>7.1f} s"
+        f"{engines:>16}{split.learner_gpus:>9}  {split.bridge:<10}{split.sample:>7.1f} s{split.learn:>7.1f} s"
         f"{split.sync:>6.2f} s{split.step:>7.1f} s{idle[0]:>6.0f} / {idle[1]:.0f} %"
     )
 

@@ -112,7 +112,7 @@ def engine_memory(
     cache = room - weights - ENGINE_BYTES
     per_sequence = kv_bytes_per_token(shape) * config.model.max_length / num_ranks
     parts = (
-        Part("weights", weights, "2 B · parameters / tensor_parallel_size"),
+        Part("weights", weights, "2 B · parameters / ranks"),
         Part("engine", ENGINE_BYTES, "context, graphs, a batch's activations; an allowance"),
         Part("KV cache", max(0.0, cache), "gpu_memory_utilization · memory - the above"),
     )

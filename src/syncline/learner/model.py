@@ -22,6 +22,7 @@ from syncline.learner.expert_adapter import found_parameters, is_expert_lora, wi
 from syncline.learner.layers import compile_layers, recompute_layers
 from syncline.learner.logprobs import token_logprobs
 from syncline.learner.mxfp4 import dequantised, in_one_type
+from syncline.learner.packed import settings_of, unpacked_model
 from syncline.learner.packing import PackedBatch
 from syncline.learner.parts import adapter_targets, family_of_model, freeze_parts, trains_beside_adapter
 from syncline.learner.places import gathered, shard, wholes
@@ -64,9 +65,13 @@ def load_model(
         if sees(settings):  # a tower packs its pictures in its own way
             refuse_family(settings, num_ranks=ranks.world_size)
             attention = {"": attention, "text_config": attention, "vision_config": "sdpa"}
-        model = model_class(settings).from_pretrained(
-            config.path, config=settings, dtype=dtype, attn_implementation=attention, **dequantised(settings)
-        )
+        if settings_of(settings):
+            folder = assets_folder(config.path)
+            model = unpacked_model(settings, folder, dtype=dtype, attn_implementation=attention)
+        else:
+            model = model_class(settings).from_pretrained(
+                config.path, config=settings, dtype=dtype, attn_implementation=attention, **dequantised(settings)
+            )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError([f"model.path: {config.path!r} cannot be trained: {error}"]) from error
     refuse_unknown_logits(model.config)

@@ -113,6 +113,23 @@ def test_the_proposed_split_fits_and_is_the_fastest_of_those() -> None:
         assert not set(told["engine.devices"]) & set(told["learner.devices"])
 
 
+def test_stages_of_a_pipeline_take_gpus_and_hold_a_part_each_but_read_in_turn() -> None:
+    learner = FULL_7B | {"token_budget": 16384}
+
+    def proposed(stages: int) -> dict[tuple[int, int], Any]:
+        engine = {"devices": list(range(stages)), "extra": {"pipeline_parallel_size": stages}}
+        run = config(learner=learner, engine=engine)
+        found = splits(run, shape("qwen2.5-7b"), num_gpus=8, gpu="h200")
+        assert all(split.num_engines * split.engine_ranks + split.learner_gpus <= 8 for split in found)
+        return {(split.tensor_parallel, split.num_engines): split for split in found}
+
+    one, two = proposed(1)[2, 1], proposed(2)[2, 1]
+    assert two.overrides()["engine.devices"] == [0, 1, 2, 3]
+    assert two.overrides()["engine.tensor_parallel_size"] == 2
+    assert two.engine.parts[0].num_bytes == one.engine.parts[0].num_bytes / 2
+    assert two.sample == one.sample
+
+
 def test_what_does_not_fit_is_not_proposed() -> None:
     assert splits(config(), shape("qwen2.5-32b"), num_gpus=1, gpu="a100") == []
     whole = splits(config(), shape("qwen2.5-7b"), num_gpus=2, gpu="a100")
