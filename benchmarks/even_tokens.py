@@ -9,8 +9,12 @@ from syncline.types import Message, Rollout, RolloutStatus, TrainingSample
 class EvenTokens:
     name = "even_tokens"
 
+    def __init__(self, prompt_tokens: int = 0) -> None:
+        self._prompt_tokens = prompt_tokens
+
     def task(self, index: int, *, split: str = "train") -> Any:
-        return f"{split} {index}: "
+        """At least so many characters, each of them a token of `bench.shapes.tokenizer`."""
+        return f"{split} {index}: ".ljust(self._prompt_tokens, ".")
 
     async def rollouts(self, task: Any, num_rollouts: int, policy: Policy) -> list[Rollout]:
         prompt = policy.encode([Message("user", task)])

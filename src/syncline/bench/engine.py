@@ -23,7 +23,13 @@ LOG_CHARACTERS = 3000
 
 @contextmanager
 def serving(
-    values: Mapping[str, Any], folder: Path, *, name: str, gpus: Sequence[int], options: Sequence[str] = ()
+    values: Mapping[str, Any],
+    folder: Path,
+    *,
+    name: str,
+    gpus: Sequence[int],
+    options: Sequence[str] = (),
+    start_seconds: float = START_SECONDS,
 ) -> Iterator[EngineController]:
     """The engine, ready. Its log is printed when the block fails."""
     file, log = folder / f"{name}.yaml", folder / f"{name}.log"
@@ -34,7 +40,7 @@ def serving(
         process = subprocess.Popen(argv, stdout=output, stderr=output, env=seeing(gpus), start_new_session=True)
     engine = EngineController(f"http://127.0.0.1:{port}", start_timeout_seconds=START_SECONDS)
     try:
-        _wait_until_ready(engine, process)
+        _wait_until_ready(engine, process, start_seconds)
         yield engine
     except BaseException:
         print(f"{log} ends with:\n{log.read_text()[-LOG_CHARACTERS:]}", file=sys.stderr)
@@ -44,8 +50,8 @@ def serving(
         stop(process)
 
 
-def _wait_until_ready(engine: EngineController, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
+def _wait_until_ready(engine: EngineController, process: subprocess.Popen[bytes], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while process.poll() is None:
         try:
             return engine.wait_until_ready(timeout_seconds=1.0)

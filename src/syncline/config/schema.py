@@ -115,7 +115,8 @@ class Engine(Section):
     """Of each GPU, for weights and KV cache together. Ignored on a CPU."""
     kv_cache_bytes: PositiveInt = 256 << 20
     """On a CPU only."""
-    max_num_seqs: PositiveInt = 128
+    max_num_seqs: PositiveInt = 256
+    """Sequences sampled at once; more of them wait. A step has groups_per_step × rollouts_per_group."""
     enforce_eager: bool | None = None
     """Absent: CUDA graphs on a GPU, eager on a CPU."""
     num_threads: NonNegativeInt = 0

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 import httpx
+from pydantic_core import from_json
 
 from syncline.errors import EngineError, EngineGone, EngineTimeout
 from syncline.observe.images import read_image
@@ -225,7 +226,7 @@ class EngineController:
 
 def _json(response: httpx.Response) -> Any:
     if response.is_success:
-        return response.json()
+        return from_json(response.content)
     raise EngineError(f"engine {response.request.url} answered {response.status_code}: {response.text[:500]}")
 
 

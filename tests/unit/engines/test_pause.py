@@ -41,7 +41,12 @@ def paused(mode: str, *, running: bool = False, reuse_kv: bool = False) -> list[
 @pytest.mark.parametrize("mode", ["drain", "abort", "keep"])
 def test_what_a_tower_made_of_pictures_goes_and_their_pixels_stay(mode: str) -> None:
     """`clear_cache` would drop the pixels too, on one side of vLLM's wire alone."""
-    assert paused(mode) == [({"drain": "wait"}.get(mode, mode), False), "encoder"]
+    frozen = [("keep", False)] if mode == "abort" else []
+    assert paused(mode) == [*frozen, ({"drain": "wait"}.get(mode, mode), False), "encoder"]
+
+
+def test_an_abort_freezes_first_so_that_what_the_scheduler_holds_goes_out_before_it() -> None:
+    assert [call[0] for call in paused("abort", running=True)[:2]] == ["keep", "abort"]
 
 
 @pytest.mark.parametrize("reuse_kv", [False, True])

@@ -90,6 +90,8 @@ async def pause(engine: Any, mode: str, *, reuse_kv: bool = False) -> None:
     clear_cache = (freezes and not reuse_kv) or kept_elsewhere
     mode = "wait" if mode == "drain" else mode
     core = engine.engine_core
+    if mode == "abort":  # once frozen, the core has let go of what it held (`holding.py`): an abort would drop it
+        await core.pause_scheduler_async(mode="keep", clear_cache=False)
     await core.pause_scheduler_async(mode=mode, clear_cache=clear_cache and not sees)
     if sees:
         await _forget_what_was_seen(core, clear_cache=clear_cache or freezes)

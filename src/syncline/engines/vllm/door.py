@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from syncline.engines.vllm.gate import Gate, Visit
+from syncline.engines.vllm.plugin import SCHEDULERS
 
 
 @asynccontextmanager
@@ -22,6 +23,9 @@ async def engine_behind(gate: Gate, args: Namespace) -> AsyncIterator[Any]:
 
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    if config.scheduler_config.scheduler_cls is None:
+        name = "HoldingAsyncScheduler" if config.scheduler_config.async_scheduling else "HoldingScheduler"
+        config.scheduler_config.scheduler_cls = f"{SCHEDULERS}.{name}"
     engine = _gated(gate).from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,

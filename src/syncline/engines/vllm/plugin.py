@@ -9,6 +9,7 @@ is compiled or captured, to those of another engine on the same device, so that 
 """
 
 import dataclasses
+import logging
 import os
 from importlib.metadata import entry_points
 from typing import Any
@@ -21,6 +22,7 @@ GROUP = "vllm.general_plugins"
 UNPACKED = "syncline_unpacked"
 ATTACHED = "syncline_attached"
 WITNESSED = "syncline_witnessed"
+SCHEDULERS = "syncline.engines.vllm.schedulers"
 
 
 def refuse_unregistered() -> None:
@@ -38,10 +40,11 @@ def refuse_unregistered() -> None:
 
 
 def register() -> None:
-    """Called by vLLM once in every process it starts."""
+    """Called by vLLM once in every process it starts. Its warning of schedulers it does not know is not for ours."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.platforms import current_platform
 
+    logging.getLogger("vllm.config.scheduler").addFilter(lambda record: SCHEDULERS not in record.getMessage())
     if current_platform.is_cpu():
         register_plain_experts()
     witnessing = _witnessing_loader()

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from syncline.engines.vllm import compat
@@ -50,7 +50,7 @@ def sampling_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/generate")
     @with_cancellation
-    async def generate(body: GenerateBody, raw_request: Request) -> JSONResponse:
+    async def generate(body: GenerateBody, raw_request: Request) -> Response:
         del raw_request
         if body.needs_version and served.held.policy_version == UNPUBLISHED:
             fault = served.torn or "no policy version was published to this engine yet"
@@ -60,9 +60,16 @@ def sampling_routes(served: Served) -> APIRouter:
             with served.adapters.running() as adapter:
                 if adapter is not None and adapter is served.adapters.by_hand:
                     visit.entered_under = UNPUBLISHED
-                return JSONResponse(await _sample(served, body, visit, adapter))
+                return _json(await _sample(served, body, visit, adapter))
 
     return router
+
+
+def _json(answer: dict[str, Any]) -> Response:
+    """A step's completions all end at about the same time: Python's own encoder takes ten times as long."""
+    import msgspec
+
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 async def _fault(engine: Any) -> str | None:
@@ -123,16 +130,20 @@ def _params(body: GenerateBody) -> Any:
         seed=asked.seed,
         stop_token_ids=list(asked.stop_token_ids) or None,
         logprobs=0,
+        flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
 def _completion(output: Any, visit: Visit) -> dict[str, Any]:
-    token_ids = list(output.token_ids)
+    """`output.logprobs` is flat: one a token, the sampled token's."""
+    token_ids, logprobs = list(output.token_ids), output.logprobs
+    if logprobs.token_ids != token_ids:
+        raise EngineError("vLLM's logprobs are not those of the tokens it sampled")
     return {
         "token_ids": token_ids,
-        "logprobs": [row[token].logprob for token, row in zip(token_ids, output.logprobs, strict=True)],
+        "logprobs": logprobs.logprobs,
         "versions": visit.spans(output.index, len(token_ids)),
         "finish_reason": output.finish_reason,
     }

@@ -1,0 +1,68 @@
+"""What `/syncline/generate` asks of vLLM and answers, with vLLM's own outputs and no engine."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from vllm.logprobs import create_sample_logprobs
+
+from syncline.engines.vllm.gate import Gate
+from syncline.engines.vllm.sampling_routes import sampling_routes
+from syncline.engines.vllm.served import Served
+
+
+class Engine:
+    """Samples what it is told to."""
+
+    def __init__(self, sampled: list[int], recorded: list[int]) -> None:
+        self._sampled, self._recorded = sampled, recorded
+        self.params: Any = None
+
+    async def add_visit(self, visit: Any, prompt: Any, params: Any, *, lora_request: Any) -> Any:
+        assert lora_request is None
+        self.params = params
+        logprobs: Any = create_sample_logprobs(params.flat_logprobs)
+        for token in self._recorded:
+            logprobs.append_fast([token], [-token / 8], iter([1]), iter([None]))
+        completion = SimpleNamespace(index=0, token_ids=self._sampled, logprobs=logprobs, finish_reason="length")
+        answer = SimpleNamespace(prompt_token_ids=prompt["prompt_token_ids"], outputs=[completion])
+        return SimpleNamespace(get=lambda: asyncio.sleep(0, answer))
+
+
+def asked(engine: Engine) -> httpx.Response:
+    app = FastAPI()
+    app.include_router(sampling_routes(Served(engine, Gate(3), {})))
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine") as client:
+            sampling = {"max_tokens": 3, "temperature": 0.5}
+            return await client.post("/syncline/generate", json={"prompt_token_ids": [5, 6], "sampling": sampling})
+
+    return asyncio.run(ask())
+
+
+def test_the_answer_is_the_sampled_tokens_with_their_logprobs_and_versions() -> None:
+    engine = Engine([7, 9, 11], [7, 9, 11])
+    answer = asked(engine)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    assert answer.json() == {
+        "completions": [
+            {
+                "token_ids": [7, 9, 11],
+                "logprobs": [-0.875, -1.125, -1.375],
+                "versions": [[3, 0, 3]],
+                "finish_reason": "length",
+            }
+        ]
+    }
+    assert (engine.params.logprobs, engine.params.detokenize, engine.params.temperature) == (0, False, 0.5)
+
+
+@pytest.mark.parametrize("recorded", [[7, 9], [7, 11, 9]], ids=["one is missing", "of other tokens"])
+def test_logprobs_of_other_tokens_are_not_passed_on(recorded: list[int]) -> None:
+    answer = asked(Engine([7, 9, 11], recorded))
+    assert answer.status_code == 409
+    assert "not those of the tokens" in answer.json()["error"]
