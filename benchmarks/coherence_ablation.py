@@ -9,7 +9,7 @@ in which coherence has no part, question by question: means over seeds, 95 % int
 
 `placebo` has the pairs of `v2`, but a coin says which of two right answers is the chosen one. `v11` gives the names of
 its eleven arms to the samples in order, so ask for eleven. Without `--file` the model is one that adds four digits and
-writes its steps down (`recipes/demo/base_model.py`), and the engine is `batching_engine.py`, no vLLM.
+writes its steps down (`recipes/demo/base_model.py`), and the engine is `tests/batching_engine.py`, no vLLM.
 """
 
 import argparse
@@ -268,8 +268,8 @@ def prepared(args: argparse.Namespace, stack: ExitStack) -> tuple[OfflineConfig,
         return load_offline(args.file, [f"run.dir={args.out}", *args.overrides]), tuple(args.engine_urls)
     sys.path[:0] = [str(ROOT / "recipes" / "demo"), str(ROOT / "tests")]
     from base_model import Recipe, build_base_model, steps, tasks_of
-    from batching_engine import BatchingEngine
-    from small_engine import small_engine
+    from batching_engine import BatchingEngine  # pyright: ignore[reportMissingImports]
+    from small_engine import small_engine  # pyright: ignore[reportMissingImports]
 
     recipe = Recipe(digits=1, terms=4, shows_steps=True, **SMALL_RECIPE)
     path = build_base_model(ROOT / "runs" / "base", recipe)

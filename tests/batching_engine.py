@@ -1,6 +1,6 @@
 """An engine without vLLM that samples whoever waits in one batch: for benchmarks of small models on a CPU.
 
-It answers the routes of the tests' `small_engine.py`, on whose server it runs. Requests wait in a queue; one thread
+It answers `small_engine.py`'s routes, on its server. Requests wait in a queue; one thread
 takes all that are there, samples them to their ends, and answers each. A request's dice are its own seed's.
 """
 
