@@ -17,15 +17,15 @@ import hashlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import count, groupby, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
+import ablation_tables as tables
+from ablation_tables import BASELINE, PLACEBO, Outcome, Read
 
 from syncline.cli.assess import assess_stage
 from syncline.cli.collect import collect_stage
@@ -34,7 +34,6 @@ from syncline.cli.pairs import pairs_stage
 from syncline.cli.policies import Policies
 from syncline.config.load import validated
 from syncline.config.offline import OfflineConfig, load_offline
-from syncline.envs.estimators import mcnemar, wilson
 from syncline.observe.files import read_lines, write_atomically
 from syncline.offline.answers import number
 from syncline.offline.arithmetic import counterfactual
@@ -51,8 +50,6 @@ from syncline.offline.regime_w import metrics as regime_w_metrics
 from syncline.offline.stage import Finished
 
 ROOT = Path(__file__).resolve().parents[1]
-BASELINE = "correctness"
-NUM_RESAMPLES = 4000
 Reward = Callable[[Sequence[Trajectory]], Sequence[float]]
 """Of a question's attempts."""
 
@@ -81,28 +78,9 @@ WAYS: Mapping[str, Reward] = {
     BASELINE: correctness,
     "v11": v11,
     "v2": v2,
-    "placebo": v2,
+    PLACEBO: v2,
     **{name: signal(name) for name in ("agreement", "steps", "counterfactual")},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """An evaluation, by question id. All but `greedy` are means over a question's samples."""
-
-    greedy: dict[str, float]
-    sampled: dict[str, float]
-    coherence: dict[str, float]
-    steps: dict[str, float]
-    tokens: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    way: str
-    seed: int
-    pairs: Mapping[str, int]
-    read: Read
 
 
 def main() -> int:
@@ -129,7 +107,9 @@ def main() -> int:
                 counts = differences(pairs, reference) | {"steps": trained.facts["num_steps"]}
                 outcomes.append(Outcome(way, own.run.seed, counts, read(config, evaluated.folder)))
                 print(f"seed {own.run.seed}, {way}: {counts}", flush=True)
-    lines = [*table(base, outcomes, args.ways), "", *compared(outcomes, args.ways[1:])]
+    lines = [*tables.means(base, outcomes, args.ways), "", *tables.compared(outcomes, args.ways[1:], BASELINE)]
+    if {"v2", PLACEBO} <= set(args.ways):
+        lines += ["", *tables.compared(outcomes, ["v2"], PLACEBO)]
     print("\n".join(lines))
     write_atomically(args.out / "ablation.md", "\n".join(lines) + "\n")
     return 0
@@ -150,7 +130,7 @@ def preferred(config: OfflineConfig, rollouts: Finished, way: str, *, model: str
     if way == BASELINE:
         config = config.model_copy(update={"pairs": config.pairs.model_copy(update={"max_coherence_per_question": 0})})
     pairs = pairs_stage(config, folder / ROLLOUTS_FILE, model=model).folder / PAIRS_FILE
-    if way != "placebo":
+    if way != PLACEBO:
         return pairs
     for name in (PAIRS_FILE, HELDOUT_FILE):
         text = "".join(json.dumps(tossed(pair)) + "\n" for pair in read_lines(pairs.with_name(name)))
@@ -209,57 +189,6 @@ def coherence_of(own: Sequence[Marked]) -> list[dict[str, float | None]]:
     gold = number(own[0].gold)
     changed = None if gold is None else counterfactual(own[0].question, own[0].solution, gold)
     return score_coherence([Solution(one.text, one.answer, one.is_correct, False, None) for one in own], changed)
-
-
-def table(base: Read, outcomes: Sequence[Outcome], ways: Sequence[str]) -> Iterator[str]:
-    """Means over seeds."""
-    columns = ("preferences", "right > wrong", "right > right", "other pairs", *Read.__slots__)
-    yield f"| {' | '.join(columns)} |"
-    yield "|---" * len(columns) + "|"
-    yield f"| the model before | | | | {' | '.join(cells([base]))} |"
-    for way in ways:
-        own = [one for one in outcomes if one.way == way]
-        names = ("right_over_wrong", "right_over_right", "other_pairs")
-        counts = [f"{fmean(one.pairs[name] for one in own):.0f}" for name in names]
-        yield f"| {way} | {' | '.join([*counts, *cells([one.read for one in own])])} |"
-
-
-def cells(reads: Sequence[Read]) -> list[str]:
-    """With Wilson's interval, as of one seed: the seeds' questions are the same."""
-    shares = [fmean(fmean(getattr(one, name).values()) for one in reads) for name in Read.__slots__]
-    size = len(reads[0].greedy)
-    intervals = [wilson(share * size, size) for share in shares[:2]]
-    told = [f"{share:.3f} [{low:.3f}, {high:.3f}]" for share, (low, high) in zip(shares, intervals, strict=False)]
-    return [*told, f"{shares[2]:.3f}", f"{shares[3]:.3f}", f"{shares[4]:.2f}"]
-
-
-def compared(outcomes: Sequence[Outcome], ways: Sequence[str]) -> Iterator[str]:
-    """Each way minus the baseline of its seed."""
-    baseline = {one.seed: one.read for one in outcomes if one.way == BASELINE}
-    names = ("sampled", "coherence", "steps", "tokens")
-    yield f"| minus {BASELINE} | {' | '.join(names)} | greedy: fixed, broken, McNemar's p, by seed |"
-    yield "|---" * (len(names) + 2) + "|"
-    for way in ways:
-        own = [one for one in outcomes if one.way == way]
-        found = [difference([(baseline[one.seed], one.read) for one in own], name) for name in names]
-        tests = [mcnemar_told(baseline[one.seed].greedy, one.read.greedy) for one in own]
-        yield f"| {way} | {' | '.join(found)} | {'; '.join(tests)} |"
-
-
-def difference(pairs: Sequence[tuple[Read, Read]], name: str) -> str:
-    """Mean over seeds and questions, its interval, and each seed's mean."""
-    rows = [[getattr(b, name)[key] - getattr(a, name)[key] for key in getattr(a, name)] for a, b in pairs]
-    values = np.array(rows)  # [seeds, questions]
-    drawn = np.random.default_rng(0).integers(values.shape[1], size=(NUM_RESAMPLES, values.shape[1]))
-    low, high = np.quantile(values.mean(0)[drawn].mean(1), [0.025, 0.975])
-    seeds = " ".join(f"{value:+.3f}" for value in values.mean(1))
-    return f"{values.mean():+.3f} [{low:+.3f}, {high:+.3f}] ({seeds})"
-
-
-def mcnemar_told(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    fixed = sum(after[key] > before[key] for key in before)
-    broken = sum(after[key] < before[key] for key in before)
-    return f"{fixed}, {broken}, {mcnemar(fixed, broken):.2g}"
 
 
 def prepared(args: argparse.Namespace, stack: ExitStack) -> tuple[OfflineConfig, tuple[str, ...]]:

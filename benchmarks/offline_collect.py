@@ -2,7 +2,7 @@
 
     python benchmarks/offline_collect.py --model SmolLM2-135M/ --data gsm8k_train.jsonl --out runs/collect
     python benchmarks/offline_collect.py --shape qwen2.5-0.5b --out runs/collect         # random weights, sums
-    python benchmarks/offline_collect.py --shape tiny --questions 12 --max-tokens 32 --slow-seconds 5 --out runs/collect
+    python benchmarks/offline_collect.py --shape narrow --questions 9 --max-tokens 16 --slow-seconds 5 --out runs/small
 
 `hf` is transformers' `generate`, one trajectory at a time; `question` asks an engine for one question's arms at once
 and waits for the last of them, as one `llm.generate` call a question does; `all` is `syncline collect`: everything
