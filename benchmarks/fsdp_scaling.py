@@ -174,7 +174,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--completion", type=int, default=896)
     parser.add_argument("--shortest", type=int, help="mixed lengths, from this to --completion")
     parser.add_argument("--token-budget", type=int, default=16384)
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="full")
+    parser.add_argument("--recompute", choices=("none", "selective", "attention", "full"), default="full")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--gradients", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--moments", choices=("float32", "int8"), default="float32")

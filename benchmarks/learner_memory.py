@@ -88,7 +88,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--moments", choices=("float32", "int8"), default="float32")
     parser.add_argument("--gradients", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--in-backward", action="store_true")
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="full")
+    parser.add_argument("--recompute", choices=("none", "selective", "attention", "full"), default="full")
     parser.add_argument("--token-budget", type=int, default=8192)
     parser.add_argument("--rollouts", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=128)

@@ -56,7 +56,8 @@ def vllms(config: Any) -> tuple[Any, Any]:
     from vllm.model_executor.model_loader import get_model_loader
 
     torch.accelerator.empty_cache = lambda: None  # as the CPU worker does
-    init_distributed_environment(1, 0, f"file://{tempfile.mkdtemp()}/meet", 0, "gloo")
+    if not torch.distributed.is_initialized():
+        init_distributed_environment(1, 0, f"file://{tempfile.mkdtemp()}/meet", 0, "gloo")
     ensure_model_parallel_initialized(1, 1)
     model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
     vocabulary = config.model_config.get_vocab_size()
@@ -92,6 +93,15 @@ def experts_differ(config: Any, theirs: Any, manager: Any, learner: Any) -> dict
     }
 
 
+def packed_by_a_reload(config: Any, model: Any) -> list[str]:
+    """Layers that no longer compute from their parameters once vLLM has processed loaded weights again."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+    linear = torch.nn.functional.linear
+    return [name for name, layer in model.named_modules() if getattr(layer, "cpu_linear", linear) is not linear]
+
+
 def main(path: Path) -> dict[str, Any]:
     from vllm.config import set_current_vllm_config
 
@@ -115,6 +125,7 @@ def main(path: Path) -> dict[str, Any]:
             "cannot": what_cannot_be_held(layout.shapes, {"modules": sizes(adaptable(manager)), "max_rank": 8}),
             "slots": differences(layout.digests(buffer), slots),
             "experts": experts_differ(config, model, manager, learner),
+            "packed": packed_by_a_reload(config, model),
         }
 
 

@@ -32,6 +32,9 @@ def _contracts() -> Iterator[Job]:
         for ranks in sizes:
             name = f"{bridge}-tp{ranks}"
             yield Job(f"contract:{name}", ranks + (bridge == "broadcast"), (suite, "-k", f"[{name}"))
+    for bridge, ranks in (("restart", 1), ("broadcast", 1), ("lora", 1)):
+        name = f"{bridge}-pp2-tp{ranks}"
+        yield Job(f"contract:{name}", 2 * ranks + (bridge == "broadcast"), (suite, "-k", f"[{name}"))
     for bridge in ("shared", "shared-lora"):
         yield Job(f"contract:{bridge}-tp1", 1, (suite, "-k", f"[{bridge}-tp1"))
     yield Job("contract:broadcast-sparse-tp2", 3, (suite, "-k", "[broadcast-sparse-tp2"))
@@ -46,6 +49,7 @@ def _others() -> Iterator[Job]:
     yield Job("adapter-ranks", 2, ("tests/contracts/test_lora_ranks.py",))
     yield Job("replicas", 1, ("tests/contracts/test_replicas.py",))
     yield Job("adapters", 1, ("tests/contracts/test_lora_engine.py",))
+    yield Job("packed", 2, ("tests/contracts/test_packed_engine.py",))
     yield Job("kernels", 1, ("tests/gpu",))
     yield Job("restart-process", 1, ("tests/e2e/test_engine_restart.py",))
     yield Job("learner-apart", 1, ("tests/e2e/test_learner_apart.py",))
@@ -53,7 +57,7 @@ def _others() -> Iterator[Job]:
     yield Job("conversations", 1, ("tests/e2e/test_conversations.py",))
     yield Job("images", 1, ("tests/contracts/test_images.py", "tests/e2e/test_summary_run.py"))
     yield Job("example-trainer", 2, ("tests/e2e/test_example_trainer.py",))
-    yield Job("offline", 1, ("tests/e2e/test_offline.py", "tests/e2e/test_collect.py"))
+    yield Job("offline", 2, ("tests/e2e/test_offline.py", "tests/e2e/test_collect.py"))
     yield Job("recovery", 1, ("tests/e2e/test_recovery.py",))
     yield Job(
         "gpt-oss",
@@ -70,6 +74,7 @@ def _main_jobs() -> Iterator[Job]:
         "shared": 1,
         "shared-lora": 1,
         "lora": 1,
+        "lora-gptq": 1,
         "broadcast-lora": 2,
         "broadcast-fsdp2": 3,
         "shared-tp2": 2,

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,6 +49,12 @@ def make_tiny_model(folder: Path, *, seed: int = 0, hidden_size: int = 128, tied
     return folder
 
 
+def vllm_has(text: str, file: str) -> bool:
+    """Whether a file of the installed vLLM has this text; found without importing it, which takes seconds."""
+    found = find_spec("vllm")
+    return found is None or found.origin is None or text in (Path(found.origin).parent / file).read_text()
+
+
 def save_tokenizer(folder: Path) -> None:
     """A tokenizer of one token a character."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -73,23 +80,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def engine_values() -> dict:
+    """A small engine's section: on a GPU it takes little of it, so that several fit on one."""
+    on_gpu = {"gpu_memory_utilization": 0.1, "extra": {"kv_cache_memory_bytes": 1 << 30}}
+    return {"kv_cache_bytes": 64 << 20} | (on_gpu if torch.cuda.is_available() else {})
+
+
 def run_values(model: Path, run_dir: Path, **sections) -> dict:
     """A small run's configuration as plain values; `sections` replace or add whole sections.
 
-    On a GPU the engine takes little of it, so that several fit on one, and half precision is given room: random weights
-    differ there by a few hundredths, and by 0.5 and more where one tensor is stale.
+    On a GPU half precision is given room: random weights differ there by a few hundredths, and by 0.5 and more where
+    one tensor is stale.
     """
-    engine: dict = {"kv_cache_bytes": 64 << 20}
     parity: dict = {"prompts": ["12+7=", "the cat"]}
     if torch.cuda.is_available():
-        engine |= {"gpu_memory_utilization": 0.1, "extra": {"kv_cache_memory_bytes": 1 << 30}}
         parity |= {"max_mean_abs_diff": 0.15, "max_k3_kl": 0.05}
     return {
         "run": {"dir": str(run_dir), "num_steps": 3, "groups_per_step": 4, "rollouts_per_group": 4},
         "model": {"path": str(model), "max_length": 128},
         "sampling": {"max_tokens": 16},
         "environments": [{"task": "arithmetic"}],
-        "engine": engine,
+        "engine": engine_values(),
         "parity": parity,
     } | sections
 

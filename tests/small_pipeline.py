@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from real_engine import make_tiny_model
+from real_engine import engine_values, make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SUMS = [(a, b) for a in range(1, 9) for b in range(1, 5)]
@@ -36,7 +36,7 @@ def write_file(folder: Path, model: Path, *, num_rounds: int = 2, bridge: str = 
         "run": {"dir": str(folder / "run")},
         "model": {"path": str(model), "max_length": 32, "lora": {"rank": 4}},
         "bridge": {"name": bridge},
-        "engine": {"kv_cache_bytes": 64 << 20, "max_num_seqs": 64},
+        "engine": engine_values() | {"max_num_seqs": 64},
         "collect": {
             "questions": {"path": str(folder / "train.jsonl")},
             "prompt": "{question}",

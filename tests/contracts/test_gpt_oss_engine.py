@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpt_oss_models import recipe
+from gpt_oss_models import needs_experts, recipe
 from peft import PeftModel
 from real_engine import run_values, running_engine
 
@@ -19,13 +19,13 @@ from syncline.bridges.repacked import is_repacked
 from syncline.config.schema import Bridge, Lora, Model
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import SyncError
-from syncline.learner.adapter import adapter_layers, base_parameters, plain_parameters
+from syncline.learner.adapter import adapter_layers, frozen_base, plain_parameters
 from syncline.learner.model import Scorer, load_model, trainable_parameters
-from syncline.learner.mxfp4 import is_expert, stored_experts
+from syncline.learner.mxfp4 import is_expert
 from syncline.learner.packing import pack_samples
 from syncline.types import SamplingParams, TrainingSample
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.contract("lora", 1)]
+pytestmark = [needs_experts, pytest.mark.e2e, pytest.mark.slow, pytest.mark.contract("lora", 1)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LORA = {
     "rank": 4,
@@ -38,25 +38,27 @@ PROMPTS = tuple(tuple(range(9 + i, 30 + i)) for i in range(4))
 
 
 class Side:
-    def __init__(self, engine: EngineController, path: Path, folder: Path) -> None:
-        self.engine, self.path, self.folder = engine, path, folder
+    """A learner of an adapter over a packed base, and the engine that keeps the base as it is."""
+
+    def __init__(self, engine: EngineController, path: Path, folder: Path, lora: dict[str, Any]) -> None:
+        self.engine, self.path, self.folder, self.lora = engine, path, folder, lora
         self.model = self.load(path)
         self.version = -1
 
-    @staticmethod
-    def load(path: Path) -> Any:
+    def load(self, path: Path) -> Any:
         torch.manual_seed(0)
-        settings = Model(path=str(path), dtype="bfloat16", lora=Lora.model_validate(LORA))
+        settings = Model(path=str(path), dtype="bfloat16", lora=Lora.model_validate(self.lora))
         return load_model(settings, device=DEVICE)
 
     def attached(self, model: Any = None, path: Path | None = None, **config: Any) -> LoraBridge:
+        base, stored = frozen_base(path or self.path)
         bridge = LoraBridge(
             [self.engine],
             Bridge(name="lora", **config),
-            base=plain_parameters,
+            base=base,
+            stored=stored,
             layers=adapter_layers,
             folder=self.folder,
-            stored=lambda trained: stored_experts(dict(base_parameters(trained)), path or self.path),
         )
         bridge.attach(model or self.model)
         return bridge
@@ -93,7 +95,7 @@ def side(tmp_path_factory) -> Iterator[Side]:
     values = run_values(path, folder / "run", bridge={"name": "lora"})
     values["model"] |= {"lora": LORA, "dtype": "bfloat16"}
     with running_engine(values, folder) as engine:
-        yield Side(engine, path, folder / "adapters")
+        yield Side(engine, path, folder / "adapters", LORA)
 
 
 def test_learner_and_engine_agree_after_every_publish_and_not_before(side: Side) -> None:

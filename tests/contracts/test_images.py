@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from real_engine import run_values, running_engine
-from vision_models import WORDS, draw, expanded, save_vision_model
+from vision_models import WORDS, draw, expanded, needs_whole_pictures, save_vision_model
 
 from syncline.bridges.broadcast import BroadcastBridge
 from syncline.bridges.restart import RestartBridge
@@ -41,7 +41,7 @@ NEEDS_TORCHVISION = [
     pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's Qwen-VL wants torchvision; install it"),
 ]
 FAMILIES = [
-    "idefics3",
+    pytest.param("idefics3", marks=needs_whole_pictures),
     *(pytest.param(name, marks=NEEDS_TORCHVISION) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
 ]
 """On a CPU vLLM runs the first without torchvision."""

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -78,10 +79,8 @@ def test_a_frozen_request_goes_on_from_its_own_keys_and_values_only_if_asked_to(
     bridge.attach(side.model)
     side.reset()
     bridge.publish(side.model, policy_version=side.next_version())
-    old = _copy(side.model)
     preempted = counted(side, "num_preemptions")
-    kept = asyncio.run(_over_a_step(side, bridge))
-    assert kept, "no request was kept over the step"
+    old, kept = _kept_over_a_step(side, bridge)
     before, after = (
         [side.span_difference(PROMPT, c, m, (c.versions[i].start, c.versions[i].end)) for c in kept]
         for i, m in enumerate((old, side.model))
@@ -94,6 +93,15 @@ def test_a_frozen_request_goes_on_from_its_own_keys_and_values_only_if_asked_to(
         assert counted(side, "num_preemptions") == preempted
         assert min(after) > 2 * TOLERANCE, "nothing is shown: the step changed too little"
     assert side.difference(PROMPT, ours(side), side.model) < TOLERANCE, "a new request was served a frozen one's blocks"
+
+
+def _kept_over_a_step(side: Side, bridge: WeightBridge) -> tuple[Any, list[Completion]]:
+    """The model before the step, and what was kept; another step where a busy machine was late and all had ended."""
+    for _ in range(5):
+        old = _copy(side.model)
+        if kept := asyncio.run(_over_a_step(side, bridge)):
+            return old, kept
+    raise AssertionError("no request was kept over any of the steps")
 
 
 async def _over_a_step(side: Side, bridge: WeightBridge) -> list[Completion]:

@@ -81,6 +81,8 @@ TENSOR_PARALLEL = {"restart": (1, 2, 4), "broadcast": (1, 2, 4), "broadcast-spar
 """Ranks of the engine, if not one; `shared` on two needs as many learner ranks: `test_shared_ranks`."""
 ASKED_FOR = (("broadcast", 2), ("restart", 2), ("lora", 2))
 """Left to `make slow`: every run has two ranks in `broadcast-sparse`, `test_shared_ranks` and `test_lora_ranks`."""
+IN_TWO_STAGES = (("restart", 1), ("broadcast", 1), ("lora", 1))
+"""Bridges to engines of vLLM's pipeline parallelism, and the ranks of each stage."""
 ADAPTED = ("lora", "shared-lora")
 LORA = {"rank": 4, "alpha": 22.0}
 """A rank below vLLM's smallest slot, and a scaling of 5.5, which rounds and makes a stale adapter show."""
@@ -189,35 +191,38 @@ def _copy(model: Any) -> Any:
 
 
 def _engines() -> list[Any]:
-    """Every bridge with every number of ranks; several ranks need as many GPUs, where there are GPUs."""
+    """Every bridge with every number of ranks, and of stages; several ranks need as many GPUs, where there are GPUs."""
+    flat = [(name, ranks, 1) for name in sorted(BRIDGES) for ranks in TENSOR_PARALLEL.get(name, (1,))]
     return [
         pytest.param(
-            (name, ranks),
-            id=f"{name}-tp{ranks}",
+            (name, ranks, stages),
+            id=f"{row}-tp{ranks}",
             marks=[
-                pytest.mark.contract(name, ranks),
+                pytest.mark.contract(row, ranks),
                 pytest.mark.skipif(0 < torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs"),
-                *([pytest.mark.slow] if ranks > 2 or (name, ranks) in ASKED_FOR else []),
+                *([pytest.mark.slow] if ranks > 2 or stages > 1 or (name, ranks) in ASKED_FOR else []),
             ],
         )
-        for name in sorted(BRIDGES)
-        for ranks in TENSOR_PARALLEL.get(name, (1,))
-        for gpus in [ranks + name.startswith("broadcast")]
+        for name, ranks, stages in [*flat, *((name, ranks, 2) for name, ranks in IN_TWO_STAGES)]
+        for gpus in [ranks * stages + name.startswith("broadcast")]
+        for row in [f"{name}-pp{stages}" if stages > 1 else name]
     ]
 
 
 @pytest.fixture(scope="module", params=_engines())
 def side(request, tmp_path_factory) -> Iterator[Side]:
-    name, ranks = request.param
-    folder = tmp_path_factory.mktemp(f"{name}-tp{ranks}")
+    name, ranks, stages = request.param
+    folder, size = tmp_path_factory.mktemp(f"{name}-tp{ranks}"), ranks * stages
     model_path = make_tiny_model(folder / "model")
     values = run_values(model_path, folder / "run", bridge={"name": name.partition("-")[0]})
-    values["engine"] |= {"device": DEVICE, "devices": list(range(ranks)), "tensor_parallel_size": ranks}
-    values["learner"] = {"device": DEVICE, "devices": [ranks if name.startswith("broadcast") else 0]}
+    extra = values["engine"].get("extra", {}) | ({"pipeline_parallel_size": stages} if stages > 1 else {})
+    on = {"device": DEVICE, "devices": list(range(size)), "tensor_parallel_size": ranks, "extra": extra}
+    values["engine"] |= on
+    values["learner"] = {"device": DEVICE, "devices": [size if name.startswith("broadcast") else 0]}
     if name in ADAPTED:
         values["model"]["lora"] = LORA
     with running_engine(values, folder) as engine:
-        yield Side(name, engine, model_path, folder / "weights", ranks=ranks)
+        yield Side(name, engine, model_path, folder / "weights", ranks=size)
 
 
 def test_before_the_first_publish_no_version_is_claimed(side: Side) -> None:

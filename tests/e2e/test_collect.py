@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from real_engine import make_tiny_model, run_values, running_engine
+from real_engine import engine_values, make_tiny_model, run_values, running_engine
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 NUM_QUESTIONS = 8
@@ -46,7 +46,7 @@ def pipeline_file(folder: Path, model: Path, **sections: dict) -> Path:
     values = {
         "run": {"dir": str(folder / "run")},
         "model": {"path": str(model), "max_length": 256, "lora": {"rank": 8}},
-        "engine": {"kv_cache_bytes": 64 << 20, "max_num_seqs": 16},
+        "engine": engine_values() | {"max_num_seqs": 16},
         "collect": {
             "questions": {"path": str(folder / "rows.jsonl")},
             "max_tokens": 60,

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 from boxing_model import make_boxing_model, write_gsm8k
+from real_engine import visible_gpu
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -68,6 +69,7 @@ class Place:
         """Runs it as a shell does, and ends by pid what it left in the background; what it printed."""
         script = re.sub(r"Qwen/Qwen2\.5-\w+-Instruct", str(self.model), script)
         script = script.replace("/tmp/atropos_test", str(self._logdir))
+        script = re.sub(r"(?<=CUDA_VISIBLE_DEVICES=)\d", lambda gpu: visible_gpu(int(gpu[0])), script)  # of this test's
         assert "pkill" not in script
         environment = os.environ | {"HOME": str(self.home), "PATH": f"{self._tools}:{os.environ['PATH']}"}
         shell = subprocess.Popen(

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpt_oss_models import recipe
+from gpt_oss_models import needs_experts, recipe
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [needs_experts, pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 CONFIG = Path(__file__).parents[2] / "configs" / "gpt_oss_small.yaml"
 NUM_STEPS = 4
 VARIED = "even_tokens:EvenTokens"

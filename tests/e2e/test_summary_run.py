@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 from real_engine import run_values
-from vision_models import save_vision_model
+from vision_models import needs_whole_pictures, save_vision_model
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [needs_whole_pictures, pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 3
 TOLERANCE = 0.15 if torch.cuda.is_available() else 1e-4

@@ -11,10 +11,10 @@ from syncline.bridges.digest import piece_sums, tensor_digest
 from syncline.bridges.manifest import Shard
 from syncline.bridges.measure import LearnerDigests
 from syncline.bridges.receipt import parameter_digests, whole
-from syncline.config.schema import Optimizer
+from syncline.config.schema import Learner, Optimizer
 from syncline.learner.attention import register_attention
-from syncline.learner.logprobs import token_logprobs
-from syncline.learner.model import Scorer
+from syncline.learner.logprobs import token_logprobs, token_loss
+from syncline.learner.model import Scorer, run_layers_as
 from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32, join_master
 from syncline.learner.packing import pack_samples
 from syncline.types import Completion, FinishReason, TrainingSample, VersionSpan
@@ -96,6 +96,51 @@ def test_logits_of_a_large_vocabulary_never_exist_at_once() -> None:
     token_logprobs(hidden, head, labels, temperature=1.0, chunk=1024)[0].sum().backward()
     peak = torch.cuda.max_memory_allocated() - held
     assert peak < rows * vocabulary * 4, f"{peak / 2**30:.1f} GiB: as much as the logits themselves"
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_loss_a_chunk_at_a_time_has_the_gradients_of_all_at_once(trained: bool) -> None:
+    rows, vocabulary = 2500, 151_936
+    head = torch.nn.Linear(896, vocabulary, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(trained)
+    accumulate_fp32(head)
+    hidden = torch.randn(rows, 896, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels, weights = torch.randint(vocabulary, (rows,), device="cuda"), torch.rand(rows, device="cuda")
+    found = []
+    for at_once in (False, True):
+        hidden.grad = None
+        if at_once:
+            token_loss(hidden, head, labels, lambda a, r: (weights[r] * a).sum(), temperature=0.9, chunk=1024)[
+                0
+            ].backward()
+        else:
+            (weights * token_logprobs(hidden, head, labels, temperature=0.9, chunk=1024)[0]).sum().backward()
+        found.append([x for x in (hidden.grad, getattr(head.weight, "main_grad", None)) if x is not None])
+        if trained:
+            head.weight.main_grad = None  # type: ignore[assignment]
+    for ours, expected in zip(found[1], found[0], strict=True):
+        assert (ours.float() - expected.float()).norm() / expected.float().norm() < 0.01
+
+
+def test_compiled_layers_that_compute_again_keep_less_and_have_the_same_gradients() -> None:
+    """Through torch's own variable-length attention, which the compiler sees as one operator."""
+    [batch] = pack_samples([sample(length, i) for i, length in enumerate(LENGTHS * 6)], token_budget=16384)
+    gradients, kept = {}, {}
+    for what in ("none", "selective", "attention", "full"):
+        torch._dynamo.reset()
+        packed, _ = models()
+        running = Learner.model_validate({"compile": "on", "recomputation": {"what": what}})
+        run_layers_as(running, packed.train(), device=torch.device("cuda"))
+        for _ in range(2):  # the first compiles
+            packed.zero_grad()
+            logprobs, _ = Scorer(1.0, 256).score(packed, batch.to("cuda"))
+            kept[what] = torch.cuda.memory_allocated()
+            logprobs.sum().backward()
+        kept[what] -= torch.cuda.memory_allocated()
+        gradients[what] = torch.cat([p.grad.float().flatten() for p in packed.parameters()])
+    for what in ("selective", "attention", "full"):
+        error = (gradients[what] - gradients["none"]).norm() / gradients["none"].norm()
+        assert error < 0.02, f"{what}: relative gradient error {error:.4f}"
+    assert kept["full"] < kept["attention"] < kept["selective"] < kept["none"], kept
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

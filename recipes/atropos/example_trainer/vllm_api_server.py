@@ -56,7 +56,8 @@ def run_values(args: argparse.Namespace, extra: Mapping[str, Any], *, shares: bo
     if faults:
         raise ConfigError(faults)
     ranks = args.tensor_parallel_size
-    on = {"tensor_parallel_size": ranks, "devices": list(range(ranks))}
+    stages = int(extra.get("pipeline_parallel_size", 1))
+    on = {"tensor_parallel_size": ranks, "devices": list(range(ranks * stages))}
     used = args.gpu_memory_utilization or (0.45 if shares else 0.9)
     engine = {"host": args.host, **on, "gpu_memory_utilization": used}
     if args.enforce_eager:

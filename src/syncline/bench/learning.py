@@ -21,6 +21,7 @@ from syncline.learner.advantages import group_advantages
 from syncline.learner.attention_choice import choose_attention
 from syncline.learner.model import Scorer, run_layers_as
 from syncline.learner.optim import accumulate_fp32
+from syncline.learner.packing import pack
 from syncline.learner.step import Step
 from syncline.observe.metrics import Metrics
 from syncline.types import Rollout, RolloutGroup, RolloutStatus, TrainingSample, VersionSpan
@@ -97,6 +98,10 @@ class Reading:
     def tokens_per_second(self) -> float:
         return self.useful_tokens / self.seconds
 
+    @property
+    def bytes_per_token(self) -> float | None:
+        return None if self.activation_bytes is None else self.activation_bytes / self.microbatch_tokens
+
     def mfu(self, matmul_rate: float) -> float:
         return self.useful_flops / self.seconds / matmul_rate
 
@@ -124,8 +129,10 @@ def ours(shape: str, load: Load, *, name: str, running: Learner, device: torch.d
 
     seconds, held, report, norm = measured(once, model, device, passes)
     peak = report.get("memory/microbatch_peak_bytes")
+    how = {"loss": LOSS, "token_budget": running.token_budget, "max_completion_tokens": max(load.completions)}
+    largest = max(batch.num_tokens for batch in pack(load.groups, advantages, **how))
     return Reading(
-        name, shape, load.name, seconds, load.num_tokens, load.num_tokens, running.token_budget,
+        name, shape, load.name, seconds, load.num_tokens, load.num_tokens, largest,
         useful_flops(model, load), None if peak is None else int(peak) - held, norm,
     )  # fmt: skip
 
@@ -197,36 +204,35 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def table(readings: Sequence[Reading], rate: float, device: str) -> list[str]:
-    """A block a shape and load, each compared with TRL's fastest whole path."""
+    """A block a shape and load, each compared with TRL's fastest whole path: speed, and memory a token."""
     lines = [f"{device}; matrix products {rate / 1e12:.3g} TFLOP/s; MFU counts useful tokens alone"]
     for shape, load in dict.fromkeys((r.shape, r.load) for r in readings):
         mine = [r for r in readings if (r.shape, r.load) == (shape, load)]
-        lines += ["", f"{shape}, {load}: {mine[0].useful_tokens} useful tokens", _HEAD]
-        theirs = [r.tokens_per_second for r in mine if r.name.startswith("TRL") and "alone" not in r.name]
-        fastest = max(theirs, default=None)
-        lines += [_line(r, rate, fastest) for r in mine]
+        lines += ["", f"{shape}, {load}: {mine[0].useful_tokens} useful tokens", _row(HEAD)]
+        theirs = [r for r in mine if r.name.startswith("TRL") and "alone" not in r.name]
+        fastest = max(theirs, key=lambda r: r.tokens_per_second, default=None)
+        lines += [_row(_cells(r, rate, fastest)) for r in mine]
         floor = mine[0].useful_flops / rate
-        lines.append(f"{'limit: products alone':<34}{mine[0].useful_tokens / floor:>10.0f}{'':>12}{100.0:>7.1f} %")
+        lines.append(_row(("limit: products alone", f"{mine[0].useful_tokens / floor:.0f}", "", "100.0 %")))
     return lines
 
 
-_HEAD = "".join(
-    f"{title:>{width}}"
-    for title, width in zip(
-        ("", "tokens/s", "over TRL", "MFU", "micro-batch", "activations", "KiB/token", "grad norm"),
-        (34, 10, 12, 9, 13, 13, 11, 11),
-        strict=True,
-    )
-)
+HEAD = ("", "tokens/s", "over TRL", "MFU", "micro-batch", "activations", "KiB/token", "of TRL's", "grad norm")
 
 
-def _line(reading: Reading, rate: float, fastest: float | None) -> str:
-    ratio = f"{reading.tokens_per_second / fastest:.2f} x" if fastest else "-"
-    memory, per_token = "-", "-"
-    if reading.activation_bytes is not None:
-        memory = f"{reading.activation_bytes / 1e9:.2f} GB"
-        per_token = f"{reading.activation_bytes / reading.microbatch_tokens / 1024:.0f}"
-    return (
-        f"{reading.name:<34}{reading.tokens_per_second:>10.0f}{ratio:>12}{100 * reading.mfu(rate):>7.1f} %"
-        f"{reading.microbatch_tokens:>13}{memory:>13}{per_token:>11}{reading.gradient_norm:>11.4g}"
-    )
+def _cells(reading: Reading, rate: float, fastest: Reading | None) -> tuple[str, ...]:
+    ratio, memory, per_token, share = "-", "-", "-", "-"
+    if fastest:
+        ratio = f"{reading.tokens_per_second / fastest.tokens_per_second:.2f} x"
+    if reading.bytes_per_token is not None:
+        memory, per_token = f"{(reading.activation_bytes or 0) / 1e9:.2f} GB", f"{reading.bytes_per_token / 1024:.0f}"
+    if reading.bytes_per_token is not None and fastest and fastest.bytes_per_token:
+        share = f"{reading.bytes_per_token / fastest.bytes_per_token:.2f} x"
+    mfu = f"{100 * reading.mfu(rate):.1f} %"
+    speed = f"{reading.tokens_per_second:.0f}"
+    norm = f"{reading.gradient_norm:.4g}"
+    return (reading.name, speed, ratio, mfu, str(reading.microbatch_tokens), memory, per_token, share, norm)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"{cells[0]:<36}" + "".join(f"{cell:>13}" for cell in cells[1:])

@@ -84,10 +84,10 @@ def refuse_broken(ranks: Sequence[Sequence[Piece]], num_broken: Sequence[Sequenc
         raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(counts)} parameters); nothing was published")
 
 
-def combined(ranks: Sequence[Sequence[tuple[Any, int]]]) -> dict[str, str]:
+def combined(ranks: Sequence[Sequence[tuple[Any, int]]], *, num_stages: int = 1) -> dict[str, str]:
     """The digests of wholes that are measured once, from each rank's pieces with theirs."""
     pieces = [[Piece(*piece) for piece, _ in rank] for rank in ranks]
-    return Combination(pieces).digests([[digest for _, digest in rank] for rank in ranks])
+    return Combination(pieces, num_stages=num_stages).digests([[digest for _, digest in rank] for rank in ranks])
 
 
 class Combination:

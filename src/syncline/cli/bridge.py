@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from syncline.config import RunConfig
-from syncline.config.model_folder import MXFP4, packed_faults, quantisation
+from syncline.config.model_folder import packed_faults
 from syncline.config.rules import serves_adapters
 from syncline.config.servers import servers
 from syncline.errors import ConfigError
@@ -83,24 +83,23 @@ def build_bridge(
     from syncline.bridges.lora import LoraBridge
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
-    from syncline.learner.adapter import adapter_layers, base_parameters, plain_parameters
+    from syncline.learner.adapter import adapter_layers, frozen_base
     from syncline.learner.model import checkpoint_shards, checkpoint_wholes, saved_parameters
-    from syncline.learner.mxfp4 import stored_experts
 
     def export(model: Any) -> Iterable[tuple[str, "torch.Tensor"]]:
         return checkpoint_wholes(model, ranks)
 
-    repacks = quantisation(str(assets)) == MXFP4
     if faults := packed_faults(
         config.model_copy(update={"model": config.model.model_copy(update={"path": str(assets)})})
     ):
         raise ConfigError(faults)
     if serves_adapters(config):
+        base, stored = frozen_base(assets)
         return LoraBridge(
             engines,
             config.bridge,
-            base=plain_parameters if repacks else base_parameters,
-            stored=lambda model: stored_experts(dict(base_parameters(model)), assets) if repacks else {},
+            base=base,
+            stored=stored,
             layers=adapter_layers,
             folder=Path(config.run.dir) / "adapters",
             shares_base=config.bridge.name == "shared",

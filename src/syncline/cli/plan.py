@@ -8,7 +8,7 @@ from syncline.config import RunConfig, load
 from syncline.errors import ConfigError
 from syncline.launch.estimate import GPUS, Part, kv_bytes_per_token, total
 from syncline.launch.shape import Shape, read_shape
-from syncline.launch.split import Split, splits
+from syncline.launch.split import Split, fastest_recomputation, splits
 
 SHOWN = 5
 
@@ -27,14 +27,16 @@ def run(args: argparse.Namespace) -> int:
     shape = read_shape(config.model.path)
     found = splits(config, shape, num_gpus=num_gpus, gpu=args.gpu)
     print("\n".join(_head(config, shape, num_gpus, args.gpu)))
+    faster = fastest_recomputation(config, shape, num_gpus=num_gpus, gpu=args.gpu)
     if not found:
-        raise ConfigError(
-            [
-                f"--num-gpus: {num_gpus} × {args.gpu} hold no split of this run; more or larger GPUs, model.lora, "
-                "learner.optimizer.moments=int8, learner.recomputation.what=full or a smaller learner.token_budget may"
-            ]
-        )
+        fault = f"--num-gpus: {num_gpus} × {args.gpu} hold no split of this run"
+        if faster:
+            raise ConfigError([f"{fault}; with learner.recomputation.what={faster[0]} they do"])
+        more = "learner.optimizer.moments=int8 or a smaller learner.token_budget may"
+        raise ConfigError([f"{fault}; more or larger GPUs, model.lora, {more}"])
     print("\n".join([*_table(found), "", *_best(found[0], args.gpu)]))
+    if faster and faster[1].step < found[0].step:
+        print(f"with learner.recomputation.what={faster[0]} a step would take {faster[1].step:.1f} s")
     return 0
 
 
@@ -51,16 +53,17 @@ def _head(config: RunConfig, shape: Shape, num_gpus: int, gpu: str) -> list[str]
 
 
 def _table(found: Sequence[Split]) -> list[str]:
-    titles = (("engines", 10), ("learner", 9), ("bridge", 8), ("sample", 13), ("learn", 9), ("sync", 8), ("step", 9))
+    titles = (("engines", 16), ("learner", 9), ("bridge", 8), ("sample", 13), ("learn", 9), ("sync", 8), ("step", 9))
     head = "".join(f"{title:>{width}}" for title, width in (*titles, ("idle E / L", 13)))
     return [head, *(_row(split) for split in found[:SHOWN])]
 
 
 def _row(split: Split) -> str:
-    engines = f"{split.num_engines} x TP {split.engine_ranks}"
+    engines = f"{split.num_engines} x TP {split.tensor_parallel}"
+    engines += f" x PP {split.num_stages}" if split.num_stages > 1 else ""
     idle = [100 * (1 - busy / split.step) for busy in (split.sample, split.learn)]
     return (
-        f"{engines:>10}{split.learner_gpus:>9}  {split.bridge:<10}{split.sample:>7.1f} s{split.learn:>7.1f} s"
+        f"{engines:>16}{split.learner_gpus:>9}  {split.bridge:<10}{split.sample:>7.1f} s{split.learn:>7.1f} s"
         f"{split.sync:>6.2f} s{split.step:>7.1f} s{idle[0]:>6.0f} / {idle[1]:.0f} %"
     )
 

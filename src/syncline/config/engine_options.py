@@ -37,14 +37,16 @@ def engine_options(config: RunConfig) -> Iterator[str]:
     for option in PROOF:
         if option in extra:
             yield f"engine.extra.{option}: {extra[option]!r} is what proofs and log-probabilities rest on; leave it out"
-    if num_stages(config) > 1:
+    if num_stages(config) > 1 and bridge == "shared":
+        remedy = "lora" if config.model.lora else "broadcast or restart"
         yield (
-            f"engine.extra.pipeline_parallel_size: {num_stages(config)} gives ranks different layers, which no bridge "
-            "has been shown to prove yet; leave it out, and split layers by engine.tensor_parallel_size"
+            f"engine.extra.pipeline_parallel_size: {num_stages(config)} gives ranks different layers, and with "
+            "bridge.name = 'shared' each rank of the learner trains the memory of one of the engine's, in every layer; "
+            f"leave it out, or set bridge.name to {remedy}"
         )
     if bridge == "restart" and extra.get("quantization"):
         yield (
             f"engine.extra.quantization: {extra['quantization']!r} repacks the weights that bridge.name = 'restart' "
             "proves to be the learner's; leave it out: a quantised base is served with an adapter alone, from a "
-            "checkpoint that is in MXFP4 itself, by bridge.name lora"
+            "checkpoint that is quantised itself, by bridge.name lora"
         )

@@ -51,9 +51,11 @@ def _listed(config: RunConfig) -> Iterator[str]:
         if server.url is not None:
             yield from _elsewhere(f"engine.servers.{i}", server.url, server.devices)
         elif engine.device != "cpu" and len(set(server.devices)) != server.tensor_parallel_size * num_stages(config):
+            stages = f" × pipeline_parallel_size = {num_stages(config)}" if num_stages(config) > 1 else ""
             yield (
                 f"engine.servers.{i}.devices: {list(server.devices)} names {len(set(server.devices))} GPUs for "
-                f"tensor_parallel_size = {server.tensor_parallel_size}; name one a rank, or set engine.device to cpu"
+                f"tensor_parallel_size = {server.tensor_parallel_size}{stages}; name one a rank, or set engine.device "
+                "to cpu"
             )
     held = Counter(device for server in engine.servers for device in set(server.devices))
     if twice := sorted(device for device, times in held.items() if times > 1):

@@ -21,6 +21,8 @@ SHARE_OF_RATE = ((0.5e9, 0.49), (1.5e9, 0.63), (7.6e9, 0.73))
 """Parameters → share of the products' rate that forward and backward reach, everything kept."""
 RECOMPUTED = 0.77
 """Of that share, with layers computed again."""
+_KEPT = {"selective": (2, 2, 1, 2), "attention": (1, 1, 0, 0), "full": (1, 0, 0, 0)}
+"""`recomputation.what` → hidden, query, key and value, feed-forward widths that a layer keeps of a token."""
 DECODE_STEP_SECONDS = 3.2e-3
 READ_SHARE = 0.7
 """Of the memory's rate, while decoding."""
@@ -75,14 +77,18 @@ def activation_parts(config: RunConfig, shape: Shape) -> list[Part]:
     learner, tokens = config.learner, config.learner.token_budget
     active = shape.feed_forward * shape.active_experts
     layer = 2 * (4 * shape.hidden + 2 * shape.query + shape.key_value + 3 * active)
-    inputs = 2 * shape.hidden
     if config.model.lora:
         layer += 4 * (5 * shape.hidden + shape.query + active)
-    again = 0 if learner.recomputation.what == "none" else shape.layers // learner.recomputation.every
-    kept = (shape.layers - again) * layer + again * inputs + (layer if again else 0)
+    what, widths = learner.recomputation.what, _KEPT.get(learner.recomputation.what)
+    again = 0 if widths is None else shape.layers // learner.recomputation.every
     formula = "tokens · layers · 2 B (4 hidden + 2 query + keys, values + 3 feed-forward)"
-    if again:
-        formula = "tokens · (layers · 2 B hidden + one layer whole)"
+    left = 0
+    if widths is not None:
+        left = 2 * sum(
+            n * width for n, width in zip(widths, (shape.hidden, shape.query, shape.key_value, active), strict=True)
+        )
+        formula = f"tokens · (layers · 2 B · what {what!r} keeps + one layer whole)"
+    kept = (shape.layers - again) * layer + again * left + (layer if again else 0)
     parts = [Part("activations", tokens * kept, formula)]
     rows = min(tokens, learner.logprob_chunk_tokens)
     parts.append(Part("logits", rows * shape.vocabulary * 4.0, "logprob_chunk_tokens · vocabulary · 4 B"))
@@ -112,7 +118,7 @@ def engine_memory(
     cache = room - weights - ENGINE_BYTES
     per_sequence = kv_bytes_per_token(shape) * config.model.max_length / num_ranks
     parts = (
-        Part("weights", weights, "2 B · parameters / tensor_parallel_size"),
+        Part("weights", weights, "2 B · parameters / ranks"),
         Part("engine", ENGINE_BYTES, "context, graphs, a batch's activations; an allowance"),
         Part("KV cache", max(0.0, cache), "gpu_memory_utilization · memory - the above"),
     )
@@ -122,7 +128,7 @@ def engine_memory(
 def learn_seconds(config: RunConfig, shape: Shape, *, rate: float, num_gpus: int) -> float:
     """6 FLOP a parameter and token (4 for what an adapter leaves frozen), at the share of the rate measured."""
     tokens = config.run.groups_per_step * config.run.rollouts_per_group * config.model.max_length
-    again = config.learner.recomputation.what == "full"
+    again = config.learner.recomputation.what in ("attention", "full")  # `selective` repeats no product
     share = share_of_rate(shape.parameters) * (RECOMPUTED if again else 1.0)
     flops = (4.0 if config.model.lora else 6.0) * shape.computed
     return tokens * flops / (rate * share * num_gpus)

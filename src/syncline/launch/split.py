@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from syncline.config.load import resolve
-from syncline.config.schema import RunConfig
+from syncline.config.schema import Recomputation, RunConfig
+from syncline.config.servers import num_stages
 from syncline.errors import ConfigError
 from syncline.launch.estimate import (
     GPUS,
@@ -31,7 +32,9 @@ class Split:
 
     bridge: str
     num_engines: int
-    engine_ranks: int
+    tensor_parallel: int
+    num_stages: int
+    """Of an engine's pipeline: `engine.extra.pipeline_parallel_size`."""
     learner_gpus: int
     utilisation: float
     """Of each of its GPUs, what an engine takes."""
@@ -46,6 +49,11 @@ class Split:
     """Sampling goes on while the learner learns (`run.max_staleness` above 0)."""
 
     @property
+    def engine_ranks(self) -> int:
+        """GPUs of an engine."""
+        return self.tensor_parallel * self.num_stages
+
+    @property
     def step(self) -> float:
         both = max(self.sample, self.learn) if self.overlaps else self.sample + self.learn
         return both + self.sync
@@ -57,7 +65,7 @@ class Split:
         return {
             "bridge.name": self.bridge,
             "engine.devices": engines,
-            "engine.tensor_parallel_size": self.engine_ranks,
+            "engine.tensor_parallel_size": self.tensor_parallel,
             "engine.num_replicas": self.num_engines,
             "engine.gpu_memory_utilization": self.utilisation,
             "engine.max_num_seqs": self.num_at_once,
@@ -76,6 +84,16 @@ def splits(config: RunConfig, shape: Shape, *, num_gpus: int, gpu: str) -> list[
     return sorted(found, key=lambda split: (split.step, split.engine_ranks))
 
 
+def fastest_recomputation(config: RunConfig, shape: Shape, *, num_gpus: int, gpu: str) -> tuple[str, Split] | None:
+    """The `learner.recomputation.what` whose best split has the shortest step; of equals what computes least again."""
+    learner, best = config.learner, []
+    for what in get_args(Recomputation.model_fields["what"].annotation):
+        again = learner.model_copy(update={"recomputation": learner.recomputation.model_copy(update={"what": what})})
+        found = splits(config.model_copy(update={"learner": again}), shape, num_gpus=num_gpus, gpu=gpu)
+        best += [(what, split) for split in found[:1]]
+    return min(best, key=lambda pair: pair[1].step, default=None)
+
+
 def _may_run(split: Split, config: RunConfig) -> bool:
     values = config.model_dump(mode="json")
     for name, value in split.overrides().items():
@@ -89,32 +107,36 @@ def _may_run(split: Split, config: RunConfig) -> bool:
 
 
 def _candidates(config: RunConfig, shape: Shape, num_gpus: int) -> Iterator[tuple[str, int, int, int]]:
-    """(bridge, engines, ranks of each, GPUs of the learner)."""
+    """(bridge, engines, tensor-parallel ranks of each, GPUs of the learner)."""
+    stages = num_stages(config)
     apart = "lora" if config.model.lora and not config.model.lora.dora else "broadcast"
     for ranks in (size for size in (1, 2, 4, 8) if size <= num_gpus and shape.query % size == 0):
         if ranks == num_gpus:
             yield "shared", 1, ranks, ranks
-        for learners in range(1, num_gpus - ranks + 1):
-            if engines := (num_gpus - learners) // ranks:
+        for learners in range(1, num_gpus - ranks * stages + 1):
+            if engines := (num_gpus - learners) // (ranks * stages):
                 yield apart, engines, ranks, learners
 
 
 def _split(config: RunConfig, shape: Shape, gpu: str, bridge: str, sizes: tuple[int, int, int]) -> Split | None:
     """`None` where the learner or one sequence does not fit."""
     engines, ranks, learners = sizes
+    stages = num_stages(config)
     memory, rate, bandwidth = GPUS[gpu]
     parts = learner_parts(config, shape, num_gpus=learners, counts_weights=bridge != "shared")
     room = FILLED - total(parts) / memory
     share = math.floor(20 * (room if bridge == "shared" else FILLED)) / 20
-    engine = engine_memory(config, shape, gpu_bytes=memory, num_ranks=ranks, utilisation=share)
+    engine = engine_memory(config, shape, gpu_bytes=memory, num_ranks=ranks * stages, utilisation=share)
     if room < 0 or engine.num_sequences == 0:
         return None
     wanted = math.ceil(config.run.groups_per_step * config.run.rollouts_per_group / engines)
+    # the stages of a pipeline take turns: a token reads every stage's weights, one after the other
     speed = {"bandwidth": bandwidth, "num_ranks": ranks, "num_engines": engines}
     return Split(
         bridge=bridge,
         num_engines=engines,
-        engine_ranks=ranks,
+        tensor_parallel=ranks,
+        num_stages=stages,
         learner_gpus=learners,
         utilisation=share,
         num_at_once=min(wanted, engine.num_sequences),

@@ -5,15 +5,19 @@ vLLM adds B·A·x of plain linear layers and of fused experts and nothing else, 
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from syncline.bridges.adapter import LoraLayer, listed
+from syncline.bridges.lora import Base, Stored
+from syncline.config.model_folder import MXFP4, quantisation
 from syncline.errors import SyncError
 from syncline.learner.expert_adapter import expert_pair, is_expert_lora
 from syncline.learner.model import causal_lm, trainable_parameters
-from syncline.learner.mxfp4 import is_expert
+from syncline.learner.mxfp4 import is_expert, stored_experts
+from syncline.learner.packed import names_of_packed, stored_layers
 from syncline.learner.places import gathered
 
 EXPERT_DIM = 3
@@ -30,6 +34,22 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """As `base_parameters`, without the experts, of a base whose experts an engine keeps in another form."""
     return ((name, parameter) for name, parameter in base_parameters(model) if not is_expert(name))
+
+
+def frozen_base(folder: Path) -> tuple[Base, Stored]:
+    """Of a model from the checkpoint in `folder`: the parameters that an engine has as the learner does, and the
+    digests of what it keeps in a packing of its own."""
+    packing = quantisation(str(folder))
+    if packing is None:
+        return base_parameters, lambda model: {}
+    if packing == MXFP4:
+        return plain_parameters, lambda model: stored_experts(dict(base_parameters(model)), folder)
+    layers = names_of_packed(folder)
+
+    def unpacked(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p) for name, p in base_parameters(model) if name.rpartition(".")[0] not in layers)
+
+    return unpacked, lambda model: stored_layers(base_parameters(model), folder)
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -2,11 +2,13 @@
 
 A compiled layer has its norms, rotations and gated activations fused into a few kernels, which of what they computed
 keep no more than is cheaper to keep than to compute again. All layers of a model share one compilation, made for any
-number of tokens and sequences, so packed micro-batches never wait for another one.
+number of tokens and sequences, so packed micro-batches never wait for another one. What is computed again is part of
+that compilation: of a layer's forward pass the backward pass holds only what it needs, never the last product.
 """
 
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -33,37 +35,60 @@ def recompute_layers(model: nn.Module, asked: Recomputation) -> None:
     """Makes every `asked.every`-th layer compute again in the backward pass what `asked.what` says is not kept."""
     if asked.what == "none":
         return
-    kept = {"context_fn": partial(create_selective_checkpoint_contexts, _kept_results())}
-    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    again: Callable[..., Any] = partial(
-        checkpoint, use_reentrant=False, preserve_rng_state=draws, **(kept if asked.what == "selective" else {})
-    )
+    again: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=_draws(model))
+    if asked.what != "full":
+        kept = _attention() if asked.what == "attention" else [*_products(), *_attention()]
+        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, kept))
     for i, layer in enumerate(decoder_layers(model)):
         layer._gradient_checkpointing_func = again  # pyright: ignore[reportArgumentType]
         layer.gradient_checkpointing = i % asked.every == 0  # pyright: ignore[reportArgumentType]
 
 
-def _kept_results() -> list[Any]:
-    """Of `selective`: matrix products and attention. Norms, rotations, activations are computed again."""
+def _draws(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def _products() -> list[Any]:
+    return [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
+
+
+def _attention() -> list[Any]:
+    """Operators whose results include an attention's output."""
     from torch.nn.attention import varlen
 
     aten = torch.ops.aten
-    attention = [
+    return [
         varlen._varlen_attn._opoverload,  # torch's custom operator
+        aten._flash_attention_forward.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
     ]
-    return [aten.mm.default, aten.addmm.default, aten.bmm.default, *attention]
 
 
 def compile_layers(model: nn.Module, *, backend: str = "inductor") -> None:
     """Has torch compile each layer, and the norm after them, at the first call. The weights stay where they are. A
-    vision tower, whose work differs with every picture's shape, is left as it is."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore[reportCallIssue]
-    for module in (*decoder_layers(decoder), *_last_norm(model)):  # pyright: ignore[reportArgumentType]
-        module.compile(dynamic=True, backend=backend)
+    vision tower, whose work differs with every picture's shape, is left as it is.
+
+    A layer that draws random numbers (an adapter's dropout) is computed again from outside of its compilation.
+    """
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore[reportCallIssue]
+    inside = not _draws(decoder)
+    for layer in decoder_layers(decoder):
+        if inside and layer.gradient_checkpointing:
+            layer.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
+            again = MethodType(_computed_again, layer)
+            layer._compiled_call_impl = torch.compile(again, dynamic=True, backend=backend)  # pyright: ignore[reportArgumentType]
+        else:
+            layer.compile(dynamic=True, backend=backend)
+    for norm in _last_norm(model):
+        norm.compile(dynamic=True, backend=backend)
+
+
+def _computed_again(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call of the layer as the compiler is to see it: with the recomputation in it, which it then plans itself."""
+    return layer._gradient_checkpointing_func(layer._call_impl, *args, **kwargs)
 
 
 def _last_norm(model: Any) -> list[nn.Module]:

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from syncline.config.schema import Loss
+
 
 class Ratio(Protocol):
     def __call__(self, policy_logprobs: Tensor, old_logprobs: Tensor, sample_index: Tensor) -> Tensor: ...
@@ -128,6 +130,15 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
         "cispo": Algorithm(token_ratio, clipped_weight, mean_over_tokens),
     }
 )
+
+
+def splits_by_token(loss: Loss) -> bool:
+    """Whether a token's part in the loss depends on no other token's log-probability.
+
+    The ratio of a sample does, but not where `old_logprobs` are the learner's own: then it is 1.
+    """
+    alone = ALGORITHMS[loss.name].ratio is token_ratio or loss.old_logprobs == "learner"
+    return alone and loss.importance.level in ("none", "token") and loss.importance.sequence_mask is None
 
 
 def k3_kl(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from syncline.learner.attention_choice import choose_attention
 from syncline.learner.data_parallel import in_parts, shard_over, with_parameters
 from syncline.learner.expert_adapter import found_parameters, is_expert_lora, with_delta
 from syncline.learner.layers import compile_layers, recompute_layers
-from syncline.learner.logprobs import token_logprobs
+from syncline.learner.logprobs import LossOf, token_logprobs, token_loss
 from syncline.learner.mxfp4 import dequantised, in_one_type
+from syncline.learner.packed import settings_of, unpacked_model
 from syncline.learner.packing import PackedBatch
 from syncline.learner.parts import adapter_targets, family_of_model, freeze_parts, trains_beside_adapter
 from syncline.learner.places import gathered, shard, wholes
@@ -64,9 +65,13 @@ def load_model(
         if sees(settings):  # a tower packs its pictures in its own way
             refuse_family(settings, num_ranks=ranks.world_size)
             attention = {"": attention, "text_config": attention, "vision_config": "sdpa"}
-        model = model_class(settings).from_pretrained(
-            config.path, config=settings, dtype=dtype, attn_implementation=attention, **dequantised(settings)
-        )
+        if settings_of(settings):
+            folder = assets_folder(config.path)
+            model = unpacked_model(settings, folder, dtype=dtype, attn_implementation=attention)
+        else:
+            model = model_class(settings).from_pretrained(
+                config.path, config=settings, dtype=dtype, attn_implementation=attention, **dequantised(settings)
+            )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError([f"model.path: {config.path!r} cannot be trained: {error}"]) from error
     refuse_unknown_logits(model.config)
@@ -239,9 +244,15 @@ class Scorer:
     def score(self, model: nn.Module, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """`(logprobs [N], entropy [N])` of the batch's N sampled tokens, at the sampling temperature."""
         lm = causal_lm(model)
-        return with_parameters(lm, lambda: self._score(lm, batch))
+        return with_parameters(lm, lambda: token_logprobs(*self._hidden(lm, batch), batch.labels, **self._how(lm)))
 
-    def _score(self, lm: Any, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, model: nn.Module, batch: PackedBatch, loss_of: LossOf) -> tuple[torch.Tensor, ...]:
+        """`(loss, logprobs [N], entropy [N])`, the first to be called `backward` on: see `token_loss`."""
+        lm = causal_lm(model)
+        return with_parameters(lm, lambda: token_loss(*self._hidden(lm, batch), batch.labels, loss_of, **self._how(lm)))
+
+    def _hidden(self, lm: Any, batch: PackedBatch) -> tuple[torch.Tensor, nn.Module]:
+        """The hidden states that predict, `[N, H]`, and the head that turns them into logits."""
         if self.vision is not None:
             told = self.vision.inputs(lm, batch)
         elif any(batch.images):
@@ -249,14 +260,11 @@ class Scorer:
         else:
             told = {"input_ids": batch.token_ids[None], "position_ids": batch.position_ids[None]}
         hidden = lm.get_decoder()(use_cache=False, **told, **batch.attention_kwargs()).last_hidden_state[0]
-        return token_logprobs(
-            hidden.index_select(0, batch.predict_index),
-            lm.get_output_embeddings(),
-            batch.labels,
-            temperature=self.temperature,
-            chunk=self.chunk_tokens,
-            softcap=getattr(lm.config, "final_logit_softcapping", None),
-        )
+        return hidden.index_select(0, batch.predict_index), lm.get_output_embeddings()
+
+    def _how(self, lm: Any) -> dict[str, Any]:
+        softcap = getattr(lm.config, "final_logit_softcapping", None)
+        return {"temperature": self.temperature, "chunk": self.chunk_tokens, "softcap": softcap}
 
     @torch.no_grad()
     def score_without_grad(self, model: nn.Module, batch: PackedBatch) -> torch.Tensor:

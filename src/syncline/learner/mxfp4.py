@@ -51,7 +51,7 @@ def stored_experts(base: Mapping[str, torch.Tensor], folder: Path) -> dict[str, 
 
     found: dict[str, str] = {}
     with ExitStack() as files:
-        stored = _open(folder, files)
+        stored = opened(folder, files)
         for name, parameter in ((n, p) for n, p in base.items() if is_expert(n)):
             if name + BLOCKS not in stored:
                 found |= parameter_digests([(name, parameter)])
@@ -65,7 +65,7 @@ def stored_experts(base: Mapping[str, torch.Tensor], folder: Path) -> dict[str, 
     return found
 
 
-def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
+def opened(folder: Path, files: ExitStack) -> dict[str, Any]:
     """Tensor → the open safetensors file that holds it."""
     return {name: file for file in _each(folder, files) for name in file.keys()}  # noqa: SIM118
 

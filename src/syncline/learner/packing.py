@@ -68,6 +68,12 @@ class PackedBatch:
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
+    def labels_in(self, rows: slice) -> "PackedBatch":
+        """With some of the N labels alone, whose samples are counted from 0."""
+        own = ("predict_index", "labels", "sample_index", "sampler_logprobs", "advantages", "loss_weights")
+        some = replace(self, **{name: getattr(self, name)[rows] for name in own})
+        return replace(some, sample_index=some.sample_index - some.sample_index[:1])
+
     def attention_kwargs(self) -> dict[str, Any]:
         """What `attention.packed_attention` needs, under the names transformers' FlashAttention gave it."""
         return {

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.config.schema import Learner
 from syncline.learner.importance import ImportanceTally, importance_weights
-from syncline.learner.losses import ALGORITHMS, ClipTally, clip_tally, k3_kl, weighted_loss
+from syncline.learner.losses import ALGORITHMS, ClipTally, clip_tally, k3_kl, splits_by_token, weighted_loss
 from syncline.learner.model import Reference, Scorer
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.packing import ALL, PackedBatch, Share, pack
@@ -150,38 +150,66 @@ class Step:
         tally.peak_bytes = max(tally.peak_bytes, peak)
 
     def _microbatch(self, model: nn.Module, batch: PackedBatch, tally: _Tally) -> None:
-        loss_config = self.config.loss
-        algorithm = ALGORITHMS[loss_config.name]
-        logprobs, entropy = self.scorer.score(model, batch)
-        sampler_logprobs = replace_unknown(batch.sampler_logprobs, logprobs)
-        old = logprobs.detach() if loss_config.old_logprobs == "learner" else sampler_logprobs
-        token_loss = algorithm.token_loss(
+        ref_logprobs = self._ref_logprobs(batch)
+
+        def loss_of(logprobs: Tensor, rows: slice) -> Tensor:
+            return self._loss(logprobs, batch.labels_in(rows), None if ref_logprobs is None else ref_logprobs[rows])
+
+        if splits_by_token(self.config.loss):
+            loss, logprobs, entropy = self.scorer.loss(model, batch, loss_of)
+        else:
+            logprobs, entropy = self.scorer.score(model, batch)
+            loss = loss_of(logprobs, slice(0, batch.num_labels))
+        loss.backward()
+        self._count(tally, batch, loss.detach(), logprobs=logprobs.detach(), entropy=entropy, ref_logprobs=ref_logprobs)
+
+    def _loss(self, logprobs: Tensor, batch: PackedBatch, ref_logprobs: Tensor | None) -> Tensor:
+        """The labels' part in the step's loss, from their log-probabilities."""
+        config, (old, sampler_logprobs) = self.config.loss, self._divided_by(logprobs, batch.sampler_logprobs)
+        token_loss = ALGORITHMS[config.name].token_loss(
             logprobs,
             old,
             advantages=batch.advantages,
             sample_index=batch.sample_index,
-            clip_low=loss_config.clip_low,
-            clip_high=loss_config.clip_high,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
         )
-        weights, importance = importance_weights(
-            logprobs, sampler_logprobs, sample_index=batch.sample_index, importance=loss_config.importance
+        weights, _ = importance_weights(
+            logprobs, sampler_logprobs, sample_index=batch.sample_index, importance=config.importance
         )
-        kl = self._kl(logprobs, batch)
-        loss = weighted_loss(
-            token_loss, batch.loss_weights, importance_weights=weights, kl=kl, kl_coef=loss_config.kl_coef
-        )
-        loss.backward()
-        with torch.no_grad():
-            ratio = algorithm.ratio(logprobs, old, batch.sample_index)
-            clip = clip_tally(ratio, batch.advantages, clip_low=loss_config.clip_low, clip_high=loss_config.clip_high)
-        tally.add(loss.detach(), entropy, kl, clip, importance)
+        kl = None if ref_logprobs is None else k3_kl(logprobs, ref_logprobs)
+        return weighted_loss(token_loss, batch.loss_weights, importance_weights=weights, kl=kl, kl_coef=config.kl_coef)
 
-    def _kl(self, logprobs: Tensor, batch: PackedBatch) -> Tensor | None:
+    def _divided_by(self, logprobs: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:
+        """By what the PPO ratio divides, and the sampler's log-probabilities where it recorded any."""
+        sampler_logprobs = replace_unknown(recorded, logprobs)
+        return logprobs.detach() if self.config.loss.old_logprobs == "learner" else sampler_logprobs, sampler_logprobs
+
+    def _ref_logprobs(self, batch: PackedBatch) -> Tensor | None:
         if self.reference is None:
             return None
         with self.reference.switched():
-            ref_logprobs = self.scorer.score_without_grad(self.reference.model, batch)
-        return k3_kl(logprobs, ref_logprobs)
+            return self.scorer.score_without_grad(self.reference.model, batch)
+
+    @torch.no_grad()
+    def _count(
+        self,
+        tally: _Tally,
+        batch: PackedBatch,
+        loss: Tensor,
+        *,
+        logprobs: Tensor,
+        entropy: Tensor,
+        ref_logprobs: Tensor | None,
+    ) -> None:
+        config, (old, sampler_logprobs) = self.config.loss, self._divided_by(logprobs, batch.sampler_logprobs)
+        _, importance = importance_weights(
+            logprobs, sampler_logprobs, sample_index=batch.sample_index, importance=config.importance
+        )
+        ratio = ALGORITHMS[config.name].ratio(logprobs, old, batch.sample_index)
+        clip = clip_tally(ratio, batch.advantages, clip_low=config.clip_low, clip_high=config.clip_high)
+        kl = None if ref_logprobs is None else k3_kl(logprobs, ref_logprobs)
+        tally.add(loss, entropy, kl, clip, importance)
 
 
 def _on_cpu(tally: T) -> T:

@@ -39,10 +39,10 @@ def test_useful_operations_are_six_a_token_and_weight_of_a_product() -> None:
 
 
 def test_the_table_compares_with_trls_fastest_whole_path() -> None:
-    readings = [reading("ours", 1.0, 512 * 1000), reading("TRL, slow", 4.0), reading("TRL, fast", 2.0)]
+    readings = [reading("ours", 1.0, 512 * 1000), reading("TRL, slow", 4.0), reading("TRL, fast", 2.0, 2048 * 1000)]
     lines = table([*readings, reading("TRL, loss alone", 0.5)], 12e9, "a device")
     [mine] = [line.split() for line in lines if line.startswith("ours")]
-    assert mine == ["ours", "1000", "2.00", "x", "50.0", "%", "500", "0.00", "GB", "1", "1"]
+    assert mine == ["ours", "1000", "2.00", "x", "50.0", "%", "500", "0.00", "GB", "1", "0.25", "x", "1"]
 
 
 def test_mixed_lengths_reach_both_bounds() -> None:
@@ -67,5 +67,13 @@ def test_it_runs_without_a_gpu(tmp_path: Path) -> None:
     argv = [sys.executable, str(PROGRAM), *sizes.split(), "--passes", "1", "--no-trl", "--json", str(file)]
     answer = subprocess.run(argv, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
-    assert len(json.loads(file.read_text())["readings"]) == 4
+    assert len(json.loads(file.read_text())["readings"]) == 8
     assert answer.stdout.rstrip().splitlines()[-1].startswith("limit: products alone")
+
+
+@pytest.mark.slow
+def test_the_table_comes_when_the_deadline_does(tmp_path: Path) -> None:
+    argv = [sys.executable, str(PROGRAM), "--shape", "tiny", "--no-trl", "--deadline", "0"]
+    answer = subprocess.run(argv, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("left out: the deadline had come") == 9

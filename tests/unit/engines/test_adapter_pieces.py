@@ -103,6 +103,24 @@ def held(
     return combined(ranks)
 
 
+def test_stages_of_a_pipeline_hold_their_own_layers_of_the_adapter(on_rank: OnRank) -> None:
+    """Two stages of two ranks: the first has the attention, the second the rest."""
+    layers, ranks = adapter(APART), []
+    layout, whole = expected(layers)
+    for stage in range(2):
+        for rank in range(2):
+            on_rank(rank, 2)
+            mine = manager(APART)
+            fill(mine, layers)
+            mine.modules = {
+                n: module for n, module in mine.modules.items() if (n in ("qkv_proj", "o_proj")) == (stage == 0)
+            }
+            ranks.append(digested(read(mine, adaptable(mine), 77, layout)))
+    assert combined(ranks, num_stages=2) == whole
+    with pytest.raises(SyncError, match="lacks it, rank 0 holds it"):
+        combined(ranks, num_stages=1)
+
+
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["sharded", "fully sharded"])
 @pytest.mark.parametrize("packed", [APART, TOGETHER], ids=["apart", "fused in the checkpoint"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpt_oss_models import recipe
+from gpt_oss_models import needs_experts, recipe
 
 pytest.importorskip("vllm")
 
 
+@needs_experts
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there a real engine shows it: tests/contracts")
 def test_base_and_adapter_are_the_learners_and_so_is_what_comes_of_them(tmp_path: Path) -> None:
     path = recipe("small_model").build(tmp_path / "model")
@@ -21,5 +22,6 @@ def test_base_and_adapter_are_the_learners_and_so_is_what_comes_of_them(tmp_path
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["base"], found["cannot"], found["slots"]) == ([], [], [])
     assert len(found["repacked"]) == 2 * 6
+    assert found["packed"] == [], "a later write in place would not reach them"
     assert found["experts"]["adapted"] < 0.02, "bfloat16's rounding"
     assert found["experts"]["base"] > 0.2, "the adapter changed nothing that could be seen"

@@ -18,7 +18,7 @@ from syncline.launch.estimate import (
     total,
 )
 from syncline.launch.shape import Shape, read_shape, shape_of
-from syncline.launch.split import splits
+from syncline.launch.split import fastest_recomputation, splits
 
 TOLERANCE = 0.1
 
@@ -113,10 +113,54 @@ def test_the_proposed_split_fits_and_is_the_fastest_of_those() -> None:
         assert not set(told["engine.devices"]) & set(told["learner.devices"])
 
 
+def test_stages_of_a_pipeline_take_gpus_and_hold_a_part_each_but_read_in_turn() -> None:
+    learner = FULL_7B | {"token_budget": 16384}
+
+    def proposed(stages: int) -> dict[tuple[int, int], Any]:
+        engine = {"devices": list(range(stages)), "extra": {"pipeline_parallel_size": stages}}
+        run = config(learner=learner, engine=engine)
+        found = splits(run, shape("qwen2.5-7b"), num_gpus=8, gpu="h200")
+        assert all(split.num_engines * split.engine_ranks + split.learner_gpus <= 8 for split in found)
+        return {(split.tensor_parallel, split.num_engines): split for split in found}
+
+    one, two = proposed(1)[2, 1], proposed(2)[2, 1]
+    assert two.overrides()["engine.devices"] == [0, 1, 2, 3]
+    assert two.overrides()["engine.tensor_parallel_size"] == 2
+    assert two.engine.parts[0].num_bytes == one.engine.parts[0].num_bytes / 2
+    assert two.sample == one.sample
+
+
 def test_what_does_not_fit_is_not_proposed() -> None:
     assert splits(config(), shape("qwen2.5-32b"), num_gpus=1, gpu="a100") == []
     whole = splits(config(), shape("qwen2.5-7b"), num_gpus=2, gpu="a100")
     assert whole == [], "16 bytes a parameter are 122 GB"
+
+
+def test_what_is_kept_grows_from_input_to_everything() -> None:
+    """Of the 1.5B's layers, in bytes a token: see `docs/learner.md`."""
+    found = {}
+    for what in ("full", "attention", "selective", "none"):
+        learner = {"token_budget": 512, "recomputation": {"what": what}}
+        parts = activation_parts(config(learner=learner), shape("qwen2.5-1.5b"))
+        found[what] = next(part.num_bytes for part in parts if part.name == "activations") / 512
+    whole = found["none"] / 28
+    assert [(found[what] - whole) / 28 for what in ("full", "attention")] == [2 * 1536, 2 * 2 * 1536]
+    assert (found["selective"] - whole) / 28 == 2 * (4 * 1536 + 512 + 2 * 8960)
+    assert (found["selective"] - whole) / found["none"] == pytest.approx(0.67, abs=0.01)
+
+
+def test_no_more_is_computed_again_than_memory_asks_for() -> None:
+    learner = {"token_budget": 16384, "gradients": "bfloat16", "optimizer": {"moments": "int8"}}
+    sizes: dict[str, Any] = {"model": {"max_length": 4096}, "sampling": {"max_tokens": 2048}}
+    wasteful = config(learner=learner | {"recomputation": {"what": "full"}}, **sizes)
+    h200 = fastest_recomputation(wasteful, shape("qwen2.5-7b"), num_gpus=8, gpu="h200")
+    assert h200 is not None
+    assert h200[0] == "none"
+    assert h200[1].step < splits(wasteful, shape("qwen2.5-7b"), num_gpus=8, gpu="h200")[0].step
+    a100 = fastest_recomputation(config(learner=learner, **sizes), shape("qwen2.5-7b"), num_gpus=2, gpu="a100")
+    assert a100 is not None
+    assert a100[0] == "attention"
+    assert fastest_recomputation(config(), shape("qwen2.5-32b"), num_gpus=1, gpu="a100") is None
 
 
 def test_a_model_without_sizes_is_refused(tmp_path: Path) -> None:

@@ -89,6 +89,19 @@ def test_the_ranks_of_a_learner_are_one_process_that_sees_all_their_devices() ->
     assert specs["learner"].env["OMP_NUM_THREADS"] == specs["engine"].env["OMP_NUM_THREADS"] == "2", "of 5 cores"
 
 
+def test_an_engine_has_a_device_and_its_threads_for_each_rank_of_each_stage() -> None:
+    machine = Machine(num_cores=16, gpus=("3", "4", "5", "6", "7"), python="python")
+    stages = {"tensor_parallel_size": 2, "extra": {"pipeline_parallel_size": 2}}
+    apart = {"engine": stages | {"devices": [0, 1, 2, 3]}, "learner": {"devices": [4]}, "bridge": {"name": "restart"}}
+    specs = planned(machine, **apart)
+    assert specs["engine"].env["CUDA_VISIBLE_DEVICES"] == "3,4,5,6"
+    assert specs["learner"].env["CUDA_VISIBLE_DEVICES"] == "7"
+    on_cpu = planned(machine, engine=stages | {"device": "cpu"}, learner={"device": "cpu"}, bridge={"name": "restart"})
+    one = planned(machine, engine={"device": "cpu"}, learner={"device": "cpu"}, bridge={"name": "restart"})
+    threads = [int(plan["engine"].env["OMP_NUM_THREADS"]) for plan in (one, on_cpu)]
+    assert threads[0] // 4 == threads[1]
+
+
 def test_ranks_that_split_the_data_have_their_devices_on_this_host() -> None:
     ranks = {"devices": [0, 1], "data_parallel_size": 2}
     machine = Machine(num_cores=8, gpus=("4", "7", "9"), python="python")

@@ -1,19 +1,26 @@
 """Recomputed and compiled layers give what plain ones give, and no micro-batch's size compiles them again."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import library, nn
+from torch import Tensor, library, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Qwen2Config
 
-from syncline.config.schema import Recomputation
+from syncline.config.schema import Lora, Recomputation
 from syncline.errors import ConfigError
-from syncline.learner.attention import register_attention
+from syncline.learner import layers
+from syncline.learner.attention import _flash, register_attention
 from syncline.learner.layers import compile_layers, decoder_layers, recompute_layers
+from syncline.learner.model import add_lora, causal_lm
 
 CONFIG = Qwen2Config(
     vocab_size=64,
@@ -51,7 +58,7 @@ def run(packed: Any, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         use_cache=False,
     ).logits
     logits.square().mean().backward()
-    return logits.detach(), torch.cat([p.grad.flatten() for p in packed.parameters()])
+    return logits.detach(), torch.cat([p.grad.flatten() for p in packed.parameters() if p.grad is not None])
 
 
 class Kept:
@@ -75,9 +82,9 @@ class Kept:
 
 
 COMPILED = (
-    *((what, False) for what in ("none", "selective", "full")),
+    *((what, False) for what in ("none", "selective", "attention", "full")),
     ("full", True),
-    *(pytest.param(what, True, marks=pytest.mark.slow) for what in ("none", "selective")),
+    *(pytest.param(what, True, marks=pytest.mark.slow) for what in ("none", "selective", "attention")),
 )
 
 
@@ -104,30 +111,57 @@ def test_recomputing_keeps_less_the_more_layers_do_it() -> None:
 
 
 @library.custom_op("test::attend", mutates_args=())
-def attend(query: torch.Tensor, borders: torch.Tensor, longest: int) -> torch.Tensor:
-    return query.clone()
+def attend(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    return query * key + value, query.sum(-1)
+
+
+@library.custom_op("test::attend_backward", mutates_args=())
+def attend_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gradient * key, gradient * query, gradient.clone()
 
 
 @attend.register_fake
-def _(query: torch.Tensor, borders: torch.Tensor, longest: int) -> torch.Tensor:
-    return torch.empty_like(query)
+def _(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:-1])
 
 
-attend.register_autograd(lambda ctx, gradient: (gradient, None, None), setup_context=lambda **_: None)
+@attend_backward.register_fake
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+attend.register_autograd(
+    lambda ctx, gradient, _: (*attend_backward(gradient.contiguous(), *ctx.saved_tensors), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output),
+)
 
 
 def opaque_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
     """As a GPU's kernels look to the compiler: one operator that is told the borders and the longest length."""
-    out = attend(query[0].transpose(0, 1), kwargs["cu_seq_lens_q"], kwargs["max_length_q"])
-    return (out + 0 * (key.sum() + value.sum())).unsqueeze(0), None
+    shared = query.shape[1] // key.shape[1]
+    heads = (query, *(x.repeat_interleave(shared, dim=1) for x in (key, value)))
+    out, _ = attend(
+        *(x[0].transpose(0, 1).contiguous() for x in heads), kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    )
+    return out.unsqueeze(0), None
+
+
+@pytest.fixture
+def opaque(monkeypatch: pytest.MonkeyPatch) -> str:
+    AttentionInterface.register("opaque", opaque_attention)
+    AttentionMaskInterface.register("opaque", lambda *args, **kwargs: None)
+    monkeypatch.setattr(layers, "_attention", lambda: [torch.ops.test.attend.default])
+    return "opaque"
 
 
 @pytest.mark.parametrize("what", ["none", "full"])
-def test_ten_layers_and_five_sizes_are_compiled_as_often_as_one_layer_and_one_size(what: str) -> None:
-    AttentionInterface.register("opaque", opaque_attention)
-    AttentionMaskInterface.register("opaque", lambda *args, **kwargs: None)
+def test_ten_layers_and_five_sizes_are_compiled_as_often_as_one_layer_and_one_size(what: str, opaque: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
-    packed = model("opaque")
+    packed = model(opaque)
     recompute_layers(packed, Recomputation.model_validate({"what": what}))
     compile_layers(packed, backend=counter)  # pyright: ignore[reportArgumentType]
     counts = []
@@ -136,6 +170,76 @@ def test_ten_layers_and_five_sizes_are_compiled_as_often_as_one_layer_and_one_si
         counts.append(counter.frame_count)
     assert counts == [counts[0]] * len(BATCHES)
     assert counts[0] <= 3
+
+
+class Graphs:
+    """A backend that keeps what a layer's forward and backward passes compute, as the partitioner split them."""
+
+    def __init__(self) -> None:
+        self.backward: Counter[str] = Counter()
+        keep = aot_autograd(
+            fw_compiler=boxed_nop, bw_compiler=self._keep, partition_fn=min_cut_rematerialization_partition
+        )
+        self.compile: Any = lambda graph, inputs: keep(graph, inputs)
+
+    def _keep(self, graph: Any, inputs: Any) -> Any:
+        names = (str(node.target).split(".")[1] for node in graph.graph.nodes if "." in str(node.target))
+        self.backward.update("product" if name in ("mm", "addmm") else name for name in names)
+        return boxed_nop(graph, inputs)
+
+
+def compiled(what: str, attention: str) -> tuple[Any, Graphs]:
+    packed, graphs = model(attention), Graphs()
+    recompute_layers(packed, Recomputation.model_validate({"what": what}))
+    compile_layers(packed, backend=graphs.compile)
+    return packed, graphs
+
+
+def test_a_compiled_layer_computes_again_what_was_not_kept_and_never_its_last_product(opaque: str) -> None:
+    """Of the seven products the backward pass has two each, and all but the last again."""
+    expected = {"none": (14, 0), "selective": (14, 0), "attention": (20, 0), "full": (20, 1)}
+    plain, kept = model(opaque), {}
+    for what, (products, attentions) in expected.items():
+        packed, graphs = compiled(what, opaque)
+        for result, exact in zip(run(packed, BATCHES[0]), run(plain, BATCHES[0]), strict=True):
+            torch.testing.assert_close(result, exact, atol=1e-6, rtol=1e-4)
+        assert (graphs.backward["product"], graphs.backward["attend"]) == (products, attentions), what
+        kept[what] = Kept.by(packed)
+    assert kept["selective"] < 0.8 * kept["none"]
+    assert kept["full"] < kept["attention"] < 0.4 * kept["selective"]
+
+
+def test_a_gpus_attention_is_one_operator_to_the_compiler_and_is_kept() -> None:
+    """torch's own, compiled as on a GPU; there is no kernel here that could run it."""
+
+    def on_gpu(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        borders, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+        return _flash(query, key, value, borders, longest, window=None, scale=kwargs["scaling"]), None
+
+    AttentionInterface.register("on_gpu", on_gpu)
+    AttentionMaskInterface.register("on_gpu", lambda *args, **kwargs: None)
+    counters.clear()
+    packed, graphs = compiled("attention", "on_gpu")
+    with pytest.raises(NotImplementedError, match="_flash_attention_forward"):
+        run(packed.to(torch.bfloat16), BATCHES[0])
+    assert not counters["graph_break"]
+    assert (graphs.backward["product"], graphs.backward["_varlen_attn"]) == (20, 0)
+    assert graphs.backward["_varlen_attn_backward"] == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_with_dropout_draws_the_same_when_it_is_computed_again(opaque: str) -> None:
+    gradients = []
+    for what in ("none", "full"):
+        packed = add_lora(model(opaque), Lora(target_modules=("q_proj", "down_proj"), dropout=0.5))
+        for name, parameter in packed.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        recompute_layers(packed, Recomputation.model_validate({"what": what}))
+        compile_layers(causal_lm(packed), backend="aot_eager")
+        torch.manual_seed(0)
+        gradients.append(run(packed, BATCHES[0])[1])
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
 
 
 def test_a_model_whose_layers_nobody_marked_is_refused_by_name() -> None:

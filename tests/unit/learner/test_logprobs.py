@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from syncline.learner import logprobs as logprobs_module
-from syncline.learner.logprobs import token_logprobs
+from syncline.learner.logprobs import token_logprobs, token_loss
 from syncline.learner.optim import accumulate_fp32
 
 N, H, V, CHUNK = 50, 8, 96, 16
@@ -83,6 +83,64 @@ def test_no_tensor_holds_more_than_a_chunk_of_logits() -> None:
     assert largest.numel == N * V
 
 
+class Products(TorchDispatchMode):
+    """Counts the multiplications of matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = args[-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, None), (1.3, 2.0)])
+@pytest.mark.parametrize("head_type", ["plain", "bias", "adapted", "frozen"])
+def test_a_loss_a_chunk_at_a_time_has_the_plain_gradients(
+    head_type: str, temperature: float, softcap: float | None
+) -> None:
+    head = Adapted() if head_type == "adapted" else nn.Linear(H, V, bias=head_type == "bias")
+    head.requires_grad_(head_type != "frozen")
+    hidden, labels, weights = problem()
+
+    def loss_of(logprobs: Tensor, rows: slice) -> Tensor:
+        return (weights[rows] * (0.1 * logprobs).exp()).sum()
+
+    loss, logprobs, entropy = token_loss(
+        hidden, head, labels, loss_of, temperature=temperature, chunk=CHUNK, softcap=softcap
+    )
+    expected, expected_entropy = plain(hidden, head, labels, temperature, softcap)
+    expected_loss = loss_of(expected, slice(None))
+    torch.testing.assert_close((loss, logprobs, entropy), (expected_loss, expected, expected_entropy))
+    assert not logprobs.requires_grad
+    inputs = [hidden, *trainable(head)]
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected_loss, inputs))
+
+
+@pytest.mark.parametrize(("trained", "products"), [(True, 3), (False, 2)])
+def test_of_a_loss_a_chunk_at_a_time_no_product_is_computed_twice(trained: bool, products: int) -> None:
+    head = nn.Linear(H, V, bias=False).requires_grad_(trained)
+    hidden, labels, weights = problem()
+    with Products() as once, LargestTensor() as largest:
+        token_loss(hidden, head, labels, lambda a, rows: (weights[rows] * a).sum(), temperature=1.0, chunk=CHUNK)[
+            0
+        ].backward()
+    with Products() as twice:
+        token_logprobs(hidden, head, labels, temperature=1.0, chunk=CHUNK)[0].backward(weights)
+    assert (once.count, twice.count) == (products * N * H * V, (products + 1) * N * H * V)
+    assert largest.numel == CHUNK * V
+
+
+def test_a_loss_that_is_not_the_last_word_is_refused() -> None:
+    """Its gradients are made already, for a factor of one."""
+    head = nn.Linear(H, V)
+    hidden, labels, _ = problem()
+    loss, _, _ = token_loss(hidden, head, labels, lambda a, rows: a.sum(), temperature=1.0, chunk=CHUNK)
+    with pytest.raises(RuntimeError, match="the one that backward"):
+        (2 * loss).backward()
+
+
 def test_nothing_of_the_vocabularys_length_is_saved_for_the_backward_pass_but_the_head() -> None:
     head = nn.Linear(H, V)
     hidden, labels, _ = problem()
@@ -148,12 +206,18 @@ def test_tiles_of_columns_give_what_whole_rows_give(
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, [hidden, *head.parameters()], upstream))
 
 
-def test_the_heads_gradient_goes_straight_to_its_float32_sum() -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_heads_gradient_goes_straight_to_its_float32_sum(at_once: bool) -> None:
     head = nn.Linear(H, V, bias=False).bfloat16()
     hidden, labels, upstream = problem()
     accumulate_fp32(head)
+    how: Any = {"temperature": 1.0, "chunk": CHUNK}
     for _ in range(2):
-        token_logprobs(hidden.bfloat16(), head, labels, temperature=1.0, chunk=CHUNK)[0].backward(upstream)
+        if at_once:
+            loss_of = lambda logprobs, rows: (upstream[rows] * logprobs).sum()  # noqa: E731
+            token_loss(hidden.detach().bfloat16(), head, labels, loss_of, **how)[0].backward()
+        else:
+            token_logprobs(hidden.bfloat16(), head, labels, **how)[0].backward(upstream)
     exact = nn.Linear(H, V, bias=False)
     exact.weight.data = head.weight.data.float()
     plain(hidden.bfloat16().float(), exact, labels, 1.0, None)[0].backward(2 * upstream)

@@ -50,9 +50,3 @@ def test_what_a_packed_base_cannot_be_used_with_is_refused_before_anything_start
     values = ["engine.device=cpu", "learner.device=cpu", f"model.path={folder}"]
     faults = packed_faults(load(CONFIGS / "gpt_oss_small.yaml", [*values, *change]))
     assert (fault is None and not faults) or any(str(fault) in one for one in faults)
-
-
-def test_a_base_packed_otherwise_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    [fault] = packed_faults(load(CONFIGS / "gpt_oss_small.yaml", [f"model.path={tmp_path}"]))
-    assert fault.startswith(f"model.path: '{tmp_path}' is quantised by 'gptq'")

@@ -45,7 +45,9 @@ def test_options_become_the_configuration(server):
     assert config.model.lora and (config.model.lora.rank, config.bridge.name) == (32, "lora")
     assert (config.engine.tensor_parallel_size, config.model.max_length, config.engine.extra) == (2, 4096, {})
     with pytest.raises(ConfigError, match="pipeline_parallel_size: 2 gives ranks different layers"):
-        config_of(server, "--pipeline-parallel-size 2")
+        config_of(server, "--pipeline-parallel-size 2", shares=True)
+    staged = config_of(server, "--pipeline-parallel-size 2 --tensor-parallel-size 2")
+    assert (staged.engine.devices, staged.engine.tensor_parallel_size) == ((0, 1, 2, 3), 2)
     assert config_of(server, "", shares=True).bridge.name == "shared"
     assert config_of(server, "--enable-lora", shares=True).bridge.name == "shared"
     assert config_of(server, "").bridge.name == "restart"

@@ -53,7 +53,8 @@ def adapter_routes(served: Served) -> APIRouter:
     async def adapters() -> dict[str, Any]:
         served.adapters.refuse_without()
         ranks = await served.each_rank("syncline_adapters")
-        return ranks[0] | {"whereabouts": [rank["whereabouts"] for rank in ranks]}
+        modules = {name: size for rank in ranks for name, size in rank["modules"].items()}
+        return ranks[0] | {"modules": modules, "whereabouts": [rank["whereabouts"] for rank in ranks]}
 
     @router.post("/syncline/stage")
     async def stage(body: StageBody) -> dict[str, Any]:
@@ -85,7 +86,8 @@ async def _load(served: Served, adapter: Adapter, method: str, *content: Any, ti
             _stop_by_hand(served)
         drop = await served.adapters.room(timeout_seconds=timeout_seconds)
         try:
-            adapter.parameters = combined(await served.each_rank(method, adapter.id, *content, drop))
+            found = await served.each_rank(method, adapter.id, *content, drop)
+            adapter.parameters = combined(found, num_stages=served.num_stages)
         except SyncError:
             await served.each_rank("syncline_drop", [adapter.id])
             raise

@@ -9,6 +9,7 @@ from typing import Any
 from syncline.config import RunConfig
 from syncline.config.model_folder import MXFP4
 from syncline.config.rules import ENGINE_LORA_RANKS, serves_adapters
+from syncline.config.servers import num_stages
 from syncline.engines.client import EngineController
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.packed_experts import refuse_unservable, stored_format
@@ -50,8 +51,10 @@ def set_environment(config: RunConfig, device: str) -> None:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")  # it rounds activations, the learner does not
         threads = config.engine.num_threads or os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads // config.engine.tensor_parallel_size)))
+        ranks = config.engine.tensor_parallel_size * num_stages(config)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads // ranks)))
 
 
 def parse(config: RunConfig, device: str, start: Start) -> Namespace:
@@ -92,8 +95,9 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         values |= {"gpu_memory_utilization": engine.gpu_memory_utilization}
     if serves_adapters(config):
         values |= _adapter_options(config)
-    if stored_format(config) == MXFP4:
-        refuse_unservable(config)
+    if packing := stored_format(config):
+        if packing == MXFP4:
+            refuse_unservable(config)
         values |= {} if device == "cpu" else {"load_format": WITNESSED}
     if start.attach_to:
         values |= {"load_format": ATTACHED, "model_loader_extra_config": _owned_by(start.attach_to, config)}

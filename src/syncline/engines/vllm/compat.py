@@ -138,6 +138,17 @@ async def sampled_tokens(engine: Any) -> dict[str, dict[int, int]]:
     return dict(sampled)
 
 
+def make_stage_inputs(model_runner: Any) -> None:
+    """What a later stage of a pipeline takes its inputs in. vLLM makes it in a warm-up, which its CPU build leaves out
+    where nothing is compiled; the stage's first request would then fail."""
+    from vllm.distributed import get_pp_group
+
+    if model_runner.intermediate_tensors is None and not get_pp_group().is_first_rank:
+        model_runner.intermediate_tensors = model_runner.model.make_empty_intermediate_tensors(
+            batch_size=model_runner.max_num_tokens, dtype=model_runner.model_config.dtype, device=model_runner.device
+        )
+
+
 def adapter_manager(model_runner: Any) -> Any:
     """vLLM's `LRUCacheLoRAModelManager`, which owns the slots; private, and the same in every supported version."""
     return model_runner.lora_manager._adapter_manager
@@ -154,4 +165,4 @@ def new_adapter(adapter_id: int, pairs: Mapping[str, list[tuple[Any, Any]]]) -> 
         rank = found[0][0].shape[-2]
         a, b = found[0] if len(found) == 1 else map(list, zip(*found, strict=True))
         layers[name] = LoRALayerWeights(name, rank, rank, a, b, scaling=1.0)  # pyright: ignore[reportArgumentType]
-    return LoRAModel(adapter_id, max(layer.rank for layer in layers.values()), layers)
+    return LoRAModel(adapter_id, max((layer.rank for layer in layers.values()), default=1), layers)

@@ -12,9 +12,11 @@ import torch
 
 from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import whole
+from syncline.bridges.repacked import is_repacked
 from syncline.engines.vllm.experts import expert_pieces
 from syncline.engines.vllm.names import CheckpointNames
 from syncline.engines.vllm.packed_experts import is_packed, repacked_pieces
+from syncline.engines.vllm.packed_layers import is_packed_layer, packed_layer_pieces
 from syncline.errors import SyncError
 
 Pieces = Iterator[tuple[str, Shard]]
@@ -33,7 +35,8 @@ def checkpoint_views(model: Any) -> Pieces:
     for name, module, parameter in _parameters(model):
         for piece, shard in _pieces(name, module, parameter, names.packed):
             is_whole = tuple(shard.tensor.shape) == shard.shape
-            yield names.of(piece, name), replace(shard, counted=rank == 0) if is_whole else shard
+            own = piece if is_repacked(piece) else names.of(piece, name)
+            yield own, replace(shard, counted=rank == 0) if is_whole else shard
 
 
 def refuse_copies(model: Any) -> None:
@@ -74,6 +77,8 @@ def _pieces(name: str, module: Any, parameter: torch.nn.Parameter, packed: dict[
     tensor = parameter.data
     if isinstance(module, VocabParallelEmbedding):
         yield name, _vocabulary(name, tensor, module)
+    elif is_packed_layer(module):
+        yield from packed_layer_pieces(name, tensor, module)
     elif isinstance(module, RoutedExperts) and is_packed(module):
         yield from repacked_pieces(name, tensor, module)
     elif isinstance(module, RoutedExperts):

@@ -1,4 +1,4 @@
-"""Experts in MXFP4: what vLLM was handed of them, what its kernels read, and what of all that can be adapted.
+"""Experts in MXFP4: what vLLM was handed of them (and of packed layers), what its kernels read, what can be adapted.
 
 vLLM repacks blocks and scales for its kernels once they are loaded, and on a GPU keeps nothing else. So `witnessed`
 digests each tensor of the experts on its way into the model, under its checkpoint name, and `repacked_pieces` what came
@@ -13,9 +13,10 @@ import torch
 
 from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import parameter_digests
-from syncline.bridges.repacked import PREFIX
+from syncline.bridges.repacked import packed_layers
 from syncline.config.model_folder import quantisation
 from syncline.config.schema import RunConfig
+from syncline.engines.vllm.packed_layers import side_by_side
 from syncline.errors import ConfigError, SyncError
 
 GPT_OSS_MXFP4 = "gpt_oss_mxfp4"
@@ -25,8 +26,8 @@ WITH_ADAPTERS = ("auto", "marlin")
 
 
 def stored_format(config: RunConfig) -> str | None:
-    """`"mxfp4"`, as the model's own configuration says it; `None`: not quantised, or no model, which vLLM will say. In
-    the engine's process alone."""
+    """`"mxfp4"`, `"gptq"`, as the model's own configuration says it; `None`: not quantised, or no model, which vLLM
+    will say. In the engine's process alone."""
     from transformers import AutoConfig
 
     if Path(config.model.path).is_dir():
@@ -59,13 +60,10 @@ def is_packed(module: Any) -> bool:
 
 
 def repacked_pieces(name: str, tensor: torch.Tensor, module: Any) -> Iterator[tuple[str, Shard]]:
-    """This rank's bytes of a parameter; no two ranks' are pieces of one tensor, so they are laid side by side."""
+    """This rank's bytes of a parameter."""
     _refuse_unseen(name, module)
     parallel = module.moe_config.moe_parallel_config
-    bytes_ = tensor.view(torch.uint8)[None]
-    shape = (parallel.tp_size, *bytes_.shape[1:])
-    start = (parallel.tp_rank, *(0 for _ in shape[1:]))
-    yield f"{PREFIX}{name}", Shard(bytes_, shape, start)
+    yield side_by_side(name, tensor, rank=parallel.tp_rank, ranks=parallel.tp_size)
 
 
 def _refuse_unseen(name: str, module: Any) -> None:
@@ -85,14 +83,17 @@ def _method(module: Any) -> Any:
 def witnessed(
     weights: Iterable[tuple[str, torch.Tensor]], model: Any, *, quantisation: str | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a loader reads, as it is; the names, and of MXFP4 experts the digests, are kept with the model."""
+    """What a loader reads, as it is; the names, and of what vLLM will repack the digests, are kept with the model."""
     handed: dict[str, str] = {}
     names: set[str] = set()
     for name, tensor in weights:
         names.add(name)
-        if quantisation == GPT_OSS_MXFP4 and ".experts." in name:
+        if quantisation is not None and (quantisation != GPT_OSS_MXFP4 or ".experts." in name):
             handed |= parameter_digests([(name, tensor)])
         yield name, tensor
+    if quantisation != GPT_OSS_MXFP4:  # a layer's bias may come before what says that the layer is packed
+        layers = packed_layers(names)
+        handed = {name: digest for name, digest in handed.items() if name.rpartition(".")[0] in layers}
     model.syncline_handed, model.syncline_loaded = handed, frozenset(names)
 
 

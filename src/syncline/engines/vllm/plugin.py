@@ -68,9 +68,6 @@ def _witnessing_loader() -> type:
 
 
 def _unpacked_loader(parent: Any) -> type:
-    import torch.nn.functional as F
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
     class UnpackedLoader(parent):
         """Linear layers and embeddings compute from their plain parameters."""
 
@@ -78,25 +75,25 @@ def _unpacked_loader(parent: Any) -> type:
             _leave_unpacked(model)
             super().load_weights(model, model_config)
 
-        def load_model(self, *args: Any, **kwargs: Any) -> Any:
-            model = super().load_model(*args, **kwargs)
-            for module in model.modules():
-                if isinstance(module, VocabParallelEmbedding):
-                    module.cpu_linear = F.linear  # pyright: ignore[reportArgumentType]
-            return model
-
     return UnpackedLoader
 
 
 def _leave_unpacked(model: Any) -> None:
+    """From now on: vLLM processes weights again after it has loaded others."""
+    import torch.nn.functional as F
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    def compute_plainly(layer: Any) -> None:
+        layer.cpu_linear = F.linear
 
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "quant_method", None), UnquantizedFusedMoEMethod):
+        method: Any = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
             raise ValueError(f"{name}: mixture-of-experts layers are repacked by vLLM's CPU build; use a GPU")
-        if isinstance(module, LinearBase):
-            module._cpu_skip_gemm_dispatch = True  # pyright: ignore[reportArgumentType]
+        if isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+            method.process_weights_after_loading = compute_plainly  # in place of packing them
 
 
 def _attached_loader(unpacked: type) -> type:

@@ -53,16 +53,21 @@ class Served:
         layouts = [reading.layout for reading in readings]
         if layouts != self.layouts:
             ranks = await self.each_rank("syncline_pieces")
-            stages = self.engine.vllm_config.parallel_config.pipeline_parallel_size
-            self.combination = Combination([[Piece(*piece) for piece in p] for p in ranks], num_stages=stages)
+            pieces = [[Piece(*piece) for piece in rank] for rank in ranks]
+            self.combination = Combination(pieces, num_stages=self.num_stages)
             self.layouts = layouts
         measured = self.combination.digests([reading.digests for reading in readings]) | self.handed
         if current := self.adapters.current:
-            measured |= combined(await self.each_rank("syncline_held", current.id))
+            measured |= combined(await self.each_rank("syncline_held", current.id), num_stages=self.num_stages)
         return measured
 
+    @property
+    def num_stages(self) -> int:
+        """Of vLLM's pipeline parallelism; ranks come stage by stage."""
+        return self.engine.vllm_config.parallel_config.pipeline_parallel_size
+
     async def each_rank(self, method: str, *args: Any) -> list[Any]:
-        """What every tensor-parallel rank answers, in rank order. Raises `SyncError` with what a rank cannot do."""
+        """What every rank answers, in rank order. Raises `SyncError` with what a rank cannot do."""
         answers = await self.engine.collective_rpc(method, args=args)
         faults = [f"rank {rank}: {answer['fault']}" for rank, answer in enumerate(answers) if "fault" in answer]
         if faults:

@@ -98,6 +98,8 @@ async def _serve(
             await served.each_rank("syncline_share")
         if start.bridge_config:
             await _write_bridge_file(served, start, args, say)
+        if served.num_stages > 1:
+            await served.each_rank("syncline_stage_inputs")
         served.handed = (await served.each_rank("syncline_handed"))[0]
         await served.remeasure()
         if start.policy_version >= 0:

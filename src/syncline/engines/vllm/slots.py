@@ -30,10 +30,11 @@ def sizes(layers: Layers) -> dict[str, list[int]]:
 def load(manager: Any, adapter_id: int, layout: AdapterLayout, buffer: torch.Tensor) -> None:
     """Fills a free slot from the buffer and pins it. The buffer may be written again once the device has caught up.
 
-    Of a layer that is split over ranks vLLM takes this rank's part of the whole."""
+    Of a layer split over ranks vLLM takes this rank's part of the whole. Other stages' layers are left out."""
     views, layers = layout.views(buffer), adaptable(manager)
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for name, part in sorted(((n, layers[n]) for n in layout.modules()), key=lambda found: found[1].index):
+    here = ((name, layers[name]) for name in layout.modules() if name in layers)
+    for name, part in sorted(here, key=lambda found: found[1].index):
         pairs.setdefault(part.name, []).append((views[name + A], views[name + B]))
     adapter = compat.new_adapter(adapter_id, pairs)
     manager.add_adapter(adapter)
@@ -50,7 +51,7 @@ def read(manager: Any, layers: Layers, adapter_id: int, layout: AdapterLayout) -
         bad = next(name for name, tensor in rest if tensor.any())
         raise SyncError(f"{bad}: the engine's slot holds more than the adapter that was loaded into it")
     pieces: list[tuple[str, Shard]] = []
-    for name in layout.modules():
+    for name in (module for module in layout.modules() if module in layers):
         rank = layout.shapes[name + A][-2]
         pieces.append((name + A, layers[name].a(slot, rank)))
         pieces += [(name + B, piece) for piece in layers[name].b(slot, rank)]
@@ -84,6 +85,7 @@ class AdapterExtension:
 
     device: Any
     model_runner: Any
+    parallel_config: Any
     _receiver: Receiver | None = None
     _layouts: dict[int, AdapterLayout] | None = None
 
@@ -105,7 +107,7 @@ class AdapterExtension:
         layout = AdapterLayout(adapter["shapes"], adapter["dtype"])
 
         def fill(manager: Any) -> AdapterLayout:
-            _refuse(manager, layout)
+            _refuse(manager, layout, stages=self.parallel_config.pipeline_parallel_size)
             self._receiver = self._receiver or Receiver(self.device)
             load(manager, adapter_id, layout, self._receiver.receive(adapter["source"], layout))
             return layout
@@ -152,9 +154,12 @@ class AdapterExtension:
         return digested(read(manager, adaptable(manager), adapter_id, layout))
 
 
-def _refuse(manager: Any, layout: AdapterLayout) -> None:
+def _refuse(manager: Any, layout: AdapterLayout, *, stages: int) -> None:
+    """What no stage holds, the bridge has refused before it sent anything."""
     held = {"modules": sizes(adaptable(manager)), "max_rank": manager.lora_config.max_lora_rank}
-    if faults := what_cannot_be_held(layout.shapes, held):
+    here = {name + end for name in held["modules"] for end in (A, B)}
+    shapes = {name: shape for name, shape in layout.shapes.items() if stages == 1 or name in here}
+    if faults := what_cannot_be_held(shapes, held):
         raise SyncError(listed(faults))
     if layout.dtype != manager.lora_config.lora_dtype:
         raise SyncError(f"the adapter is {layout.dtype}, the engine's slots {manager.lora_config.lora_dtype}")

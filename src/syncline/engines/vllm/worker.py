@@ -39,6 +39,10 @@ class WorkerExtension(AdapterExtension):
         """`packed_experts.handed_to` this rank's model."""
         return {"value": handed_to(self.get_model())}
 
+    def syncline_stage_inputs(self) -> dict[str, Any]:
+        """`compat.make_stage_inputs`, before anything samples."""
+        return answer(lambda: compat.make_stage_inputs(self.model_runner))
+
     def syncline_reload(self, path: str) -> dict[str, Any]:
         """Loads the checkpoint at `path` into the parameters' own storages; answers as `syncline_measure`."""
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
