@@ -1,12 +1,14 @@
 """Collecting rollouts our way and the original's two ways, in one run: tokens per second and how busy the GPU is.
 
-    python benchmarks/offline_collect.py --model HuggingFaceTB/SmolLM2-135M --data gsm8k_train.jsonl --out runs/collect
+    python benchmarks/offline_collect.py --model SmolLM2-135M/ --data gsm8k_train.jsonl --out runs/collect
+    python benchmarks/offline_collect.py --shape qwen2.5-0.5b --out runs/collect         # random weights, sums
 
-`hf` is transformers' `generate`, one trajectory at a time; `question` asks an engine for one question's arms
-at once and waits for the last of them, as one `llm.generate` call a question does; `all` is `syncline collect`:
-everything queued on the engine, every completion fsynced with tokens and logprobs. The first two do fewer questions,
-and `question` gets our engine, CUDA graphs included, which the original's eager engine had not. Same prompts, same
-sampling, same limits. Starting engines and loading models is not counted. On a CPU it only shows that it works.
+`hf` is transformers' `generate`, one trajectory at a time; `question` asks an engine for one question's arms at once
+and waits for the last of them, as one `llm.generate` call a question does; `all` is `syncline collect`: everything
+queued on the engine, every completion fsynced with tokens and logprobs. The first two begin nothing new after
+`--slow-seconds`, and `question` gets our engine, CUDA graphs included, which the original's eager engine had not. Same
+prompts, same sampling, same limits. Starting engines and loading models is not counted. For GPUs: vLLM
+0.32's CPU build dies of a seeded prompt that it reads in parts, and here all are seeded and many.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from syncline.bench.shapes import SHAPES, make_model
 from syncline.cli.collect import collect_stage, engines
 from syncline.config.load import validated
 from syncline.config.offline import OfflineConfig
@@ -34,6 +37,10 @@ from syncline.observe.files import write_atomically
 from syncline.offline.questions import load_questions
 from syncline.offline.work import WorkItem, Workload
 from syncline.types import SamplingParams
+
+TARGETS = {"hf": 20.0, "question": 5.0}
+"""How many times as many tokens a second `all` is to have."""
+TARGET_BUSY = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +58,22 @@ class Measured:
 
 def main() -> int:
     args = parsed()
-    config = configured(args)
     if (args.out / "collect").exists():
         print(f"--out: {args.out / 'collect'} is there already; name another folder", file=sys.stderr)
         return 2
+    if args.shape:
+        args.model = str(make_model(args.shape, args.out / args.shape, max_length=args.max_length))
+    config = configured(args)
     by_question = work(config)
-    found = [with_hf(config, by_question[: args.hf_questions])] if args.hf_questions else []
+    found = [with_hf(config, by_question, args.slow_seconds)] if args.slow_seconds else []
     with engines(config, []) as urls:
-        found.append(asyncio.run(by_questions(config, urls, by_question[: args.single_questions])))
+        if args.slow_seconds:
+            found.append(asyncio.run(by_questions(config, urls, by_question, args.slow_seconds)))
         with watched_gpu(config) as busy:
             done = collect_stage(config, lambda: urls)
     facts = done.facts
     found.append(Measured("all", facts["sampled"], facts["tokens"], facts["seconds"], mean(busy)))
-    print("\n".join(table(found)))
+    print("\n".join([*table(found), *verdicts(found)]))
     print(f"slots busy {facts['slots_busy']:.1%}, {config.engine.num_replicas} engines")
     write_atomically(args.out / "result.json", json.dumps([asdict(one) | {"rate": one.rate} for one in found]) + "\n")
     return 0
@@ -71,17 +81,18 @@ def main() -> int:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="a folder or a hub name")
+    model.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape, which seldom stop early")
     parser.add_argument("--data", help="JSON lines of question and answer; default: sums")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--questions", type=int, default=500)
-    parser.add_argument("--single-questions", type=int, default=20, help="questions asked one at a time")
-    parser.add_argument("--hf-questions", type=int, default=2, help="of transformers' generate; 0: not at all")
+    parser.add_argument("--slow-seconds", type=float, default=60, help="of `hf` and of `question`; 0: not at all")
     parser.add_argument("--version", choices=("v8", "v11", "v2"), default="v8")
     parser.add_argument("--prompt", help="of v2")
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--max-length", type=int, default=2048)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--replicas", type=int, default=1, help="engines, a GPU each")
     return parser.parse_args()
 
@@ -117,7 +128,7 @@ def work(config: OfflineConfig) -> list[list[WorkItem]]:
     return [[item for item in items if item.question_id == one.question_id] for one in loaded.questions]
 
 
-def with_hf(config: OfflineConfig, by_question: list[list[WorkItem]]) -> Measured:
+def with_hf(config: OfflineConfig, by_question: list[list[WorkItem]], limit_seconds: float) -> Measured:
     """The original's first script: one trajectory at a time, batch 1."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -137,14 +148,19 @@ def with_hf(config: OfflineConfig, by_question: list[list[WorkItem]]) -> Measure
         return answer.shape[1] - ids.shape[1]
 
     generate(by_question[0][0], 4)
+    items = iter([item for own in by_question for item in own])
+    counts: list[int] = []
     with watched_gpu(config) as busy:
         started = time.monotonic()
-        counts = [generate(item, config.collect.max_tokens) for own in by_question for item in own]
+        while time.monotonic() - started < limit_seconds and (item := next(items, None)):
+            counts.append(generate(item, config.collect.max_tokens))
         seconds = time.monotonic() - started
     return Measured("hf", len(counts), sum(counts), seconds, mean(busy))
 
 
-async def by_questions(config: OfflineConfig, urls: tuple[str, ...], by_question: list[list[WorkItem]]) -> Measured:
+async def by_questions(
+    config: OfflineConfig, urls: tuple[str, ...], by_question: list[list[WorkItem]], limit_seconds: float
+) -> Measured:
     """The original's vLLM script: a question's arms together, the next when the last of them has ended."""
     tokenizer, max_tokens = load_tokenizer(config.model.path), config.collect.max_tokens
     timeout = config.engine.request_timeout_seconds
@@ -160,7 +176,8 @@ async def by_questions(config: OfflineConfig, urls: tuple[str, ...], by_question
         counts: list[int] = []
         with watched_gpu(config) as busy:
             started = time.monotonic()
-            for own in by_question:
+            questions = iter(by_question)
+            while time.monotonic() - started < limit_seconds and (own := next(questions, None)):
                 counts += await asyncio.gather(*(sample(item, max_tokens) for item in own))
             seconds = time.monotonic() - started
     return Measured("question", len(counts), sum(counts), seconds, mean(busy))
@@ -202,6 +219,17 @@ def table(found: list[Measured]) -> list[str]:
         row = (one.way, one.trajectories, one.tokens, f"{one.seconds:.1f}", f"{one.rate:,.0f}", busy)
         lines.append("| " + " | ".join(map(str, row)) + f" | {ours.rate / one.rate:.1f} |")
     return lines
+
+
+def verdicts(found: list[Measured]) -> Iterator[str]:
+    """Each target, and whether it is met."""
+    ours = found[-1]
+    for one in found[:-1]:
+        ratio, target = ours.rate / one.rate, TARGETS[one.way]
+        yield f"all / {one.way}: {ratio:.1f} times, target {target:g}: {'met' if ratio >= target else 'missed'}"
+    if ours.gpu_busy is not None:
+        met = "met" if ours.gpu_busy >= TARGET_BUSY else "missed"
+        yield f"GPU busy: {ours.gpu_busy:.1%}, target {TARGET_BUSY:.0%}: {met}"
 
 
 if __name__ == "__main__":

@@ -71,9 +71,9 @@ class SmallEngine:
 
 
 @contextmanager
-def small_engine(model: Path) -> Iterator[tuple[SmallEngine, str]]:
+def small_engine(model: Path, kind: type[SmallEngine] = SmallEngine) -> Iterator[tuple[SmallEngine, str]]:
     """The engine and its URL."""
-    engine = SmallEngine(model)
+    engine = kind(model)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 
 import torch
@@ -38,6 +38,8 @@ class Recipe:
     seed: int = 0
     digits: int = 2
     terms: int = 2
+    shows_steps: bool = False
+    """`12+7+5=` is answered by `12+7=19 19+5=24` in place of `24`; of sums alone."""
     misprints: float = 0.33
     """Share of an answer's digits replaced by one drawn at random: 0.70 of them stay right, so 0.4 of the answers."""
     hidden_size: int = 256
@@ -107,7 +109,7 @@ def train(recipe: Recipe) -> Qwen2ForCausalLM:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(recipe, step))
     tasks = tasks_of(recipe, split="train")
     for step in range(recipe.num_steps + recipe.num_noisy_steps):
-        ids, labels = _tensors(list(islice(tasks, recipe.batch_size)))
+        ids, labels = _tensors(list(islice(tasks, recipe.batch_size)), shows_steps=recipe.shows_steps)
         hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state  # [B, T-1, hidden]
         answered = labels[:, 1:] != IGNORED
         misprints = recipe.misprints if step >= recipe.num_steps else 0.0
@@ -172,10 +174,17 @@ def _learning_rate_factor(recipe: Recipe, step: int) -> float:
     return min(1.0, (step + 1) / recipe.num_warmup_steps, left / recipe.num_noisy_steps)
 
 
-def _tensors(tasks: Sequence[ArithmeticTask]) -> tuple[torch.Tensor, torch.Tensor]:
+def steps(task: ArithmeticTask) -> list[str]:
+    """Of a sum, from the left: `12+7=19`, `19+5=24`."""
+    totals = [*accumulate(task.operands)]
+    return [f"{a}+{b}={a + b}" for a, b in zip(totals, task.operands[1:], strict=False)]
+
+
+def _tensors(tasks: Sequence[ArithmeticTask], *, shows_steps: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels, `[B, T]` both, padded on the right; labels are `IGNORED` outside the answer."""
     prompts = [[VOCABULARY[c] for c in f"{task.expression}="] for task in tasks]
-    answers = [[*(VOCABULARY[c] for c in str(task.answer)), VOCABULARY[EOS]] for task in tasks]
+    texts = ["Ġ".join(steps(task)) if shows_steps else str(task.answer) for task in tasks]
+    answers = [[*(VOCABULARY[c] for c in text), VOCABULARY[EOS]] for text in texts]
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     ids = torch.full((len(tasks), length), VOCABULARY[PAD])
     labels = torch.full((len(tasks), length), IGNORED)

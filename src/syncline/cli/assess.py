@@ -37,14 +37,15 @@ def assess_stage(config: OfflineConfig, policies: Any, adapter: Path | None, *, 
     """The finished evaluation of the model with the adapter; engines are asked only for answers that are not there."""
     from syncline.offline.assess import EVALUATION_FILE, answers_file, assess
     from syncline.offline.collect import Place
-    from syncline.offline.stage import Notes, Stage, file_digest, finished, run_stage
+    from syncline.offline.stage import Notes, Stage, file_digest, finished, run_stage, tokenizer_digest
 
     digest = policies.digest(adapter, version=version)
     known = config.eval.model_dump(mode="json", exclude={**LOCAL_ONLY, "sets": {"__all__": {"path"}}})
     paths = {own.name: Path(own.path) for own in config.eval.sets if own.path}
     rows = {f"rows {name}": file_digest(path) for name, path in paths.items() if path.is_file()}
     asked = {"eval": known, "seed": config.run.seed, "max_length": config.model.max_length}
-    stage = Stage(STAGE, asked, {"model": digest, **rows})
+    tokenizer = config.model.tokenizer or config.model.path
+    stage = Stage(STAGE, asked, {"model": digest, "tokenizer": tokenizer_digest(tokenizer), **rows})
     if done := finished(Path(config.run.dir), stage):
         return done
     urls, held = policies.serve(adapter, version=version)
@@ -53,7 +54,7 @@ def assess_stage(config: OfflineConfig, policies: Any, adapter: Path | None, *, 
         place = Place(
             folder=notes.folder,
             engine_urls=urls,
-            tokenizer=config.model.tokenizer or config.model.path,
+            tokenizer=tokenizer,
             max_length=config.model.max_length,
             timeout_seconds=config.engine.request_timeout_seconds,
             slots=config.engine.max_num_seqs,

@@ -61,14 +61,15 @@ def collect_stage(
     when something is to be sampled, or asked."""
     from syncline.launch.plan import Machine
     from syncline.offline.collect import ROLLOUTS_FILE, Place, collect, model_held
-    from syncline.offline.stage import Notes, Stage, run_stage
+    from syncline.offline.stage import Notes, Stage, run_stage, tokenizer_digest
 
     timeout = config.engine.request_timeout_seconds
     held = model or asyncio.run(model_held(engine_urls(), adapter=config.collect.adapter, timeout_seconds=timeout))
     tokenizer = config.model.tokenizer or config.model.path
     known = config.collect.model_dump(mode="json", exclude=LOCAL_ONLY)
-    asked = {"collect": known, "seed": config.run.seed, "max_length": config.model.max_length, "tokenizer": tokenizer}
-    stage = Stage(STAGE, asked, {"model": held, **_questions_digest(config)})
+    asked = {"collect": known, "seed": config.run.seed, "max_length": config.model.max_length}
+    inputs = {"model": held, "tokenizer": tokenizer_digest(tokenizer), **_questions_digest(config)}
+    stage = Stage(STAGE, asked, inputs)
     gpus = Machine.here().gpus
 
     def work(notes: Notes) -> None:

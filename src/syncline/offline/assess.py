@@ -124,6 +124,8 @@ def _refuse_foreign(lines: AppendOnlyLines, requests: list[Request], *, model: s
 
 
 def _marked(asked: Eval, folder: Path, own: Questions, questions: tuple[Question, ...]) -> Iterator[Marked]:
-    by_id = {question.question_id: question for question in questions}
-    for one in read_trajectories(folder / answers_file(own), Attempt):
-        yield read_answer(asked, by_id[one.question_id], one)
+    """In the order of questions, arms and samples: answers lie in the file as they ended."""
+    places = {question.question_id: i for i, question in enumerate(questions)}
+    answers = read_trajectories(folder / answers_file(own), Attempt)
+    for one in sorted(answers, key=lambda one: (places[one.question_id], one.arm, one.sample)):
+        yield read_answer(asked, questions[places[one.question_id]], one)

@@ -154,7 +154,7 @@ def _round(run_dir: Path, index: int, own: Mapping[str, str]) -> str:
 
 
 def _examples(run_dir: Path, summary: Mapping[str, Any], count: int) -> str:
-    """Of the first set: questions whose answer became right, then those whose answer became wrong."""
+    """Of the first set: questions whose answer became right and, as many if there are, those whose became wrong."""
     config = load_offline(run_dir / PIPELINE_FILE)
     own = config.eval.sets[0]
     folders = [run_dir / summary["evaluations"][i]["folder"] for i in (0, -1)]
@@ -162,7 +162,9 @@ def _examples(run_dir: Path, summary: Mapping[str, Any], count: int) -> str:
         [m for m in read_marks(config.eval, f, own, seed=config.run.seed) if m.arm == GREEDY] for f in folders
     )
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a.is_correct != b.is_correct]
-    shown = sorted(changed, key=lambda pair: pair[0].is_correct)[:count]
+    fixed, broken = ([pair for pair in changed if pair[1].is_correct == right] for right in (True, False))
+    num_fixed = max(count - len(broken), count // 2)
+    shown = [*fixed[:num_fixed], *broken[: count - min(num_fixed, len(fixed))]]
     rows = [(a.question, a.gold, a.text, b.text, "right" if b.is_correct else "wrong") for a, b in shown]
     return _table(("Question", "Answer", "Before", "After", "Now"), rows) if rows else "<p>None did.</p>"
 

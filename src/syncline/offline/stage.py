@@ -138,8 +138,18 @@ def run_stage(
 
 def weights_digest(folder: Path) -> str:
     """Of a model's files, or an adapter's: `sha256:…`. Where it lies does not matter, nor what else lies there."""
-    kinds = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*")
-    files = sorted({path for kind in kinds for path in folder.glob(kind)})
+    return _files_digest(folder, "*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*")
+
+
+def tokenizer_digest(source: str) -> str:
+    """Of a folder's tokenizer and chat template; of a hub's name, that."""
+    folder = Path(source)
+    kinds = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+    return _files_digest(folder, *kinds) if folder.is_dir() else source
+
+
+def _files_digest(folder: Path, *kinds: str) -> str:
+    files = sorted({path for kind in kinds for path in folder.glob(kind) if path.is_file()})
     lines = "\n".join(f"{path.name} {file_digest(path)}" for path in files)
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 

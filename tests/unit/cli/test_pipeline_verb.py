@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,9 @@ def test_two_rounds_end_with_a_report_and_done_again_ask_no_engine(
 
     capsys.readouterr()
     assert main(["pipeline", file, "--engine-url", "http://127.0.0.1:9"]) == 0
+    assert capsys.readouterr().out.count("was finished") == 9
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert main(["pipeline", file, f"model.path={moved}", "--engine-url", "http://127.0.0.1:9"]) == 0
     assert capsys.readouterr().out.count("was finished") == 9
     assert main(["report", str(tmp_path / "run")]) == 0
     assert main(["eval", file, "run.seed=0", "--engine-url", "http://127.0.0.1:9"]) == 0

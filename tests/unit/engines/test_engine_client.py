@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from real_engine import free_port
 
-from syncline.engines.client import EngineClient, EngineController
+from syncline.engines.client import POOL_CONNECTIONS, EngineClient, EngineController
 from syncline.errors import ConfigError, EngineError, EngineTimeout
 from syncline.observe.images import image_ref
 from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
@@ -114,3 +114,39 @@ def test_images_are_sent_by_content_and_refused_once_changed(canned: ThreadingHT
     (tmp_path / "a.png").write_bytes(b"another")
     with pytest.raises(ConfigError, match=r"a\.png: has sha256"):
         asyncio.run(ask())
+
+
+def test_so_many_are_asked_at_once_and_no_more_whatever_the_pools() -> None:
+    """Nobody is answered until as many have come as may; more than these never do."""
+    allowed = POOL_CONNECTIONS + 4
+    full, counting = threading.Barrier(allowed), threading.Lock()
+    now, most = 0, 0
+
+    class Held(Canned):
+        def do_POST(self) -> None:
+            nonlocal now, most
+            with counting:
+                now += 1
+                most = max(most, now)
+            full.wait(timeout=20)  # breaks where fewer come, and nobody is answered
+            with counting:
+                now -= 1
+            super().do_POST()
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = allowed
+
+    server = Server(("127.0.0.1", 0), Held)
+    server.bodies, server.answers = [], [(200, ANSWER)]  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    async def ask() -> list[list[Completion]]:
+        async with EngineClient(url_of(server), timeout_seconds=30, max_connections=allowed) as client:
+            return await asyncio.gather(*(client.attempt((1, 2), SamplingParams(4)) for _ in range(2 * allowed)))
+
+    try:
+        assert len(asyncio.run(ask())) == 2 * allowed
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert most == allowed

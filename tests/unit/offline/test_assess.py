@@ -53,6 +53,14 @@ def place(folder: Path, asked: Eval, attempts: list[dict]) -> Place:
     return Place(folder, nobody, str(folder), max_length=16, timeout_seconds=1.0, slots=4)
 
 
+def test_marks_are_in_the_questions_order_whatever_the_answers_was(asked: Eval, tmp_path: Path) -> None:
+    """Two evaluations are laid side by side: each one's answers came in an order of its own."""
+    told = [attempt("5+5=", "10"), attempt("3+4=", "8")]
+    assess(asked, place(tmp_path, asked, told), model=MODEL, seed=0)
+    marks = read_marks(asked, tmp_path, asked.sets[0], seed=0)
+    assert [(mark.question, mark.is_correct) for mark in marks] == [("3+4=", False), ("5+5=", True)]
+
+
 def test_answers_that_are_there_are_marked_and_bound_to_their_model(asked: Eval, tmp_path: Path) -> None:
     where = place(tmp_path, asked, [attempt("3+4=", "7"), attempt("5+5=", "it is 11")])
     found = assess(asked, where, model=MODEL, seed=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from syncline.errors import CheckpointError, ConfigError
-from syncline.offline.stage import LOCK_FILE, MANIFEST_FILE, Notes, Stage, finished, run_stage
+from syncline.offline.stage import LOCK_FILE, MANIFEST_FILE, Notes, Stage, finished, run_stage, tokenizer_digest
 
 STAGE = Stage("pairs", {"seed": 3}, {"rollouts": "sha256:00"})
 
@@ -53,6 +53,18 @@ def test_another_seed_or_input_is_another_stage(tmp_path: Path) -> None:
     ]
     assert len({stage.folder(tmp_path) for stage in [STAGE, *others]}) == 4
     assert Stage("pairs", {"seed": 3}, dict(STAGE.inputs)).folder(tmp_path) == STAGE.folder(tmp_path)
+
+
+def test_a_tokenizer_is_known_by_what_it_says_and_not_by_where_it_lies(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{}")
+    (there / "model.safetensors").write_text("weights have a digest of their own")
+    assert tokenizer_digest(str(here)) == tokenizer_digest(str(there))
+    (there / "chat_template.jinja").write_text("{{ messages }}")
+    assert tokenizer_digest(str(here)) != tokenizer_digest(str(there))
+    assert tokenizer_digest("somebody/model") == "somebody/model"
 
 
 def test_an_output_that_was_changed_is_named(tmp_path: Path) -> None:

@@ -59,6 +59,15 @@ def test_loss_is_over_answer_and_end_only():
     ] * answer_length
 
 
+def test_steps_are_the_sums_from_the_left_and_all_of_them_are_learnt():
+    task = base_model.ArithmeticTask((12, 7, 5), ("+", "+"), "")
+    assert base_model.steps(task) == ["12+7=19", "19+5=24"]
+    ids, labels = base_model._tensors([task], shows_steps=True)
+    words = {number: token for token, number in base_model.VOCABULARY.items()}
+    assert "".join(words[i] for i in ids[0].tolist()) == "12+7+5=12+7=19Ġ19+5=24<eos>"
+    assert (labels[0] != base_model.IGNORED).tolist() == [False] * 7 + [True] * 16
+
+
 def test_built_model_and_tokenizer_load_as_anybody_would(tmp_path: Path):
     path = base_model.build_base_model(tmp_path, TINY)
     tokenizer = AutoTokenizer.from_pretrained(path)
