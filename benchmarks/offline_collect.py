@@ -7,8 +7,7 @@
 and waits for the last of them, as one `llm.generate` call a question does; `all` is `syncline collect`: everything
 queued on the engine, every completion fsynced with tokens and logprobs. The first two begin nothing new after
 `--slow-seconds`, and `question` gets our engine, CUDA graphs included, which the original's eager engine had not. Same
-prompts, same sampling, same limits. Starting engines and loading models is not counted. For GPUs: vLLM
-0.32's CPU build dies of a seeded prompt that it reads in parts, and here all are seeded and many.
+prompts, same sampling, same limits. Starting engines and loading models is not counted.
 """
 
 import argparse

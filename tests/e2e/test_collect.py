@@ -1,5 +1,6 @@
 """A collection is killed, and an engine under another: nothing is lost or done twice. Real engines, real kills."""
 
+import asyncio
 import json
 import os
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 from real_engine import engine_values, make_tiny_model, run_values, running_engine
+
+from syncline.engines.client import EngineClient
+from syncline.types import Completion, SamplingParams
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 NUM_QUESTIONS = 8
@@ -84,6 +88,18 @@ def finish(file: Path, process: subprocess.Popen) -> tuple[list[dict], dict]:
     [rollouts] = (file.parent / "run").glob("collect-*/rollouts.jsonl")
     manifest = json.loads((rollouts.parent / "manifest.json").read_text())
     return [json.loads(line) for line in rollouts.read_text().splitlines()], manifest["facts"]
+
+
+def test_long_prompts_with_seeds_are_answered_all_at_once(engine_url: str) -> None:
+    """Together they are more than vLLM reads in a step; a seeded one read in parts would end a CPU's engine."""
+
+    async def sample(prompts: list[tuple[int, ...]]) -> list[list[Completion]]:
+        async with EngineClient(engine_url, timeout_seconds=120) as client:
+            asked = (client.generate(p, SamplingParams(2, temperature=1.0, seed=i)) for i, p in enumerate(prompts))
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(sample([tuple(3 + (i + j) % 60 for j in range(400)) for i in range(16)]))
+    assert len(answers) == 16 and all(completion.token_ids for [completion] in answers)
 
 
 def test_a_killed_collection_goes_on_at_the_exact_item(engine_url: str, model: Path, tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         "use_tqdm_on_load": False,
     }
     if device == "cpu":
+        # of a prompt read in parts vLLM rewinds the random generator, which a CPU's cannot
         values |= {"load_format": UNPACKED, "kv_cache_memory_bytes": engine.kv_cache_bytes}
+        values |= {"enable_chunked_prefill": False}
     else:
         values |= {"gpu_memory_utilization": engine.gpu_memory_utilization}
     if serves_adapters(config):
