@@ -103,6 +103,8 @@ def _compressed(settings: Mapping[str, Any]) -> Iterator[str]:
     asked = (kind, weights.get("type"), weights.get("strategy"))
     proved = {("float-quantized", "float", "channel")}
     proved |= {("pack-quantized", "int", strategy) for strategy in ("channel", "group")}
+    if settings.get("kv_cache_scheme"):
+        yield "its KV cache too, and the learner has none (kv_cache_scheme)"
     if asked not in proved or not weights.get("symmetric") or weights.get("actorder") == "group":
         yield (
             "and what is proved of it is one group of float-quantized by channel, or of pack-quantized by channel or "

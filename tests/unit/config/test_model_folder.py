@@ -67,6 +67,7 @@ def test_anything_else_names_the_bridge_that_can(tmp_path: Path, name: str, chan
         ("fp8", {"weight_block_size": None}, "with one scale a layer, and vLLM quantises layers that it fuses again"),
         ("w4a16", {"format": "marlin-24"}, "one group of float-quantized by channel, or of pack-quantized"),
         ("w4a16", {"config_groups": {}}, "one group of"),
+        ("w4a16", {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "its KV cache too"),
         ("fp8", {"quant_method": "bitsandbytes"}, "no bridge has been shown to prove such a base"),
     ],
 )

@@ -133,6 +133,15 @@ def test_tied_parameters_come_once_under_their_first_name(on_rank: Callable[[int
     assert "embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
+def test_the_scales_of_the_kv_cache_are_no_checkpoints(on_rank: Callable[[int, int], None]) -> None:
+    on_rank(0, 1)
+    block = Block()
+    expected = dict(checkpoint_views(block)).keys()
+    block.attn = nn.Module()
+    block.attn.register_parameter("_k_scale", nn.Parameter(torch.ones(())))
+    assert dict(checkpoint_views(block)).keys() == expected
+
+
 def test_pieces_are_views_of_the_memory_that_is_read(on_rank: Callable[[int, int], None]) -> None:
     on_rank(0, 2)
     block = Block().load(checkpoint())

@@ -20,6 +20,9 @@ from syncline.engines.vllm.packed_layers import is_packed_layer, packed_layer_pi
 from syncline.errors import SyncError
 
 Pieces = Iterator[tuple[str, Shard]]
+CACHE_SCALES = frozenset({"_q_scale", "_k_scale", "_v_scale"})
+"""Of a quantised KV cache: buffers of vLLM's, which 0.26 makes parameters of where compressed-tensors packs the layers.
+No checkpoint that has any of its own is taken (`config.model_folder`)."""
 
 
 def checkpoint_views(model: Any) -> Pieces:
@@ -57,7 +60,7 @@ def _parameters(model: Any) -> Iterator[tuple[str, Any, torch.nn.Parameter]]:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen and not _is_derived(module):
+            if id(parameter) not in seen and leaf not in CACHE_SCALES and not _is_derived(module):
                 seen.add(id(parameter))
                 yield f"{prefix}.{leaf}".replace(".base_layer.", "."), module, parameter
 
