@@ -64,9 +64,9 @@ def vllms(config: Any) -> tuple[Any, Any]:
     return model, LRUCacheLoRAModelManager(model, 8, 256, vocabulary, config.lora_config, torch.device("cpu"), config)
 
 
-def learners(path: Path) -> Any:
+def learners(path: Path, **targets: Any) -> Any:
     torch.manual_seed(0)
-    lora = Lora(rank=4, alpha=8, target_parameters=EXPERTS)
+    lora = Lora(rank=4, alpha=8, **targets)
     model = load_model(Model(path=str(path), dtype="bfloat16", lora=lora), device=torch.device("cpu"))
     with torch.no_grad():
         for _, parameter in trainable_parameters(model):
@@ -111,7 +111,7 @@ def main(path: Path) -> dict[str, Any]:
         measure = Measure(checkpoint_views)
         reading = measure.read(model)
         told = Combination([measure.pieces]).digests([reading.digests]) | handed_to(model)
-        learner = learners(path)
+        learner = learners(path, target_parameters=EXPERTS)
         base = parameter_digests(plain_parameters(learner)) | stored_experts(dict(base_parameters(learner)), path)
         layers = dict(adapter_layers(learner))
         layout = AdapterLayout.of(layers, "bfloat16")

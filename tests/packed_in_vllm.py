@@ -11,29 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpt_oss_in_vllm import SLOT_ID, TOKENS, settings, vllms
+from gpt_oss_in_vllm import SLOT_ID, TOKENS, learners, settings, vllms
 
 from syncline.bridges.adapter import AdapterLayout
 from syncline.bridges.blocks import digested
 from syncline.bridges.measure import Measure
 from syncline.bridges.receipt import Combination, combined, differences, parameter_digests
 from syncline.bridges.repacked import is_repacked
-from syncline.config.schema import Lora, Model
 from syncline.engines.vllm.adapter_pieces import adaptable
 from syncline.engines.vllm.layout import checkpoint_views
 from syncline.engines.vllm.packed_experts import handed_to
 from syncline.engines.vllm.slots import load, read
 from syncline.learner.adapter import adapter_layers, frozen_base
-from syncline.learner.model import load_model, trainable_parameters
-
-
-def learners(path: Path) -> Any:
-    torch.manual_seed(0)
-    model = load_model(Model(path=str(path), dtype="bfloat16", lora=Lora(rank=4, alpha=8)), device=torch.device("cpu"))
-    with torch.no_grad():
-        for _, parameter in trainable_parameters(model):
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 @torch.no_grad()

@@ -232,7 +232,7 @@ class Recomputation(Section):
 
     what: Literal["none", "selective", "attention", "full"] = "none"
     """`selective`: of a layer, its matrix products and attention are kept, not its norms, rotations and activations:
-    two thirds of the memory for hardly any time. `attention`: its input and attention alone. `full`: only its input."""
+    two thirds of the memory, no product twice. `attention`: its input and attention alone. `full`: only its input."""
     every: PositiveInt = 1
     """Of every how many layers one does so."""
 
