@@ -7,6 +7,7 @@ unblocks: the last server's answer or end, or the time they have.
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -33,20 +34,20 @@ GPU_PROCESSES = ("nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--fo
 
 
 class Server:
-    """A process of its own group that answers `/health`, started now. `log` is where it writes."""
+    """A process of its own group that answers `/health`, started now. `log` is where it writes. With `own_cache` it
+    compiles for itself: vLLM writes a cache's index in place, where another that starts at once would read it."""
 
-    def __init__(
-        self, argv: Sequence[str], log: Path, *, gpus: Sequence[int], environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, argv: Sequence[str], log: Path, *, gpus: Sequence[int], own_cache: bool) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
+        cache = {"VLLM_CACHE_ROOT": str(log.with_suffix(".cache"))} if own_cache else {}
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [*argv, "--port", str(port)],
                 stdout=output,
                 stderr=output,
-                env=seeing(gpus) | dict(environment or {}),
+                env=seeing(gpus) | cache,
                 start_new_session=True,
             )
         stat = process_stat(self.pid)
@@ -78,13 +79,19 @@ class Server:
 
 
 def serve(
-    values: Mapping[str, Any], folder: Path, *, name: str, gpus: Sequence[int], options: Sequence[str] = ()
+    values: Mapping[str, Any],
+    folder: Path,
+    *,
+    name: str,
+    gpus: Sequence[int],
+    options: Sequence[str] = (),
+    own_cache: bool = False,
 ) -> Server:
     """`syncline serve`, starting."""
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(dict(values)))
     argv = [sys.executable, "-m", "syncline", "serve", str(file), *options]
-    return Server(argv, folder / f"{name}.log", gpus=gpus)
+    return Server(argv, folder / f"{name}.log", gpus=gpus, own_cache=own_cache)
 
 
 @contextmanager
@@ -174,14 +181,14 @@ def _tell(servers: Mapping[str, Server], found: Path, deadline: float, over: Eve
 
 
 def gpu_bytes() -> dict[int, int]:
-    """Device memory by process group, as the driver counts it; empty where there is none."""
+    """Device memory by process group, as the driver counts it; empty where there is none, or it does not say."""
     try:
-        lines = subprocess.run(GPU_PROCESSES, capture_output=True, text=True, timeout=30.0).stdout.splitlines()
-    except FileNotFoundError:
+        told = subprocess.run(GPU_PROCESSES, capture_output=True, text=True, timeout=30.0).stdout
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return {}
     held: dict[int, int] = {}
-    for pid, mebibytes in (line.split(",") for line in lines):
-        if (stat := process_stat(int(pid))) and mebibytes.strip().isdigit():
+    for pid, mebibytes in re.findall(r"^(\d+), (\d+)$", told, re.MULTILINE):
+        if stat := process_stat(int(pid)):
             held[stat.group] = held.get(stat.group, 0) + (int(mebibytes) << 20)
     return held
 

@@ -3,7 +3,7 @@
 One engine serves every measurement that wants it: that of `restart` is also what `shared` is compared with.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,17 +36,21 @@ class Comparison:
     def name(self) -> str:
         return f"{self.case.shape} {self.label}"
 
-    def prepare(self) -> Callable[[Path], dict[str, Any]]:
-        """The measurement, its imports begun; it takes where the engines are told of."""
-        case, num_bytes = self.case, _learner_bytes(self.case)
+    def prepare(self) -> Reference | None:
+        """Its processes, which begin their imports; a plain copy has none."""
+        case = self.case
         gpus = [gpu for gpu in (case.learner_gpu, case.engine_gpu) if gpu is not None]
-        if self.label == COPY:
-            device = torch.device("cuda", gpus[0]) if gpus else torch.device("cpu")
-            return lambda _: {"num_bytes": num_bytes, "seconds": copy_seconds(num_bytes, device, case.publishes)}
         if self.label == LINK:
-            return partial(_compare, link(num_bytes, gpus=gpus, repeats=case.publishes), num_bytes, "")
-        waiting = trl(case.model, gpu=gpus[0], repeats=case.publishes)
-        return partial(_compare, waiting, num_bytes, case.engine_name(TRL))
+            return link(_learner_bytes(case), gpus=gpus, repeats=case.publishes)
+        return trl(case.model, gpu=gpus[0], repeats=case.publishes) if self.label == TRL else None
+
+    def measure(self, waiting: Reference | None, found: Path) -> dict[str, Any]:
+        case, num_bytes = self.case, _learner_bytes(self.case)
+        if waiting:
+            url = started(found)[case.engine_name(TRL)].answering() if self.label == TRL else ""
+            return {"num_bytes": num_bytes, "seconds": waiting.seconds(url)}
+        device = torch.device("cpu") if case.learner_gpu is None else torch.device("cuda", case.learner_gpu)
+        return {"num_bytes": num_bytes, "seconds": copy_seconds(num_bytes, device, case.publishes)}
 
 
 def comparisons(cases: Sequence[Case], *, with_trl: bool) -> list[Comparison]:
@@ -106,15 +110,11 @@ def measurements(
 
         return asdict(measure(case, build_bridge, mine, so_far))
 
-    compared = [one for one in comparisons(cases, with_trl=with_trl) if one.name in names]
-    return {case.name: partial(bridge, case) for case in cases} | {
-        one.name: partial(one.prepare(), found) for one in compared
-    }
-
-
-def _compare(waiting: Reference, num_bytes: int, server: str, found: Path) -> dict[str, Any]:
-    url = started(found)[server].answering() if server else ""
-    return {"num_bytes": num_bytes, "seconds": waiting.seconds(url)}
+    waiting = {one: one.prepare() for one in comparisons(cases, with_trl=with_trl) if one.name in names}
+    for reference in filter(None, waiting.values()):
+        reference.wait_until_imported()  # which would disturb what is measured
+    compared = {one.name: partial(one.measure, reference, found) for one, reference in waiting.items()}
+    return {case.name: partial(bridge, case) for case in cases} | compared
 
 
 def _needs(cases: Sequence[Case], *, with_trl: bool) -> dict[int, int]:

@@ -1,7 +1,7 @@
 """What a sync is compared with, in the same run: the link itself, and TRL's server mode.
 
 Each runs in processes of its own (`python -m syncline.bench.reference link …`), so that nothing of it is left in the
-one that measures. They import what they need at once, and wait for a line on their standard input to begin.
+one that measures. They import what they need, say so, and wait for a line on their standard input to begin.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from syncline.bench.engine import START_SECONDS, Server, free_port, seeing
 WARM_UP = 3
 SECONDS = 150.0
 """Of one reference at most, imports not counted."""
+IMPORTED = "imported"
 NCCL = '{"backend": "nccl"}'
 
 
@@ -36,6 +37,13 @@ class Reference:
             )
             for rank, gpu in enumerate(gpus)
         ]
+
+    def wait_until_imported(self) -> None:
+        """Or dead, which `seconds` tells."""
+        for peer in self._peers:
+            assert peer.stdout is not None
+            while (line := peer.stdout.readline()) and line.strip() != IMPORTED:
+                pass
 
     def seconds(self, url: str = "") -> list[float]:
         """Of each repetition, once it has begun; `url` is the server's that it asks, if it asks any."""
@@ -71,8 +79,8 @@ def trl_server(model: Path, folder: Path, *, gpu: int, kv_cache_bytes: int) -> S
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     argv += ["--weight-transfer-config", NCCL, "--logprobs-mode", "processed_logprobs", "--load-format", "dummy"]
     argv += ["--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(kv_cache_bytes)]
-    environment = {"VLLM_SERVER_DEV_MODE": "1"}
-    return Server(argv, folder / f"{model.name}-trl.log", gpus=[gpu], environment=environment)
+    argv[:0] = ["env", "VLLM_SERVER_DEV_MODE=1"]
+    return Server(argv, folder / f"{model.name}-trl.log", gpus=[gpu], own_cache=True)
 
 
 def copy_seconds(num_bytes: int, device: Any, repeats: int) -> list[float]:
@@ -136,6 +144,7 @@ def _trl(args: argparse.Namespace) -> list[float]:
 
 def _line() -> str:
     """Waits for the word to begin, and ends with whoever would give it."""
+    print(IMPORTED, flush=True)
     line = sys.stdin.readline()
     return line.strip() if line else sys.exit("nobody said to begin")
 

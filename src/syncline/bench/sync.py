@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from syncline.bench.engine import START_SECONDS, Server, Started, serve
-from syncline.bench.load import running
+from syncline.bench.load import decode_in_turns, running
 from syncline.config import RunConfig, resolve
 from syncline.engines.client import EngineController
 from syncline.learner.model import load_model
@@ -32,10 +32,13 @@ WARM_UP = 3
 WARM_UP_SECONDS = 1.0
 STEADY_SECONDS = 2.0
 """Of undisturbed requests."""
-TURNS = 4
+TURNS = 6
 """Of each engine whose decoding is compared; the first ones warm up."""
 BETWEEN_SECONDS = 0.3
 """From one publish to the next while requests run."""
+LONG_SECONDS = 25.0
+"""After which, of one kind, no publish is begun beyond the first `FEWEST`."""
+FEWEST = 5
 TELL_SECONDS = 2.0
 """From one telling of what is known to the next."""
 
@@ -74,15 +77,15 @@ class Case:
         """Starts one of its engines, whose settings differ in the bridge alone."""
         gpus = [] if self.engine_gpu is None else [self.engine_gpu]
         values = self.config(bridge=bridge).model_dump(mode="json")
-        return serve(values, self.folder, name=self.engine_name(bridge), gpus=gpus)
+        return serve(values, self.folder, name=self.engine_name(bridge), gpus=gpus, own_cache=True)
 
     @property
     def sparse(self) -> bool:
         return self.bridge == "broadcast" and self.changed < 1
 
     def ways(self) -> tuple[FrozenKv, ...]:
-        """How frozen requests are treated, in turn; an adapter's requests are never frozen."""
-        return ("recompute",) if self.lora_rank else ("recompute", "reuse")
+        """How frozen requests are treated, in turn; an adapter's never are, and beside a reload it is nothing."""
+        return ("recompute",) if self.lora_rank or self.bridge == "restart" else ("recompute", "reuse")
 
     def config(self, frozen_kv: FrozenKv = "recompute", *, bridge: str | None = None) -> RunConfig:
         model: dict[str, Any] = {"path": str(self.model), "max_length": MAX_LENGTH}
@@ -149,7 +152,7 @@ def measure(
     """Attaches and publishes, on the engines of `case.bridges`; `tell` hears what is known meanwhile. Raises what the
     bridge raises."""
     gc.collect()  # of the case before
-    with _controlled(engines[0]) as engine:
+    with closing(EngineController(engines[0].answering(), start_timeout_seconds=START_SECONDS)) as engine:
         health = engine.health()
         name = f"{case.bridge} {case.changed:.2%} changed" if case.sparse else case.bridge
         where = (
@@ -167,14 +170,10 @@ def measure(
             finally:
                 bridge.close()
             tell(result)
-        for beside in engines[1:]:
-            with _controlled(beside) as other:
-                _compare_decoding(case, [engine, other], [result.decode_shared, result.decode_unshared])
+        if engines[1:]:
+            urls = [one.answering() for one in engines]
+            result.decode_shared, result.decode_unshared = decode_in_turns(urls, case.num_requests, turns=TURNS)
     return result
-
-
-def _controlled(engine: Started) -> closing[EngineController]:
-    return closing(EngineController(engine.answering(), start_timeout_seconds=START_SECONDS))
 
 
 def _now_and_then(tell: Callable[[Result], None]) -> Callable[[Result], None]:
@@ -205,7 +204,7 @@ def _publishes(
         publish()
     if not result.busy:
         result.attach = attached
-        for _ in range(case.publishes):
+        for _ in _repeated(case.publishes):
             result.idle.append(publish())
             result.num_bytes = result.idle[0].num_bytes
             tell(result)
@@ -214,7 +213,7 @@ def _publishes(
     with running(engine.url, case.num_requests) as load:
         time.sleep(WARM_UP_SECONDS + STEADY_SECONDS)
         with _timed() as during:
-            for _ in range(case.publishes):
+            for _ in _repeated(case.publishes):
                 with _timed() as window:
                     busy.reports.append(publish())
                 windows.append((window[0], window[1]))
@@ -225,18 +224,6 @@ def _publishes(
     if publish.device.type == "cuda":
         torch.cuda.empty_cache()
         result.learner_bytes = torch.cuda.memory_reserved(publish.device)
-
-
-def _compare_decoding(case: Case, engines: Sequence[EngineController], found: Sequence[list[float]]) -> None:
-    """Tokens a second of each engine, in turns, first one then the other ahead: what drifts, drifts for both."""
-    for turn in range(TURNS):
-        for engine, speeds in list(zip(engines, found, strict=True))[:: 1 if turn % 2 else -1]:
-            with running(engine.url, case.num_requests) as load:
-                time.sleep(WARM_UP_SECONDS)
-                with _timed() as window:
-                    time.sleep(STEADY_SECONDS)
-            if turn:
-                speeds.append(load.tokens_per_second(*window))
 
 
 class _Publisher:
@@ -263,6 +250,13 @@ class _Publisher:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             return self.bridge.publish(self.model, policy_version=self._version)
+
+
+def _repeated(publishes: int) -> Iterator[int]:
+    until = time.monotonic() + LONG_SECONDS
+    for i in range(publishes):
+        if i < FEWEST or time.monotonic() < until:
+            yield i
 
 
 @contextmanager

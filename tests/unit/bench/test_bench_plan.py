@@ -1,17 +1,19 @@
 """Which engines a run of the sync benchmark has at once, what it measures, and what it tells however it ends."""
 
 import json
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from syncline.bench.apart import take
+from syncline.bench.apart import Outcome, take
 from syncline.bench.plan import LINK, TRL, comparisons, engines, measured, measurements, waves
-from syncline.bench.sync import Case
+from syncline.bench.sync import Busy, Case, Result
 from syncline.cli import main
 from syncline.errors import EngineGone
+from syncline.protocols import Receipt, SyncReport
 
 GIB = 1 << 30
 
@@ -95,3 +97,26 @@ def test_a_deadline_that_has_come_leaves_a_table_and_a_file(tmp_path: Path, caps
     left_out = dict.fromkeys(("tiny shared", "tiny restart", "tiny plain copy"), "left out: the deadline had come")
     assert json.loads(file.read_text()) == {"results": [], "references": {}, "left_out": left_out}
     assert [f"{name}: {why}" for name, why in left_out.items()] == capsys.readouterr().out.split("\n")[-4:-1]
+
+
+def test_an_interrupted_run_prints_and_writes_what_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = SyncReport(Receipt(1, "d"), 0, 0.010, 0.004, {"digest": 0.001})
+    known = Result("tiny", "shared", "vllm 0 on x", idle=[report], busy={"recompute": Busy([report, report])})
+
+    def watch_until_interrupted(names: list[str], *_: Any, outcome: Outcome, **__: Any) -> None:
+        outcome.so_far[names[0]] = json.loads(json.dumps(asdict(known)))
+        outcome.faults[names[0]] = "interrupted"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("syncline.bench.apart.watch", watch_until_interrupted)
+    monkeypatch.setattr("syncline.bench.engine.together", lambda *_, **__: nullcontext())
+    file = tmp_path / "sync.json"
+    words = ["bench", "sync", "--shape", "tiny", "--bridge", "shared", "--folder", str(tmp_path), "--json", str(file)]
+    assert main(words) == 130
+    told = capsys.readouterr().out
+    assert "shared" in told and "digest 1.0" in told and "tiny shared: interrupted" in told
+    written = json.loads(file.read_text())
+    assert written["results"] == [asdict(known)]
+    assert written["left_out"] == {"tiny shared": "interrupted", "tiny plain copy": "left out"}
