@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -34,22 +34,14 @@ GPU_PROCESSES = ("nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--fo
 
 
 class Server:
-    """A process of its own group that answers `/health`, started now. `log` is where it writes. With `own_cache` it
-    compiles for itself: vLLM writes a cache's index in place, where another that starts at once would read it."""
+    """A process of its own group that answers `/health`, started now. `log` is where it writes."""
 
-    def __init__(self, argv: Sequence[str], log: Path, *, gpus: Sequence[int], own_cache: bool) -> None:
-        port = free_port()
+    def __init__(self, argv: Sequence[str], log: Path, *, gpus: Sequence[int], **environment: str) -> None:
+        port, self._log = free_port(), log
         self.url = f"http://127.0.0.1:{port}"
-        self._log = log
-        cache = {"VLLM_CACHE_ROOT": str(log.with_suffix(".cache"))} if own_cache else {}
+        argv, env = [*argv, "--port", str(port)], seeing(gpus) | environment
         with log.open("w") as output:
-            self._process = subprocess.Popen(
-                [*argv, "--port", str(port)],
-                stdout=output,
-                stderr=output,
-                env=seeing(gpus) | cache,
-                start_new_session=True,
-            )
+            self._process = subprocess.Popen(argv, stdout=output, stderr=output, env=env, start_new_session=True)
         stat = process_stat(self.pid)
         assert stat is not None, "an unreaped child has a stat"
         self._start_time = stat.start_time
@@ -62,12 +54,11 @@ class Server:
         """Raises `EngineError` once it is dead or, by `time.monotonic`, late."""
         with closing(EngineController(self.url, start_timeout_seconds=START_SECONDS)) as engine:
             while self._process.poll() is None:
-                try:
+                with suppress(EngineTimeout):
                     return engine.wait_until_ready(timeout_seconds=1.0)
-                except EngineTimeout:
-                    if time.monotonic() > deadline:
-                        raise
-        raise EngineError(f"the engine at {self.url} ended with {self._process.returncode} before it was ready")
+                if time.monotonic() > deadline:
+                    raise EngineTimeout(f"{self._log.stem} was not ready in the time that it had to start")
+        raise EngineError(f"{self._log.stem} ended with {self._process.returncode} before it was ready")
 
     def stop(self) -> None:
         """SIGTERM to its group, SIGKILL to what outlives it."""
@@ -78,43 +69,12 @@ class Server:
         print(f"{self._log} ends with:\n{self._log.read_text()[-LOG_CHARACTERS:]}", file=sys.stderr)
 
 
-def serve(
-    values: Mapping[str, Any],
-    folder: Path,
-    *,
-    name: str,
-    gpus: Sequence[int],
-    options: Sequence[str] = (),
-    own_cache: bool = False,
-) -> Server:
-    """`syncline serve`, starting."""
-    file = folder / f"{name}.yaml"
+def serve(values: Mapping[str, Any], log: Path, *options: str, gpus: Sequence[int], **environment: str) -> Server:
+    """`syncline serve`, starting; its file lies beside its log."""
+    file = log.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(dict(values)))
     argv = [sys.executable, "-m", "syncline", "serve", str(file), *options]
-    return Server(argv, folder / f"{name}.log", gpus=gpus, own_cache=own_cache)
-
-
-@contextmanager
-def serving(
-    values: Mapping[str, Any],
-    folder: Path,
-    *,
-    name: str,
-    gpus: Sequence[int],
-    options: Sequence[str] = (),
-    start_seconds: float = START_SECONDS,
-) -> Iterator[EngineController]:
-    """The engine, ready. Its log is printed when the block fails."""
-    server = serve(values, folder, name=name, gpus=gpus, options=options)
-    try:
-        server.wait_until_ready(time.monotonic() + start_seconds)
-        with closing(EngineController(server.url, start_timeout_seconds=START_SECONDS)) as engine:
-            yield engine
-    except BaseException:
-        server.print_log()
-        raise
-    finally:
-        server.stop()
+    return Server(argv, log, gpus=gpus, **environment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +151,11 @@ def gpu_bytes() -> dict[int, int]:
         if stat := process_stat(int(pid)):
             held[stat.group] = held.get(stat.group, 0) + (int(mebibytes) << 20)
     return held
+
+
+def own_cache(log: Path) -> str:
+    """For an engine that starts while others do: vLLM writes a cache's index in place, where they would read it."""
+    return str(log.with_suffix(".cache"))
 
 
 def free_port() -> int:

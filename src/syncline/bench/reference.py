@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from syncline.bench.engine import START_SECONDS, Server, free_port, seeing
+from syncline.bench.engine import START_SECONDS, Server, free_port, own_cache, seeing
 
 WARM_UP = 3
 SECONDS = 150.0
@@ -26,17 +26,9 @@ class Reference:
     """Processes, one a GPU, that wait to begin; the first tells the seconds."""
 
     def __init__(self, *words: str, gpus: Sequence[int]) -> None:
-        argv = [sys.executable, "-m", __name__, *words]
-        self._peers = [
-            subprocess.Popen(
-                [*argv, "--rank", str(rank)],
-                env=seeing([gpu]),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank, gpu in enumerate(gpus)
-        ]
+        argv = [sys.executable, "-m", __name__, *words, "--rank"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._peers = [subprocess.Popen([*argv, str(i)], env=seeing([gpu]), **pipes) for i, gpu in enumerate(gpus)]
 
     def wait_until_imported(self) -> None:
         """Or dead, which `seconds` tells."""
@@ -74,13 +66,12 @@ def trl(model: Path, *, gpu: int, repeats: int) -> Reference:
     return Reference(*words, gpus=[gpu])
 
 
-def trl_server(model: Path, folder: Path, *, gpu: int, kv_cache_bytes: int) -> Server:
+def trl_server(model: Path, log: Path, *, gpu: int, kv_cache_bytes: int) -> Server:
     """The vLLM that TRL syncs, starting."""
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     argv += ["--weight-transfer-config", NCCL, "--logprobs-mode", "processed_logprobs", "--load-format", "dummy"]
     argv += ["--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(kv_cache_bytes)]
-    argv[:0] = ["env", "VLLM_SERVER_DEV_MODE=1"]
-    return Server(argv, folder / f"{model.name}-trl.log", gpus=[gpu], own_cache=True)
+    return Server(argv, log, gpus=[gpu], VLLM_SERVER_DEV_MODE="1", VLLM_CACHE_ROOT=own_cache(log))
 
 
 def copy_seconds(num_bytes: int, device: Any, repeats: int) -> list[float]:

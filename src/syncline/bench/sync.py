@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from syncline.bench.engine import START_SECONDS, Server, Started, serve
+from syncline.bench.engine import START_SECONDS, Server, Started, own_cache, serve
 from syncline.bench.load import decode_in_turns, running
 from syncline.config import RunConfig, resolve
 from syncline.engines.client import EngineController
@@ -39,8 +39,6 @@ BETWEEN_SECONDS = 0.3
 LONG_SECONDS = 25.0
 """After which, of one kind, no publish is begun beyond the first `FEWEST`."""
 FEWEST = 5
-TELL_SECONDS = 2.0
-"""From one telling of what is known to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +71,14 @@ class Case:
     def engine_name(self, bridge: str) -> str:
         return f"{self.shape}-{bridge}"
 
+    def log(self, bridge: str) -> Path:
+        return self.folder / f"{self.engine_name(bridge)}.log"
+
     def serve(self, bridge: str) -> Server:
         """Starts one of its engines, whose settings differ in the bridge alone."""
         gpus = [] if self.engine_gpu is None else [self.engine_gpu]
-        values = self.config(bridge=bridge).model_dump(mode="json")
-        return serve(values, self.folder, name=self.engine_name(bridge), gpus=gpus, own_cache=True)
+        values, log = self.config(bridge=bridge).model_dump(mode="json"), self.log(bridge)
+        return serve(values, log, gpus=gpus, VLLM_CACHE_ROOT=own_cache(log))
 
     @property
     def sparse(self) -> bool:
@@ -166,7 +167,7 @@ def measure(
         for frozen_kv in case.ways():
             bridge = build_bridge(case.config(frozen_kv), [engine], case.model)
             try:
-                _publishes(case, engine, publish.over(bridge), result, frozen_kv, tell=_now_and_then(tell))
+                _publishes(case, engine, publish.over(bridge), result, frozen_kv, tell=tell)
             finally:
                 bridge.close()
             tell(result)
@@ -174,18 +175,6 @@ def measure(
             urls = [one.answering() for one in engines]
             result.decode_shared, result.decode_unshared = decode_in_turns(urls, case.num_requests, turns=TURNS)
     return result
-
-
-def _now_and_then(tell: Callable[[Result], None]) -> Callable[[Result], None]:
-    last = 0.0
-
-    def told(result: Result) -> None:
-        nonlocal last
-        if time.monotonic() - last > TELL_SECONDS:
-            tell(result)
-            last = time.monotonic()
-
-    return told
 
 
 def _publishes(

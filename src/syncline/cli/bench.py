@@ -1,16 +1,15 @@
 """`syncline bench sync`: what a publish costs over each bridge, beside the link and TRL, in one run.
 
-The engines of a shape, of several shapes where they fit, start at once; a process of its own measures on them, one
-after another, and tells this one what it knows. So whatever fails, hangs or takes too long costs its own row, and the
-table of what is known comes by the deadline, and when the run is interrupted.
+The engines of all shapes start at once; a process of its own measures on them, one after another, and tells this one
+what it knows. So whatever fails, hangs or takes too long costs its own row, and the table of what is known comes by the
+deadline, and when the run is interrupted.
 """
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,20 +20,20 @@ from syncline.errors import ConfigError, EngineGone
 
 if TYPE_CHECKING:
     from syncline.bench.apart import Outcome
+    from syncline.bench.plan import Plan
     from syncline.bench.sync import Case
 
 BRIDGES = ("shared", "broadcast", "lora", "restart")
 ON_TWO_GPUS = ("broadcast",)
-START_SHARE = 0.5
+START_SHARE = 0.6
 """Of the time that is left: what has not started by then is left out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("sync",))
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--shape", action="extend", nargs="+", help="random weights of known shapes, such as qwen2.5-0.5b"
-    )
+    shapes = "random weights of known shapes, such as qwen2.5-0.5b; their engines are all there at once"
+    source.add_argument("--shape", action="extend", nargs="+", help=shapes)
     source.add_argument("--model", type=Path, help="a model folder")
     parser.add_argument("--bridge", action="append", choices=BRIDGES, help="default: all this machine can run")
     parser.add_argument("--publishes", type=int, default=20)
@@ -55,97 +54,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from syncline.bench.apart import Outcome, ended_by_sigterm, process_start
-
-    if not 0 < args.changed <= 1:
-        raise ConfigError([f"--changed: {args.changed:g} is no share; give one above 0 and up to 1"])
-    cases = _cases(args)
-    if args.take:
-        return _take(args, cases)
-    outcome, deadline = Outcome(), process_start() + args.deadline
-    with ended_by_sigterm(), ExitStack() as engines:
-        try:
-            _measure(args, cases, outcome, engines, deadline=deadline)
-        finally:  # before the engines end, which takes seconds
-            _print(args, cases, outcome)
-    return 0
-
-
-def _measure(
-    args: argparse.Namespace, cases: "Sequence[Case]", outcome: "Outcome", running: ExitStack, *, deadline: float
-) -> None:
-    from syncline.bench.apart import watch
+    from syncline.bench.apart import Outcome, process_start, take, watch
     from syncline.bench.engine import together
-    from syncline.bench.plan import engines, measured, start, waves
-
-    with_trl = _with_trl(args)
-    for wave in waves(cases, with_trl=with_trl, memory=_free_memory()):
-        running.close()  # the engines of the wave before
-        starts = {name: partial(start, *how) for name, how in engines(wave, with_trl=with_trl).items()}
-        if (left := deadline - monotonic()) > 0:
-            running.enter_context(together(starts, _found(args), seconds=START_SHARE * left))
-        watch(
-            measured(wave, with_trl=with_trl),
-            lambda names: [sys.executable, "-m", "syncline", *sys.argv[1:], "--take", json.dumps(list(names))],
-            _told(args),
-            outcome=outcome,
-            seconds_each=args.seconds_each,
-            deadline=deadline,
-        )
-
-
-def _take(args: argparse.Namespace, cases: "Sequence[Case]") -> int:
-    """The part of the process that measures."""
-    from syncline.bench.apart import take
-    from syncline.bench.engine import started
-    from syncline.bench.plan import measurements
+    from syncline.bench.plan import Plan
     from syncline.bridges.ranks import ONE_RANK
     from syncline.cli.bridge import build_bridge
 
-    build = partial(build_bridge, ranks=ONE_RANK)
-    places = {"found": _found(args), "told": _told(args)}
-    todo = measurements(cases, args.take, build_bridge=build, with_trl=_with_trl(args), **places)
-    started(_found(args))
-    take(todo, args.take, _told(args), (EngineGone,))
+    if not 0 < args.changed <= 1:
+        raise ConfigError([f"--changed: {args.changed:g} is no share; give one above 0 and up to 1"])
+    plan = Plan(_cases(args), args.folder, with_trl=not args.no_trl and find_spec("trl") is not None)
+    if args.take:
+        measurements = plan.measurements(args.take, partial(build_bridge, ranks=ONE_RANK))
+        take(measurements, args.take, plan.told, (EngineGone,))
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    outcome, deadline = Outcome(), process_start() + args.deadline
+    left = deadline - monotonic()
+    child = [sys.executable, "-m", "syncline", *sys.argv[1:], "--take"]
+    with together(plan.engines() if left > 0 else {}, plan.found, seconds=START_SHARE * left):
+        try:
+            bounds = {"seconds_each": args.seconds_each, "deadline": deadline}
+            watch(plan.names, lambda names: [*child, json.dumps(names)], plan.told, outcome=outcome, **bounds)
+        finally:  # before the engines end, which takes seconds
+            _print(plan, outcome, args.json)
     return 0
 
 
-def _print(args: argparse.Namespace, cases: "Sequence[Case]", outcome: "Outcome") -> None:
+def _print(plan: "Plan", outcome: "Outcome", file: Path | None) -> None:
     from pydantic import TypeAdapter
 
-    from syncline.bench.plan import comparisons, measured
     from syncline.bench.sync import Result
     from syncline.bench.table import as_json, sync_table
 
     known = outcome.so_far | outcome.results
-    results = [TypeAdapter(Result).validate_python(known[case.name]) for case in cases if case.name in known]
-    references: dict[str, dict[str, dict]] = {}
-    for one in comparisons(cases, with_trl=_with_trl(args)):
+    results = [TypeAdapter(Result).validate_python(known[case.name]) for case in plan.cases if case.name in known]
+    references: dict[str, dict[str, dict]] = {case.shape: {} for case in plan.cases}
+    for one in plan.comparisons:
         if one.name in known:
-            references.setdefault(one.case.shape, {})[one.label] = known[one.name]
-    missing = outcome.missing(measured(cases, with_trl=_with_trl(args)))
-    left_out = outcome.faults | dict.fromkeys(missing, "left out")
+            references[one.case.shape][one.label] = known[one.name]
+    left_out = outcome.faults | dict.fromkeys(outcome.missing(plan.names), "left out")
     print("\n".join(sync_table(results, references, left_out)), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(as_json(results, references, left_out)))
-
-
-def _found(args: argparse.Namespace) -> Path:
-    return args.folder / "engines.json"
-
-
-def _told(args: argparse.Namespace) -> Path:
-    return args.folder / "told.jsonl"
-
-
-def _with_trl(args: argparse.Namespace) -> bool:
-    return not args.no_trl and find_spec("trl") is not None
-
-
-def _free_memory() -> list[int]:
-    import torch
-
-    return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
+    if file:
+        file.write_text(json.dumps(as_json(results, references, left_out)))
 
 
 def _cases(args: argparse.Namespace) -> "list[Case]":

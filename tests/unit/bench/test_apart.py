@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from syncline.bench.apart import Outcome, ended_by_sigterm, take, tell, watch
+from syncline.bench.apart import Outcome, take, tell, watch
 
 NAMES = ("good", "failing", "broken", "dying", "also good", "hanging", "last")
 
@@ -75,17 +75,17 @@ def test_at_the_deadline_what_is_known_is_all_there_is(tmp_path: Path) -> None:
 
 
 def test_interrupted_what_is_known_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM comes once the first has ended and the second hangs."""
+    """SIGINT comes once the first has ended and the second hangs."""
     read, outcome, told = Outcome.take, Outcome(), tmp_path / "told"
 
     def take_and_end(self: Outcome, line: dict[str, Any]) -> None:
         read(self, line)
         if "so_far" in line and "hanging" not in self.faults:
             monkeypatch.setattr(Outcome, "take", read)
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Outcome, "take", take_and_end)
-    with pytest.raises(KeyboardInterrupt), ended_by_sigterm():
+    with pytest.raises(KeyboardInterrupt):
         watched(told, ("good", "hanging", "last"), deadline=time.monotonic() + 120, outcome=outcome)
     assert outcome.results == {"good": {"value": True}}
     assert (outcome.so_far, outcome.faults) == ({"hanging": {"value": 0}}, {"hanging": "interrupted"})

@@ -28,7 +28,7 @@ LATE = "import time; time.sleep(600)"
 
 
 def server(folder: Path, name: str, program: str) -> Server:
-    return Server([sys.executable, "-c", program], folder / f"{name}.log", gpus=[], own_cache=True)
+    return Server([sys.executable, "-c", program], folder / f"{name}.log", gpus=[])
 
 
 def test_one_that_dies_or_is_late_costs_itself_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

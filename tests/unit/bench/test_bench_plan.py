@@ -2,41 +2,37 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from syncline.bench.apart import Outcome, take
-from syncline.bench.plan import LINK, TRL, comparisons, engines, measured, measurements, waves
+from syncline.bench.plan import LINK, TRL, Plan
 from syncline.bench.sync import Busy, Case, Result
 from syncline.cli import main
 from syncline.errors import EngineGone
 from syncline.protocols import Receipt, SyncReport
 
-GIB = 1 << 30
+BRIDGES = ("shared", "broadcast", "restart")
 
 
-def cases(folder: Path, *shapes: str, gpus: bool = True) -> list[Case]:
-    return [
-        Case(
-            bridge,
-            folder / shape,
-            shape,
-            folder,
-            learner_gpu=0 if gpus else None,
-            engine_gpu=int(bridge == "broadcast") if gpus else None,
-        )
-        for shape in shapes
-        for bridge in ("shared", "broadcast", "restart")
-    ]
+def plan(folder: Path, bridges: tuple[str, ...] = BRIDGES, *, gpus: bool = True, with_trl: bool = True) -> Plan:
+    def case(bridge: str) -> Case:
+        engine_gpu = int(bridge == "broadcast")
+        here = {"learner_gpu": 0, "engine_gpu": engine_gpu} if gpus else {}
+        return Case(bridge, folder / "small", "small", folder, **here)
+
+    return Plan([case(bridge) for bridge in bridges], folder, with_trl)
 
 
 def test_restarts_engine_is_what_shared_is_compared_with(tmp_path: Path) -> None:
-    mine = cases(tmp_path, "small")
-    assert list(engines(mine, with_trl=False)) == ["small-shared", "small-restart", "small-broadcast"]
-    assert list(engines(mine[:1], with_trl=True)) == ["small-shared", "small-restart"], "TRL is between two GPUs"
+    names = ["small-shared", "small-restart", "small-broadcast"]
+    assert list(plan(tmp_path, with_trl=False).engines()) == names
+    assert list(plan(tmp_path).engines()) == [*names, "small-TRL server mode"]
+    assert list(plan(tmp_path, ("shared",)).engines()) == ["small-shared", "small-restart"], "TRL is between two GPUs"
+    mine = plan(tmp_path).cases
     of_restart, of_shared = (one.config(bridge="restart") for one in (mine[2], mine[0]))
     assert of_restart == of_shared
     differing = mine[0].config().model_dump() | {"bridge": None}
@@ -44,44 +40,21 @@ def test_restarts_engine_is_what_shared_is_compared_with(tmp_path: Path) -> None
 
 
 def test_link_and_trl_are_measured_between_the_gpus_of_broadcast(tmp_path: Path) -> None:
-    found = comparisons(cases(tmp_path, "small"), with_trl=True)
+    found = plan(tmp_path).comparisons
     assert [(one.label, one.case.learner_gpu, one.case.engine_gpu) for one in found] == [(LINK, 0, 1), (TRL, 0, 1)]
-    assert measured(cases(tmp_path, "small")[:1], with_trl=True) == ["small shared", "small plain copy"]
-
-
-@pytest.mark.parametrize(
-    ("memory", "expected"),
-    [((41, 16), [["a", "b"]]), ((40, 16), [["a"], ["b"]]), ((41, 15), [["a"], ["b"]]), ((0, 0), [["a"], ["b"]])],
-)
-def test_shapes_start_together_where_they_fit(tmp_path: Path, memory: tuple[int, int], expected: list) -> None:
-    """Weights of 1 and 3 GiB, 6 more an engine: on GPU 0 two of 7, two of 9 and a learner's 3 x 3, on GPU 1 7 and 9."""
-    mine = cases(tmp_path, "a", "b")
-    for shape, gib in (("a", 1), ("b", 3)):
-        (tmp_path / shape).mkdir()
-        with (tmp_path / shape / "model.safetensors").open("wb") as file:
-            file.truncate(gib * GIB)
-    mine = [replace(case, kv_cache_bytes=0) for case in mine]
-    found = waves(mine, with_trl=False, memory=[GIB * one for one in memory])
-    assert [list(dict.fromkeys(case.shape for case in wave)) for wave in found] == expected
-
-
-def test_on_a_cpu_shapes_follow_each_other(tmp_path: Path) -> None:
-    found = waves(cases(tmp_path, "a", "b", gpus=False), with_trl=False, memory=[])
-    assert [len(wave) for wave in found] == [3, 3]
+    assert plan(tmp_path, ("shared",)).names == ["small shared", "small plain copy"]
 
 
 def test_an_engine_that_is_not_there_costs_what_needs_it(tmp_path: Path) -> None:
-    mine = cases(tmp_path, "small", gpus=False)
-    found, told = tmp_path / "found.json", tmp_path / "told"
-    faults = {case.engine_name(case.bridge): {"url": "", "fault": f"{case.bridge} died"} for case in mine}
-    found.write_text(json.dumps(faults))
+    mine = plan(tmp_path, gpus=False)
+    faults = {case.engine_name(case.bridge): {"url": "", "fault": f"{case.bridge} died"} for case in mine.cases}
+    mine.found.write_text(json.dumps(faults))
 
     def never(*_: Any) -> Any:
         raise AssertionError("no bridge without its engine")
 
-    names = [case.name for case in mine]
-    mapped = measurements(mine, names, build_bridge=never, found=found, told=told, with_trl=False)
-    take(mapped, names, told, (EngineGone,))
+    names, told = mine.names[:3], mine.told
+    take(mine.measurements(names, never), names, told, (EngineGone,))
     lines = [json.loads(line) for line in told.read_text().splitlines()]
     assert [line["fault"] for line in lines if "fault" in line] == [
         "EngineGone: shared died",
@@ -95,7 +68,7 @@ def test_a_deadline_that_has_come_leaves_a_table_and_a_file(tmp_path: Path, caps
     words = ["bench", "sync", "--shape", "tiny", "--bridge", "shared", "--bridge", "restart", "--deadline", "0"]
     assert main([*words, "--folder", str(tmp_path), "--json", str(file)]) == 0
     left_out = dict.fromkeys(("tiny shared", "tiny restart", "tiny plain copy"), "left out: the deadline had come")
-    assert json.loads(file.read_text()) == {"results": [], "references": {}, "left_out": left_out}
+    assert json.loads(file.read_text()) == {"results": [], "references": {"tiny": {}}, "left_out": left_out}
     assert [f"{name}: {why}" for name, why in left_out.items()] == capsys.readouterr().out.split("\n")[-4:-1]
 
 
