@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from learning import LOSS, Load, Reading, matmul_rate, ours, table
 
 from syncline.bench.apart import Outcome, process_start, take, watch
-from syncline.bench.learning import LOSS, Load, Reading, matmul_rate, ours, table
 from syncline.bench.shapes import SHAPES
 from syncline.config.schema import Learner, Recomputation
 
@@ -152,7 +152,7 @@ def _ours(args: argparse.Namespace, shape: str, load: Load, device: torch.device
 
 
 def _trl(args: argparse.Namespace, shape: str, load: Load, device: torch.device, what: str) -> Found:
-    from syncline.bench.trl_loss import Settings, trl
+    from trl_loss import Settings, trl
 
     liger = device.type == "cuda" and find_spec("liger_kernel") is not None
     rows = args.token_budget // (load.prompt + max(load.completions))
