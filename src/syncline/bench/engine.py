@@ -124,6 +124,7 @@ def started(found: Path) -> dict[str, Started]:
 
 def _tell(servers: Mapping[str, Server], found: Path, deadline: float, over: Event) -> None:
     faults: dict[str, str] = {}
+    begun = time.monotonic()
     for name, server in servers.items():
         try:
             server.wait_until_ready(deadline)
@@ -133,6 +134,7 @@ def _tell(servers: Mapping[str, Server], found: Path, deadline: float, over: Eve
             faults[name] = str(fault)
             server.print_log()
             server.stop()  # it would disturb what is measured
+    print(f"engines: {len(servers) - len(faults)} there after {time.monotonic() - begun:.0f} s", flush=True)
     held = gpu_bytes()
     told = {name: Started(one.url, faults.get(name, ""), held.get(one.pid)) for name, one in servers.items()}
     partial = found.with_suffix(".partial")
