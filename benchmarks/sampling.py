@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -30,6 +30,7 @@ from kernels_traced import summary
 
 from syncline.bench.engine import serving
 from syncline.bench.shapes import SHAPES, make_model
+from syncline.engines.client import EngineController
 from syncline.engines.pool import EnginePool
 from syncline.types import SamplingParams
 
@@ -124,7 +125,14 @@ class Bench:
         left = max(1.0, self._started_by - time.monotonic())
         engine_ready = serving(values, args.folder, name=name, gpus=gpus, options=options, start_seconds=left)
         self._engines.append(stack := ExitStack())
-        return self._threads.submit(lambda: stack.enter_context(engine_ready).url)
+        return self._threads.submit(self._entered, name, stack, engine_ready)
+
+    @staticmethod
+    def _entered(name: str, stack: ExitStack, engine_ready: AbstractContextManager[EngineController]) -> str:
+        began = time.monotonic()
+        url = stack.enter_context(engine_ready).url
+        print(f"{name}: ready after {time.monotonic() - began:.0f} s", flush=True)
+        return url
 
     def stop(self) -> None:
         """All engines at once; those that are still starting, when their time is up."""
