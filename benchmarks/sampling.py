@@ -6,8 +6,8 @@
 
 Engines are `syncline serve`, asked over HTTP by the client that environments use. Ours starts first, then the others at
 once; they are measured one after another. Those of `N-engines` sample from one copy of the weights. A step's time is
-the whole wait for all completions over the tokens of one; "CPU" is what server and engine core took of a processor in
-a step. What is not there by `--seconds` is left out, and said so.
+the whole wait for all completions over the tokens of one; "CPU" is what server, engine core and
+worker took of a processor in a step. What is not there by `--seconds` is left out, and said so.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from syncline.types import SamplingParams
 SETTINGS: dict[str, dict] = {
     "ours": {},
     "every-token": {"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"},
+    "worker-in-core": {"distributed_executor_backend": "uni"},
     "in-turn": {"async_scheduling": False},
     "no-prefix-cache": {"enable_prefix_caching": False},
     "piecewise": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
@@ -57,7 +58,7 @@ class Row:
     num_tokens: int = 0
     seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
-    """Seconds of server and of engine core in one round, means over engines and rounds."""
+    """Seconds of server, engine core and worker in one round, means over engines and rounds."""
 
     def line(self, steps: int, reference: float | None) -> str:
         took = median(self.seconds)
@@ -122,15 +123,17 @@ class Bench:
         gpus = [0] if args.device == "cuda" else []
         server = serve(values, args.folder / f"{name}.log", *options, gpus=gpus)
         self._engines.append(server)
-        return self._threads.submit(self._url, server)
+        return self._threads.submit(self._url, name, server)
 
-    def _url(self, server: Server) -> str:
+    def _url(self, name: str, server: Server) -> str:
+        began = time.monotonic()
         try:
             server.wait_until_ready(self._started_by)
         except EngineError:
             server.print_log()
             server.stop()
             raise
+        print(f"{name}: ready after {time.monotonic() - began:.0f} s", flush=True)
         return server.url
 
     def stop(self) -> None:
@@ -214,11 +217,12 @@ class Bench:
 
 
 def processor_seconds(urls: list[str]) -> list[float]:
-    """Of the server and of its engine core, means over the engines."""
+    """Of the server and of its two busiest processes, core and worker; means over the engines."""
     ports = [url.rpartition(":")[2] for url in urls]
     servers = [p for p in psutil.Process().children(recursive=True) if is_server(p, ports)]
-    cores = [max(map(_used, server.children(recursive=True)), default=0.0) for server in servers]
-    return [sum(map(_used, servers)) / len(urls), sum(cores) / len(urls)]
+    children = [sorted(map(_used, server.children(recursive=True)), reverse=True) for server in servers]
+    busiest = [sum(own[i] for own in children if len(own) > i) for i in range(2)]
+    return [seconds / len(urls) for seconds in (sum(map(_used, servers)), *busiest)]
 
 
 def is_server(process: psutil.Process, ports: list[str]) -> bool:
