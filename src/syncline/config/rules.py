@@ -197,8 +197,8 @@ def _engines_on_a_gpu(config: RunConfig) -> Iterator[str]:
     engine, count = config.engine, engines_on_a_gpu(config)
     if count * engine.gpu_memory_utilization > 1:
         yield (
-            f"engine.gpu_memory_utilization: {engine.gpu_memory_utilization:g} is the share of each engine, and {count} "
-            f"are on one GPU; lower it to {int(1000 / count) / 1000:g} or less, or start fewer"
+            f"engine.gpu_memory_utilization: {engine.gpu_memory_utilization:g} is the share of each engine, and "
+            f"{count} are on one GPU; lower it to {int(1000 / count) / 1000:g} or less, or start fewer"
         )
     if count > 1 and config.bridge.name == "broadcast":
         yield (

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -45,16 +46,20 @@ def running_engines(run: RunConfig, *, show: Callable[[str], None] = print) -> I
         stack.callback(_guardian(folder).communicate, DONE)
         children: list[Child] = []
         ends: list[Exited] = []
+        stack.callback(_stop_at_once, children)
         for spec in specs:
-            child = Child(spec, on_exit=ends.append)
-            stack.callback(child.stop, grace_seconds=GRACE_SECONDS)
-            children.append(child)
+            children.append(child := Child(spec, on_exit=ends.append))
             write_atomically(folder / PROCESSES_FILE, json.dumps({"processes": [c.record() for c in children]}))
             show(f"started {spec.name} (pid {child.pid}), log {spec.log}")
         for child in children:
             _wait_until_ready(child, ends)
         show(f"{len(children)} engines are ready after {max(child.seconds for child in children):.0f} s")
         yield tuple(_url(spec) for spec in specs)
+
+
+def _stop_at_once(children: Sequence[Child]) -> None:
+    with ThreadPoolExecutor(max(1, len(children))) as threads:
+        list(threads.map(lambda child: child.stop(grace_seconds=GRACE_SECONDS), children))
 
 
 def _wait_until_ready(child: Child, ends: Sequence[Exited]) -> None:
