@@ -59,7 +59,7 @@ def worked_answer(question: Question) -> str:
 def warm_up(
     model_path: Path, questions: list[Question], folder: Path, *, prompt: str, epochs: int, seconds: float, rate: float
 ) -> dict[str, Any]:
-    """Writes the trained model; returns counts, and the loss over the first and the last ten steps."""
+    """Writes the trained model; returns counts, and the loss over the first and the last tenth of the steps."""
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +84,8 @@ def warm_up(
         losses.append(loss.item())
     model.to(torch.float32 if device.type == "cpu" else torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    first, last = losses[:10], losses[-10:]
+    count = max(1, len(losses) // 10)
+    first, last = losses[:count], losses[-count:]
     return {
         "questions": len(questions),
         "steps": f"{len(losses)} of {len(batches)}",

@@ -13,6 +13,7 @@ in its collection, and called again to the end, evaluation after DPO included. T
 
 import argparse
 import asyncio
+import gc
 import json
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from gsm8k_model import folder_of_gguf, warm_up
 from offline_collect import Measured, by_questions, collected, table, verdicts, with_hf, work
@@ -103,6 +105,8 @@ def everything(args: argparse.Namespace, found: Found, stack: ExitStack) -> None
     with found.phase("one trajectory at a time, HF generate"):
         if args.slow_seconds:
             add(with_hf(config, by_question, args.slow_seconds))
+        gc.collect()
+        torch.cuda.empty_cache()  # of the warm-up and of this: engines want it
     with found.phase(f"{config.engine.num_replicas} engines start"):
         urls = stack.enter_context(engines(config, []))
     with found.phase("one question at a time"):
@@ -144,7 +148,7 @@ def values(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         "model": {"path": str(model), "max_length": 1024, "lora": {"rank": 32, "alpha": 64}},
         "engine": {
             "num_replicas": args.engines_per_gpu,
-            "max_num_seqs": 512,
+            "max_num_seqs": 256,
             "gpu_memory_utilization": share,
             "start_timeout_seconds": args.deadline,
         },
@@ -207,6 +211,7 @@ def counted(kept: bytes, attempts: Path, facts: dict[str, Any]) -> list[str]:
     return [
         f"called again: {facts['resumed']} kept ({same}), {facts['sampled']} sampled, {len(keys)} in all",
         f"twice: {len(keys) - len(set(keys))}; given back by an engine and sampled again: {facts['sampled_again']}",
+        f"after the kill {facts['tokens_per_second']:,.0f} tokens/s, GPU busy {facts['gpu_busy'] or 0:.0%}",
     ]
 
 

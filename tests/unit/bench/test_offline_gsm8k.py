@@ -44,8 +44,8 @@ def test_what_a_kill_left_is_counted(program: ModuleType, tmp_path: Path) -> Non
     lines = [json.dumps({"key": key}).encode() + b"\n" for key in "abcb"]
     attempts = tmp_path / "attempts.jsonl"
     attempts.write_bytes(b"".join(lines))
-    facts = {"resumed": 2, "sampled": 2, "sampled_again": 0}
-    kept, again = program.counted(b"".join(lines[:2]), attempts, facts)
+    facts = {"resumed": 2, "sampled": 2, "sampled_again": 0, "tokens_per_second": 1234.5, "gpu_busy": None}
+    kept, again, _ = program.counted(b"".join(lines[:2]), attempts, facts)
     assert kept == "called again: 2 kept (byte for byte), 2 sampled, 4 in all"
     assert again.startswith("twice: 1;")
     assert "CHANGED" in program.counted(lines[1], attempts, facts)[0]
