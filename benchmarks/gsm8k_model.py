@@ -65,7 +65,8 @@ def warm_up(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     tokenizer = load_tokenizer(str(model_path))
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model.to(device)
     batches = list(_batches([_row(tokenizer, one, prompt) for one in questions], tokenizer.eos_token_id)) * epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     losses: list[float] = []
