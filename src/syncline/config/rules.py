@@ -161,16 +161,19 @@ def _devices(config: RunConfig) -> Iterator[str]:
     engine, learner = config.engine, config.learner
     ranks = engine.tensor_parallel_size * num_stages(config)
     wanted = ranks * (1 if config.bridge.name == "shared" else engine.num_replicas)
-    num_named = len(set(engine.devices))
-    if engine.device != "cpu" and not engine.servers:
-        if num_named and num_named == len(engine.devices) and num_named % ranks == wanted % num_named == 0:
-            yield from _engines_on_a_gpu(config)
-        else:
-            yield (
-                f"engine.devices: {list(engine.devices)} names {num_named} GPUs, and {engine.num_replicas} "
-                f"replicas of {ranks} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
-                "name that many, or set engine.device to cpu"
-            )
+    named, apart = len(set(engine.devices)), config.bridge.name in ("lora", "restart")
+    shared_out = apart and 0 < named == len(engine.devices) and named % ranks == wanted % named == 0
+    if engine.device != "cpu" and not engine.servers and named != wanted and not shared_out:
+        yield (
+            f"engine.devices: {list(engine.devices)} names {named} GPUs, and {engine.num_replicas} "
+            f"replicas of {ranks} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
+            "name that many, or set engine.device to cpu"
+        )
+    if engine.device != "cpu" and (count := engines_on_a_gpu(config)) * engine.gpu_memory_utilization > 1:
+        yield (
+            f"engine.gpu_memory_utilization: {engine.gpu_memory_utilization:g} is the share of each engine, and "
+            f"{count} are on one GPU; lower it to {int(1000 / count) / 1000:g} or less, or start fewer"
+        )
     num_gpus = len(set(learner.devices))
     if learner.device != "cpu" and learner.data_parallel_size == 1 and num_gpus != learner.tensor_parallel_size:
         yield (
@@ -190,20 +193,6 @@ def _devices(config: RunConfig) -> Iterator[str]:
         yield (
             f"learner.device: {config.learner.device!r} differs from engine.device = {config.engine.device!r}, and "
             "vLLM is installed for one of them; set both alike"
-        )
-
-
-def _engines_on_a_gpu(config: RunConfig) -> Iterator[str]:
-    engine, count = config.engine, engines_on_a_gpu(config)
-    if count * engine.gpu_memory_utilization > 1:
-        yield (
-            f"engine.gpu_memory_utilization: {engine.gpu_memory_utilization:g} is the share of each engine, and "
-            f"{count} are on one GPU; lower it to {int(1000 / count) / 1000:g} or less, or start fewer"
-        )
-    if count > 1 and config.bridge.name == "broadcast":
-        yield (
-            f"engine.devices: {list(engine.devices)} puts {count} engines on one GPU, and NCCL cannot broadcast within "
-            "one; name a GPU for each, or set bridge.name to shared, lora or restart"
         )
 
 

@@ -9,13 +9,9 @@ def servers(config: RunConfig) -> tuple[Server, ...]:
     if engine.servers:
         return engine.servers
     size, sets = engine.tensor_parallel_size * num_stages(config), _num_sets(config)
-    return tuple(
-        Server(
-            devices=engine.devices[i % sets * size : (i % sets + 1) * size],
-            tensor_parallel_size=engine.tensor_parallel_size,
-        )
-        for i in range(engine.num_replicas)
-    )
+    own = [engine.devices[i * size : (i + 1) * size] for i in range(sets)]
+    ranks = engine.tensor_parallel_size
+    return tuple(Server(devices=own[i % sets], tensor_parallel_size=ranks) for i in range(engine.num_replicas))
 
 
 def engines_on_a_gpu(config: RunConfig) -> int:

@@ -20,7 +20,7 @@ from syncline.errors import EngineTimeout, ProcessDied
 from syncline.launch.child import Child, Exited
 from syncline.launch.groups import subreaper
 from syncline.launch.guardian import DONE
-from syncline.launch.plan import Machine, ProcessSpec, plan, wanted_ports
+from syncline.launch.plan import Machine, ProcessSpec, plan_servers, wanted_engine_ports
 from syncline.launch.ports import lease_ports
 from syncline.launch.supervisor import HEALTH_SECONDS, LAST_LINES, answers
 from syncline.observe.files import CONFIG_FILE, PROCESSES_FILE, last_lines, write_atomically
@@ -38,14 +38,12 @@ def running_engines(run: RunConfig, *, show: Callable[[str], None] = print) -> I
     folder = Path(run.run.dir)
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(run.model_dump(mode="json")))
     with ExitStack() as stack:
-        ports = stack.enter_context(lease_ports(wanted_ports(run)))
-        planned = plan(run, ports=ports, machine=Machine.here())
-        specs = [spec for spec in planned if spec.ready and spec.name.partition("-")[0] == "engine"]
+        ports = stack.enter_context(lease_ports(wanted_engine_ports(run)))
+        specs = plan_servers(run, ports=ports, machine=Machine.here(), folder=folder)
         stack.enter_context(subreaper())
         write_atomically(folder / PROCESSES_FILE, json.dumps({"processes": []}))
         stack.callback(_guardian(folder).communicate, DONE)
-        children: list[Child] = []
-        ends: list[Exited] = []
+        children, ends = list[Child](), list[Exited]()
         stack.callback(_stop_at_once, children)
         for spec in specs:
             children.append(child := Child(spec, on_exit=ends.append))
