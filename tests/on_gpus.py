@@ -37,19 +37,21 @@ class Places:
 
     def __init__(self, gpus: Sequence[str], share: int) -> None:
         self.free = dict.fromkeys(gpus, share)
+        self._share = share
 
-    def take(self, num_gpus: int) -> list[str] | None:
-        """The emptiest GPUs; `None` while there are not that many with a place."""
-        emptiest = sorted((gpu for gpu, places in self.free.items() if places), key=lambda gpu: -self.free[gpu])
+    def take(self, num_gpus: int, *, alone: bool = False) -> list[str] | None:
+        """The emptiest GPUs; `None` while there are not that many with a place, or with nobody else on them."""
+        wanted = self._share if alone else 1
+        emptiest = sorted((gpu for gpu, left in self.free.items() if left >= wanted), key=lambda gpu: -self.free[gpu])
         if len(emptiest) < num_gpus:
             return None
         for gpu in emptiest[:num_gpus]:
-            self.free[gpu] -= 1
+            self.free[gpu] -= wanted
         return emptiest[:num_gpus]
 
-    def give_back(self, gpus: Iterable[str]) -> None:
+    def give_back(self, gpus: Iterable[str], *, alone: bool = False) -> None:
         for gpu in gpus:
-            self.free[gpu] += 1
+            self.free[gpu] += self._share if alone else 1
 
 
 @dataclass(slots=True)
@@ -131,7 +133,7 @@ class Session:
 
     def _start_those_with_a_place(self) -> None:
         for job in list(self.waiting):
-            if gpus := self.places.take(job.num_gpus):
+            if gpus := self.places.take(job.num_gpus, alone=job.alone):
                 self.waiting.remove(job)
                 self.running.append(Attempt.start(job, gpus, self.out, self.caches))
 
@@ -155,7 +157,7 @@ class Session:
         attempt.end(verdict)
         self.running.remove(attempt)
         self.ended.append(attempt)
-        self.places.give_back(attempt.gpus)
+        self.places.give_back(attempt.gpus, alone=attempt.job.alone)
         name, gpus, seconds, verdict, passed, failed, skipped, fault = attempt.row()
         counts = f"{passed} passed, {failed} failed, {skipped} skipped"
         print(f"{name} on {gpus}: {verdict} after {seconds} s, {counts}. {fault}", flush=True)
@@ -223,21 +225,23 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen_jobs(args: argparse.Namespace) -> list[Job]:
-    """Those that need most GPUs first: they wait longest for their places."""
+    """Those first that find a place hardest, and those that take the most of the GPUs' time."""
     words = [word for word in args.jobs.split(",") if word]
     jobs = [job for job in known_jobs() if not words or any(word in job.name for word in words)]
     for text in args.add:
         name, _, rest = text.partition("=")
         num_gpus, _, line = rest.partition(":")
         jobs.append(Job(name, int(num_gpus), tuple(line.split())))
-    return sorted(jobs, key=lambda job: -job.num_gpus)
+    return sorted(jobs, key=lambda job: (not job.alone, -job.num_gpus * job.seconds))
 
 
 def main() -> int:
     args = arguments()
     jobs = chosen_jobs(args)
     if args.list:
-        print(table([["job", "GPUs", "pytest"], *([j.name, str(j.num_gpus), " ".join(j.arguments)] for j in jobs)]))
+        rows = [[j.name, str(j.num_gpus), str(j.seconds), " ".join(j.arguments)] for j in jobs]
+        print(table([["job", "GPUs", "seconds, about", "pytest"], *rows]))
+        print(f"\n{sum(job.seconds * job.num_gpus for job in jobs)} seconds of one GPU, of which {args.share} jobs share")
         return 0
     gpus = args.gpus.split(",") if args.gpus else visible_gpus()
     for job in (job for job in jobs if job.num_gpus > len(gpus)):

@@ -14,7 +14,14 @@ import httpx
 import pytest
 import torch
 from outcomes import Noticed
-from real_engine import make_tiny_model, run_values, running_engine, visible_gpu
+from real_engine import (
+    make_tiny_model,
+    run_values,
+    running_engine,
+    starting_engine,
+    visible_gpu,
+    wait_until_ready,
+)
 from test_weight_bridge import DEVICE, DTYPE, TOLERANCE, Side, learner_device
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +30,7 @@ from syncline.bridges.broadcast import BroadcastBridge
 from syncline.config.schema import Bridge
 from syncline.errors import EngineError, SyncError, SynclineError
 
-pytestmark = [pytest.mark.e2e, pytest.mark.contract("broadcast, two engines", 1)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.contract("broadcast, two engines", 1)]
 CONFIG = Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=20)
 DETECT_SECONDS = 10.0
 RANKS = 1 if 0 < torch.cuda.device_count() < 5 else 2
@@ -35,10 +42,12 @@ def sides(tmp_path_factory) -> Iterator[list[Side]]:
     folder = tmp_path_factory.mktemp("broadcast")
     model = make_tiny_model(folder / "model")
     values = engine_values(model, folder / "run", ranks=RANKS)
+    others = _other_gpus()
     with (
-        running_engine(values, folder / "a") as first,
-        running_engine(values, folder / "b", environment=_other_gpus()) as second,
+        starting_engine(values, folder / "a") as first,
+        starting_engine(values, folder / "b", environment=others) as second,
     ):
+        wait_until_ready(first, second)
         yield [Side("broadcast", engine, model, folder, ranks=RANKS) for engine in (first, second)]
 
 

@@ -76,6 +76,19 @@ def test_gpus_are_shared_evenly_and_a_job_gets_different_ones() -> None:
     assert places.take(1) == ["1"]
 
 
+def test_a_job_that_must_be_alone_waits_for_empty_gpus_and_lets_nobody_beside_it() -> None:
+    places = Places(["0", "1"], share=2)
+    beside = places.take(1)
+    assert beside == ["0"]
+    assert places.take(2, alone=True) is None
+    assert places.take(1, alone=True) == ["1"]
+    assert places.take(2) is None
+    places.give_back(["1"], alone=True)
+    places.give_back(beside)
+    assert places.take(2, alone=True) == ["0", "1"]
+    assert places.take(1) is None
+
+
 def test_only_processes_with_the_mark_are_ended() -> None:
     ours, other = (
         subprocess.Popen(["sleep", "600"], env=os.environ | {"SYNCLINE_TEST_JOB": mark}) for mark in ("a-1", "a-12")
