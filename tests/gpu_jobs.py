@@ -49,7 +49,7 @@ def _contracts() -> Iterator[Job]:
 def _others() -> Iterator[Job]:
     yield Job("broadcast-kills", 3, ("tests/contracts/test_broadcast_engines.py",), 220)
     yield Job("chaos", 2, ("tests/contracts/test_weight_chaos.py",), 170)
-    yield Job("broadcast-ranks", 4, ("tests/contracts/test_broadcast_ranks.py",), 150)
+    yield Job("broadcast-ranks", 3, ("tests/contracts/test_broadcast_ranks.py",))
     yield Job("adapter-ranks", 2, ("tests/contracts/test_lora_ranks.py",))
     yield Job("replicas", 1, ("tests/contracts/test_replicas.py",))
     yield Job("adapters", 1, ("tests/contracts/test_lora_engine.py",))

@@ -27,6 +27,8 @@ from outcomes import COUNTED, chaos_rows, contract_rows, table
 
 ROOT = Path(__file__).parents[1]
 MARK = "SYNCLINE_TEST_JOB"
+FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+"""Each process would take all cores, and twenty jobs share them."""
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.2
 MESSAGE_WIDTH = 110
@@ -71,7 +73,7 @@ class Attempt:
     def start(cls, job: Job, gpus: list[str], out: Path, caches: Path) -> "Attempt":
         name = job.file_name
         mark = f"{os.getpid()}-{name}"
-        own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "VLLM_CACHE_ROOT": str(caches / name), MARK: mark}
+        own = FEW_THREADS | {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "VLLM_CACHE_ROOT": str(caches / name), MARK: mark}
         argv = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--outcomes", str(out / f"{name}.jsonl")]
         (out / f"{name}.jsonl").unlink(missing_ok=True)
         with (out / f"{name}.log").open("wb") as log:
@@ -241,7 +243,8 @@ def main() -> int:
     if args.list:
         rows = [[j.name, str(j.num_gpus), str(j.seconds), " ".join(j.arguments)] for j in jobs]
         print(table([["job", "GPUs", "seconds, about", "pytest"], *rows]))
-        print(f"\n{sum(job.seconds * job.num_gpus for job in jobs)} seconds of one GPU, of which {args.share} jobs share")
+        total = sum(job.seconds * job.num_gpus for job in jobs)
+        print(f"\n{total} seconds of a place on a GPU, of which each has {args.share}")
         return 0
     gpus = args.gpus.split(",") if args.gpus else visible_gpus()
     for job in (job for job in jobs if job.num_gpus > len(gpus)):
