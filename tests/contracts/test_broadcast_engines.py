@@ -31,7 +31,7 @@ from syncline.config.schema import Bridge
 from syncline.errors import EngineError, SyncError, SynclineError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.contract("broadcast, two engines", 1)]
-CONFIG = Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=20)
+CONFIG = Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=60 if torch.cuda.is_available() else 20)
 DETECT_SECONDS = 10.0
 RANKS = 1 if 0 < torch.cuda.device_count() < 5 else 2
 """Of each engine: NCCL's need a GPU each, and the learner another."""

@@ -181,7 +181,7 @@ def _dropped_sending(side: Side) -> BroadcastBridge:
 
     engine: Any = Between(side.engine, "pause", lambda _: paused.append(True))
     bridge = BroadcastBridge(
-        [engine], Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=30), export=export
+        [engine], Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=60), export=export
     )
     bridge.attach(side.model)
     return bridge
