@@ -154,6 +154,22 @@ def wait_until_ready(*engines: Any) -> None:
             time.sleep(0.5)
 
 
+@contextmanager
+def told_process(
+    argv: list[str], told: str, *, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen]:
+    """A process that has printed `told` as its first line; killed in any case, since it may never end."""
+    full = os.environ | dict(environment or {})
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=full)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == told + "\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
 def _end(process: subprocess.Popen) -> None:
     """SIGTERM, then SIGKILL to the process group this test started."""
     if process.poll() is None:

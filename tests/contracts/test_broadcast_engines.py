@@ -3,7 +3,6 @@ engine killed in the middle, and one that comes later."""
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from real_engine import (
     run_values,
     running_engine,
     starting_engine,
+    told_process,
     visible_gpu,
     wait_until_ready,
 )
@@ -152,18 +152,10 @@ def test_a_learner_killed_in_the_middle_is_missed_by_the_engine_which_joins_the_
     side = sides[0]
     side.engine.pause(mode="abort", timeout_seconds=30)
     script = Path(__file__).parents[1] / "broadcast_learner.py"
-    argv = [
-        sys.executable,
-        str(script),
-        side.engine.url,
-        str(side.model_path),
-        learner_device("broadcast", ranks=RANKS),
-    ]
     version = side.engine.receipt().policy_version
-    with subprocess.Popen([*argv, str(version + 1)], stdout=subprocess.PIPE, text=True) as learner:
-        assert learner.stdout is not None
-        assert learner.stdout.readline() == "sending\n"
-        learner.send_signal(signal.SIGKILL)
+    place = learner_device("broadcast", ranks=RANKS)
+    argv = [sys.executable, str(script), side.engine.url, str(side.model_path), place, str(version + 1)]
+    with told_process(argv, "sending"):
         killed = time.monotonic()
     _until(lambda: httpx.get(f"{side.engine.url}/health", timeout=30).json()["torn"], "waited for the learner")
     assert time.monotonic() - killed < DETECT_SECONDS

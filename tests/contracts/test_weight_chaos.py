@@ -5,7 +5,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ import httpx
 import pytest
 import torch
 from outcomes import Noticed
-from real_engine import make_tiny_model, run_values, starting_engine, wait_until_ready
+from real_engine import make_tiny_model, run_values, starting_engine, told_process, wait_until_ready
 from safetensors.torch import load_file, save_file
 from test_weight_bridge import ADAPTED, FAULTS, LORA, PROMPTS, TOLERANCE, Fault, Side, lora
 
@@ -242,11 +241,8 @@ def test_a_learner_killed_in_the_middle_of_a_step_leaves_no_state_that_is_sample
     script = Path(__file__).parents[1] / "killed_learner.py"
     argv = [sys.executable, str(script), name, side.engine.url, str(side.model_path), str(side.folder)]  # type: ignore[attr-defined]
     path = os.pathsep.join([str(script.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as learner:
-        assert learner.stdout is not None
-        assert learner.stdout.readline() == "updating\n"
+    with told_process(argv, "updating", environment={"PYTHONPATH": path}):
         published = side.engine.receipt()
-        learner.send_signal(signal.SIGKILL)
     assert side.engine.receipt() == published
     if name == "shared":
         with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead") as told:
