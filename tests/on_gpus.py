@@ -2,10 +2,11 @@
 
 python tests/on_gpus.py [--list] [--jobs restart,families] [--share 3] [--deadline 540] [--out runs/gpu-test]
 
-A job is one pytest process with GPUs of its own (`CUDA_VISIBLE_DEVICES`), its own log and its own deadline. Who waits:
-this process, polling. Who unblocks: a job's end, its deadline, that of the whole, or Ctrl-C; what then still runs is
-interrupted, so that its fixtures end their engines, and killed by pid after a grace. A job's processes are known by a
-variable that they inherit, wherever they went; no other process is ever touched.
+A job is one pytest process with GPUs of its own (`CUDA_VISIBLE_DEVICES`), its own log and its own deadline; of one that
+fails, what its engines logged last is kept beside it. Who waits: this process, polling. Who unblocks: a job's end, its
+deadline, that of the whole, or Ctrl-C; what then still runs is interrupted, so that its fixtures end their engines, and
+killed by pid after a grace. A job's processes are known by a variable that they inherit, wherever they went; no other
+process is ever touched.
 """
 
 import argparse
@@ -32,6 +33,7 @@ FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.2
 MESSAGE_WIDTH = 110
+LOG_CHARACTERS = 8000
 
 
 class Places:
@@ -63,6 +65,7 @@ class Attempt:
     job: Job
     gpus: list[str]
     out: Path
+    scratch: Path
     mark: str
     started: float
     process: subprocess.Popen[bytes]
@@ -74,7 +77,9 @@ class Attempt:
         name = job.file_name
         mark = f"{os.getpid()}-{name}"
         own = FEW_THREADS | {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "VLLM_CACHE_ROOT": str(caches / name), MARK: mark}
+        scratch = caches / f"{name}-tmp"
         argv = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--outcomes", str(out / f"{name}.jsonl")]
+        argv += ["--basetemp", str(scratch)]
         (out / f"{name}.jsonl").unlink(missing_ok=True)
         with (out / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -86,7 +91,7 @@ class Attempt:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return cls(job, gpus, out, mark, time.monotonic(), process)
+        return cls(job, gpus, out, scratch, mark, time.monotonic(), process)
 
     def outcomes(self) -> list[dict]:
         """Of the tests that have ended so far."""
@@ -95,6 +100,13 @@ class Attempt:
 
     def end(self, verdict: str) -> None:
         self.verdict, self.seconds = verdict, time.monotonic() - self.started
+
+    def keep_logs(self) -> None:
+        """What the processes of its tests said last; their own folders go with this process."""
+        with (self.out / f"{self.job.file_name}.processes.log").open("w") as kept:
+            for log in sorted(self.scratch.rglob("*.log")):
+                text = log.read_text(errors="replace")[-LOG_CHARACTERS:]
+                kept.write(f"--- {log.relative_to(self.scratch)}\n{text}\n")
 
     def row(self) -> list[str]:
         counts = Counter(line["outcome"] for line in self.outcomes())
@@ -157,6 +169,8 @@ class Session:
 
     def _end(self, attempt: Attempt, verdict: str) -> None:
         attempt.end(verdict)
+        if verdict != "ok":
+            attempt.keep_logs()
         self.running.remove(attempt)
         self.ended.append(attempt)
         self.places.give_back(attempt.gpus, alone=attempt.job.alone)
