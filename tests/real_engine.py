@@ -145,8 +145,9 @@ def starting_engine(
 
 
 def wait_until_ready(*engines: Any) -> None:
-    """Of `starting_engine`. Raises `AssertionError` with the end of its log for one that ended, or is late."""
-    deadline = time.monotonic() + START_SECONDS
+    """Of `starting_engine`; each slows the others' start. Raises `AssertionError` with the end of its log for one that
+    ended, or is late."""
+    deadline = time.monotonic() + START_SECONDS * len(engines)
     for engine in engines:
         while engine._health_fault() is not None:
             if engine.process.poll() is not None or time.monotonic() > deadline:
