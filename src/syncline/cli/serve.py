@@ -42,15 +42,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve_one(config: RunConfig, args: argparse.Namespace) -> int:
-    from syncline.config.servers import num_stages
     from syncline.engines.vllm.arguments import Start
     from syncline.engines.vllm.server import serve
     from syncline.launch.plan import see_only
     from syncline.launch.ports import refuse_taken
 
-    engine = config.engine
-    num_ranks = engine.tensor_parallel_size * num_stages(config)
-    see_only("engine.devices", engine.devices, device=engine.device, num_ranks=num_ranks)
+    see_only("engine.devices", config.engine.devices, device=config.engine.device)
     refuse_taken("--port", config.engine.host, args.port)
     start = Start(
         args.port,

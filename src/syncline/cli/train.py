@@ -55,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = load(*file_of(args))
     if not is_rank():
-        learner, wanted = config.learner, num_ranks(config.learner)
-        see_only("learner.devices", learner.devices, device=learner.device, num_ranks=wanted)
+        wanted = num_ranks(config.learner)
+        if wanted == len(config.learner.devices):
+            see_only("learner.devices", config.learner.devices, device=config.learner.device)
         if wanted > 1:
             return run_ranks(wanted, sys.argv[1:])
     refuse_other_number(config.learner)

@@ -92,11 +92,11 @@ class Machine:
         return cls(num_cores=len(os.sched_getaffinity(0)), gpus=tuple(names))
 
 
-def see_only(field: str, devices: Sequence[int], *, device: str, num_ranks: int) -> None:
+def see_only(field: str, devices: Sequence[int], *, device: str) -> None:
     """Hides the other GPUs from CUDA, which must not have looked yet, as a run does for each of its processes. One that
-    sees no more than it needs was started with its own. Raises `ConfigError` for GPUs not there."""
+    sees no more than are named was started with its own. Raises `ConfigError` for GPUs not there."""
     gpus = Machine.here().gpus
-    if device == "cpu" or len(gpus) <= num_ranks or len(set(devices)) != num_ranks:
+    if device == "cpu" or len(gpus) <= len(devices):
         return
     if max(devices) >= len(gpus):
         fault = f"{list(devices)} is not among the {len(gpus)} GPUs that are visible; use indices below {len(gpus)}"
