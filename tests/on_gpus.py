@@ -241,14 +241,15 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen_jobs(args: argparse.Namespace) -> list[Job]:
-    """Those first that find a place hardest, and those that take the most of the GPUs' time."""
+    """Those first that take the most of the GPUs' time; last those that want GPUs to themselves, or the others' would
+    stand empty for them."""
     words = [word for word in args.jobs.split(",") if word]
     jobs = [job for job in known_jobs() if not words or any(word in job.name for word in words)]
     for text in args.add:
         name, _, rest = text.partition("=")
         num_gpus, _, line = rest.partition(":")
         jobs.append(Job(name, int(num_gpus), tuple(line.split())))
-    return sorted(jobs, key=lambda job: (not job.alone, -job.num_gpus * job.seconds))
+    return sorted(jobs, key=lambda job: (job.alone, -job.num_gpus * job.seconds))
 
 
 def main() -> int:
