@@ -12,7 +12,12 @@ from outcomes import chaos_rows, contract_rows
 
 TESTS = {
     "passes": "def test_it():\n    assert True\n",
-    "fails": "def test_first():\n    assert 1 + 1 == 3, 'one and one'\n\ndef test_second():\n    pass\n",
+    "fails": (
+        "def test_first(tmp_path):\n"
+        "    (tmp_path / 'engine.log').write_text('the engine said why')\n"
+        "    assert 1 + 1 == 3, 'one and one'\n\n"
+        "def test_second():\n    pass\n"
+    ),
     "hangs": (
         "import os, subprocess, time\n\n"
         "def test_done():\n    pass\n\n"
@@ -50,6 +55,8 @@ def test_every_job_is_in_the_table_and_nothing_it_started_is_left(session: Sessi
     assert rows["passes"][4:8] == ["ok", "1", "0", "0"]
     assert rows["fails"][4:8] == ["exit 1", "1", "1", "0"]
     assert rows["fails"][8].startswith("test_first: AssertionError: one and one")
+    assert "engine.log\nthe engine said why" in (session.out / "fails.processes.log").read_text()
+    assert not (session.out / "passes.processes.log").exists()
     assert rows["hangs"][4:6] == ["stopped", "1"]
     assert rows["wide"][2].startswith("2 (")
     assert not session.passed()
@@ -74,6 +81,19 @@ def test_gpus_are_shared_evenly_and_a_job_gets_different_ones() -> None:
     places.give_back(["1"])
     assert places.take(2) is None
     assert places.take(1) == ["1"]
+
+
+def test_a_job_that_must_be_alone_waits_for_empty_gpus_and_lets_nobody_beside_it() -> None:
+    places = Places(["0", "1"], share=2)
+    beside = places.take(1)
+    assert beside == ["0"]
+    assert places.take(2, alone=True) is None
+    assert places.take(1, alone=True) == ["1"]
+    assert places.take(2) is None
+    places.give_back(["1"], alone=True)
+    places.give_back(beside)
+    assert places.take(2, alone=True) == ["0", "1"]
+    assert places.take(1) is None
 
 
 def test_only_processes_with_the_mark_are_ended() -> None:
