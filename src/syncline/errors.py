@@ -13,6 +13,9 @@ SynclineError
 └── ProcessDied            a supervised process ended when it should not have
 """
 
+import re
+from collections.abc import Mapping
+
 
 class SynclineError(Exception):
     """Base of all; the command line prints its message without a traceback."""
@@ -28,6 +31,12 @@ class ConfigError(SynclineError):
     def __init__(self, faults: list[str]) -> None:
         self.faults = faults
         super().__init__("\n".join(faults))
+
+    def renamed(self, names: Mapping[str, str]) -> "ConfigError":
+        """The same faults in the names the user gave the values: field → option of the program that asked for them."""
+        fields = "|".join(re.escape(field) for field in sorted(names, key=len, reverse=True))
+        field = re.compile(rf"(?<![\w.])({fields})(?!\w|\.\w)")
+        return ConfigError([field.sub(lambda found: names[found[0]], fault) for fault in self.faults])
 
 
 class EngineError(SynclineError):
