@@ -10,11 +10,13 @@ FAMILY_PARTS = 5
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`arguments` are pytest's."""
+    """`arguments` are pytest's. One that has its GPUs `alone` shares them with no other job: its engines take parts of
+    a GPU, and measure what is left while they start."""
 
     name: str
     num_gpus: int
     arguments: tuple[str, ...]
+    alone: bool = False
 
     @property
     def file_name(self) -> str:
@@ -22,7 +24,7 @@ class Job:
 
 
 def known_jobs() -> list[Job]:
-    return [*_contracts(), *_others(), *_main_jobs(), *_families()]
+    return [*_contracts(), *_others(), *_example_trainer(), *_main_jobs(), *_families()]
 
 
 def _contracts() -> Iterator[Job]:
@@ -56,7 +58,6 @@ def _others() -> Iterator[Job]:
     yield Job("prefix-cache", 1, ("tests/contracts/test_prefix_cache.py",))
     yield Job("conversations", 1, ("tests/e2e/test_conversations.py",))
     yield Job("images", 1, ("tests/contracts/test_images.py", "tests/e2e/test_summary_run.py"))
-    yield Job("example-trainer", 2, ("tests/e2e/test_example_trainer.py",))
     yield Job("offline", 2, ("tests/e2e/test_offline.py", "tests/e2e/test_collect.py"))
     yield Job("recovery", 1, ("tests/e2e/test_recovery.py",))
     yield Job(
@@ -64,6 +65,12 @@ def _others() -> Iterator[Job]:
         1,
         ("tests/contracts/test_gpt_oss_engine.py", "tests/e2e/test_gpt_oss_job.py", "tests/gpu/test_sinks_on_cuda.py"),
     )
+
+
+def _example_trainer() -> Iterator[Job]:
+    """A job a mode, the longest first: each starts vLLM as often as it says, which takes most of its time."""
+    for mode, test in {"none": "legacy", "lora_only": "lora", "shared_vllm": "single_copy"}.items():
+        yield Job(f"example-trainer:{mode}", 1, ("tests/e2e/test_example_trainer.py", "-k", test), alone=True)
 
 
 def _main_jobs() -> Iterator[Job]:

@@ -37,19 +37,24 @@ class Places:
 
     def __init__(self, gpus: Sequence[str], share: int) -> None:
         self.free = dict.fromkeys(gpus, share)
+        self._share = share
 
-    def take(self, num_gpus: int) -> list[str] | None:
-        """The emptiest GPUs; `None` while there are not that many with a place."""
-        emptiest = sorted((gpu for gpu, places in self.free.items() if places), key=lambda gpu: -self.free[gpu])
-        if len(emptiest) < num_gpus:
+    def take(self, job: Job) -> list[str] | None:
+        """The emptiest GPUs; `None` while there are not that many with a place, or without another job."""
+        wanted = self._wanted(job)
+        emptiest = sorted((g for g, places in self.free.items() if places >= wanted), key=lambda gpu: -self.free[gpu])
+        if len(emptiest) < job.num_gpus:
             return None
-        for gpu in emptiest[:num_gpus]:
-            self.free[gpu] -= 1
-        return emptiest[:num_gpus]
+        for gpu in emptiest[: job.num_gpus]:
+            self.free[gpu] -= wanted
+        return emptiest[: job.num_gpus]
 
-    def give_back(self, gpus: Iterable[str]) -> None:
+    def give_back(self, job: Job, gpus: Iterable[str]) -> None:
         for gpu in gpus:
-            self.free[gpu] += 1
+            self.free[gpu] += self._wanted(job)
+
+    def _wanted(self, job: Job) -> int:
+        return self._share if job.alone else 1
 
 
 @dataclass(slots=True)
@@ -131,7 +136,7 @@ class Session:
 
     def _start_those_with_a_place(self) -> None:
         for job in list(self.waiting):
-            if gpus := self.places.take(job.num_gpus):
+            if gpus := self.places.take(job):
                 self.waiting.remove(job)
                 self.running.append(Attempt.start(job, gpus, self.out, self.caches))
 
@@ -155,7 +160,7 @@ class Session:
         attempt.end(verdict)
         self.running.remove(attempt)
         self.ended.append(attempt)
-        self.places.give_back(attempt.gpus)
+        self.places.give_back(attempt.job, attempt.gpus)
         name, gpus, seconds, verdict, passed, failed, skipped, fault = attempt.row()
         counts = f"{passed} passed, {failed} failed, {skipped} skipped"
         print(f"{name} on {gpus}: {verdict} after {seconds} s, {counts}. {fault}", flush=True)
@@ -223,14 +228,14 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen_jobs(args: argparse.Namespace) -> list[Job]:
-    """Those that need most GPUs first: they wait longest for their places."""
+    """Those that need GPUs alone, then those that need most, first: they wait longest for their places."""
     words = [word for word in args.jobs.split(",") if word]
     jobs = [job for job in known_jobs() if not words or any(word in job.name for word in words)]
     for text in args.add:
         name, _, rest = text.partition("=")
         num_gpus, _, line = rest.partition(":")
         jobs.append(Job(name, int(num_gpus), tuple(line.split())))
-    return sorted(jobs, key=lambda job: -job.num_gpus)
+    return sorted(jobs, key=lambda job: (not job.alone, -job.num_gpus))
 
 
 def main() -> int:
