@@ -60,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
 def run_values(args: argparse.Namespace, extra: Mapping[str, Any], *, shares: bool) -> dict[str, Any]:
     """The engine's configuration as plain values. Raises `ConfigError` naming options."""
     faults = [f"--{name.replace('_', '-')} {extra[name]}: {REFUSED[name]}" for name in extra if name in REFUSED]
+    if not 0 < args.port < 1 << 16:
+        faults.append(f"--port {args.port}: is no port; give 1 to 65535")
     if args.dtype == "float16":
         faults.append("--dtype float16: the learner trains bfloat16 or float32 weights; use bfloat16")
     if faults:

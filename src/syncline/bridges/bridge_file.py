@@ -106,7 +106,8 @@ def find_bridge_file(
     searched = search_order(explicit)
     path = _first_there(searched)
     if path is None and patience_seconds:
-        log.info("no %s yet; waiting up to %g s for an engine that shares its weights to write it", searched[0].absolute(), patience_seconds)
+        waited = "no %s yet; waiting up to %g s for an engine that shares its weights to write it"
+        log.info(waited, searched[0].absolute(), patience_seconds)
     for _ in range(math.ceil(patience_seconds / POLL_SECONDS)):
         if path is not None:
             break
@@ -116,7 +117,8 @@ def find_bridge_file(
         told = "\n".join(f"  {path.absolute()}" for path in searched)
         raise SyncError(
             f"no {FILE_NAME}; looked for\n{told}\nstart the engine with bridge.name = shared and --bridge-config "
-            "(vllm_api_server.py: VLLM_ENABLE_SHARED_WEIGHTS=1), LOGDIR set alike for both, or give --bridge-config its path"
+            "(vllm_api_server.py: VLLM_ENABLE_SHARED_WEIGHTS=1), and LOGDIR set alike for both, or give --bridge-config "
+            "its path"
         )
     found = _read(path)
     if found.model != model:

@@ -79,6 +79,7 @@ def test_vllms_own_options_go_to_vllm(server):
         ("--data-parallel-size 2", "start one server a replica"),
         ("--dtype float16", "use bfloat16"),
         ("--host 0.0.0.0", "use 127.0.0.1"),
+        ("--port 70000", "give 1 to 65535"),
         ("--pipeline-parallel-size two", "'two' is not a whole number"),
     ],
 )

@@ -80,8 +80,8 @@ class Adapters:
     def refuse_without(self) -> None:
         if not self.num_slots:
             raise EngineError(
-                "this engine serves no adapters; set model.lora, and bridge.name to lora or shared (vllm_api_server.py: "
-                "--enable-lora)"
+                "this engine serves no adapters; set model.lora, and bridge.name to lora or shared "
+                "(vllm_api_server.py: --enable-lora)"
             )
 
     async def room(self, *, timeout_seconds: float) -> list[int]:
