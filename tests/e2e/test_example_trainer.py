@@ -74,7 +74,10 @@ class Place:
         self.model = make_boxing_model(home / "model")
         self._tools = home / "bin"
         self._tools.mkdir()
-        for name, text in (("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'), ("sleep", SLEEP.replace("ENGINE", str(engine)))):
+        for name, text in (
+            ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'),
+            ("sleep", SLEEP.replace("ENGINE", str(engine))),
+        ):
             (self._tools / name).write_text(text)
             (self._tools / name).chmod(0o755)
         self._logdir = home / "atropos_test"

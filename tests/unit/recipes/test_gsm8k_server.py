@@ -56,7 +56,7 @@ def test_what_another_part_decides_is_refused_by_name(server, option):
 
 
 def test_groups_are_at_least_one(server):
-    with pytest.raises(ConfigError, match="--env.total_steps -1: makes no group"):
+    with pytest.raises(ConfigError, match=r"--env\.total_steps -1: makes no group"):
         server.run_values(options(server, "process --openai.model_name m --env.total_steps -1"))
 
 
