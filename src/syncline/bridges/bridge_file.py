@@ -117,7 +117,7 @@ def find_bridge_file(
         told = "\n".join(f"  {path.absolute()}" for path in searched)
         raise SyncError(
             f"no {FILE_NAME}; looked for\n{told}\nstart the engine with bridge.name = shared and --bridge-config "
-            "(vllm_api_server.py: VLLM_ENABLE_SHARED_WEIGHTS=1), LOGDIR alike for both, or give --bridge-config its path"
+            "(vllm_api_server.py: VLLM_ENABLE_SHARED_WEIGHTS=1), LOGDIR alike for both, or give its path"
         )
     found = _read(path)
     if found.model != model:
