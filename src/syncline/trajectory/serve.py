@@ -99,7 +99,6 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise TrajectoryError(f"trajectory.port: {host}:{port} cannot be used ({why}); choose another") from error
+        raise TrajectoryError(f"trajectory.port: {host}:{port} cannot be used ({error}); choose another") from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it here: 40 ms an answer
     return listener
