@@ -22,19 +22,31 @@ def main() -> int:
     args = _arguments()
     if "WORLD_SIZE" in os.environ:
         return _rank(args)
-    readings = [json.loads(_started(number).splitlines()[-1]) for number in args.ranks]
-    _print(args, readings)
-    return 0
+    until, readings = time.monotonic() + args.deadline, []
+    for number in args.ranks:
+        try:
+            readings.append(json.loads(_started(number, until - time.monotonic()).splitlines()[-1]))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as end:
+            print(f"{number} ranks and what follows left out: {type(end).__name__}", file=sys.stderr)
+            break
+    if readings:
+        _print(args, readings)
+    return 0 if len(readings) == len(args.ranks) else 1
 
 
-def _started(number: int) -> str:
+def _started(number: int, seconds: float) -> str:
     """The same command on so many ranks of this host; its last line is the reading."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={number}", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", *sys.argv]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{number} ranks ended with exit code {done.returncode}\n{done.stdout[-3000:]}")
-    return done.stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        try:
+            said, _ = run.communicate(timeout=max(1.0, seconds))
+        except BaseException:
+            run.terminate()  # which torchrun passes on to its ranks
+            raise
+    if run.returncode:
+        sys.exit(f"{number} ranks ended with exit code {run.returncode}\n{said[-3000:]}")
+    return said
 
 
 def _rank(args: argparse.Namespace) -> int:
@@ -179,6 +191,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gradients", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--moments", choices=("float32", "int8"), default="float32")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--deadline", type=float, default=1800.0, help="seconds until the table of what is known then")
     return parser.parse_args()
 
 

@@ -16,8 +16,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import within_deadline
 import yaml
 
 from syncline.bench.shapes import SHAPES, make_model
@@ -34,6 +36,7 @@ ROWS = (
 
 
 def main() -> int:
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description="Step time of the main loop.")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b")
     parser.add_argument("--bridge", choices=("restart", "shared", "lora"), default="restart")
@@ -46,6 +49,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=1, help="engines; with shared, on one copy of the weights")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "syncline-main-loop")
+    parser.add_argument("--deadline", type=float, default=900.0, help="seconds until the table of what is known then")
     parser.add_argument("--json", type=Path, help="write the means there too")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="fields set over the benchmark's own")
     args = parser.parse_args()
@@ -56,12 +60,18 @@ def main() -> int:
     file = args.folder / "run.yaml"
     file.write_text(yaml.safe_dump(values(args, model, run_dir)))
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    code = subprocess.call(
-        [sys.executable, "-m", "syncline", "run", str(file), *args.overrides, "--overwrite"], env=environment
-    )
-    if code:
-        return code
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][WARM_UP_STEPS:]
+    command = [sys.executable, "-m", "syncline", "run", str(file), *args.overrides, "--overwrite"]
+    metrics = run_dir / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    with subprocess.Popen(command, env=environment, start_new_session=True) as run:
+        why = within_deadline.wait(run, until=started + args.deadline)
+    if run.returncode and not why:
+        return run.returncode
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    steps = [json.loads(line) for line in lines][WARM_UP_STEPS:]
+    if not steps:
+        print(f"no step to count: {why}, and {len(lines)} steps were done", file=sys.stderr)
+        return 1
     means = {key: sum(step[key] for step in steps) / len(steps) for _, key in ROWS}
     tokens = sum(step["tokens/sampled"] for step in steps) / len(steps)
     print(

@@ -17,17 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import within_deadline
 import yaml
 
 from syncline.bench.shapes import SHAPES, make_model
 
 WARM_UP_STEPS = 2
-PORT = 8080
-POLL_SECONDS = 0.1
+METRICS = "metrics.jsonl"
 COLUMNS = (
     "split",
     "step",
@@ -78,10 +79,10 @@ class Watch:
     killed_at: int | None = None
     engines: list[float] = field(default_factory=list)
 
-    def ask(self, client: httpx.Client, num_engines: int) -> None:
-        for i in range(num_engines):
+    def ask(self, client: httpx.Client, ports: Sequence[int]) -> None:
+        for port in ports:
             try:
-                text = client.get(f"http://127.0.0.1:{PORT + i}/metrics").text
+                text = client.get(f"http://127.0.0.1:{port}/metrics").text
             except httpx.HTTPError:
                 continue
             running = re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.MULTILINE)
@@ -100,29 +101,38 @@ def main() -> int:
         run_dir = args.folder / f"split-{text}"
         (args.folder / "run.yaml").write_text(yaml.safe_dump(_values(args, model, run_dir)))
         overrides = [*(split.overrides() if args.device != "cpu" else split.overrides()[:1]), *args.overrides]
-        code, watch = _run(args, split, run_dir, overrides)
-        if code:
-            return code
-        lines.append(_line(text, watch, _steps(run_dir)[WARM_UP_STEPS:]))
+        ended, watch = _run(args, split, run_dir, overrides)
+        steps = _steps(run_dir)[WARM_UP_STEPS:]
+        lines.append(_line(text, watch, steps) if steps else f"{text:>14}  no step to count: {ended}")
+        if ended == within_deadline.INTERRUPTED or time.monotonic() > args.until:
+            break
     print("\n" + "".join(f"{title:>14}" for title in COLUMNS))
     print("\n".join(lines))
-    return 0
+    return 0 if len(lines) == len(args.splits) else 1
 
 
-def _run(args: argparse.Namespace, split: Split, run_dir: Path, overrides: list[str]) -> tuple[int, Watch]:
+def _run(args: argparse.Namespace, split: Split, run_dir: Path, overrides: list[str]) -> tuple[str, Watch]:
     path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     command = [sys.executable, "-m", "syncline", "run", str(args.folder / "run.yaml"), *overrides, "--overwrite"]
     watch = Watch()
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}) as run, httpx.Client(timeout=2.0) as client:
-        while run.poll() is None:
-            time.sleep(POLL_SECONDS)
-            steps = _steps(run_dir)
-            if len(steps) > WARM_UP_STEPS:
-                watch.ask(client, split.engines)
-            if args.kill and watch.killed_at is None and len(steps) >= args.steps // 2:
-                watch.killed_at = len(steps)
-                os.kill(_pid(run_dir, "engine-1" if split.engines > 1 else "engine"), signal.SIGKILL)
-        return run.returncode, watch
+    (run_dir / METRICS).unlink(missing_ok=True)
+
+    def look() -> None:
+        steps = _steps(run_dir)
+        if len(steps) > WARM_UP_STEPS:
+            watch.ask(client, [args.port + i for i in range(split.engines)])
+        if args.kill and watch.killed_at is None and len(steps) >= args.steps // 2:
+            watch.killed_at = len(steps)
+            os.kill(_pid(run_dir, "engine-1" if split.engines > 1 else "engine"), signal.SIGKILL)
+
+    environment = os.environ | {"PYTHONPATH": path}
+    with (
+        httpx.Client(timeout=2.0) as client,
+        subprocess.Popen(command, env=environment, start_new_session=True) as run,
+    ):
+        until = min(args.until, time.monotonic() + args.seconds_each)
+        why = within_deadline.wait(run, until=until, meanwhile=look)
+    return why or f"exit code {run.returncode}", watch
 
 
 def _pid(run_dir: Path, name: str) -> int:
@@ -131,7 +141,7 @@ def _pid(run_dir: Path, name: str) -> int:
 
 
 def _steps(run_dir: Path) -> list[dict]:
-    file = run_dir / "metrics.jsonl"
+    file = run_dir / METRICS
     lines = file.read_text().splitlines() if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -168,7 +178,7 @@ def _values(args: argparse.Namespace, model: Path, run_dir: Path) -> dict:
         "model": {"path": str(model), "max_length": 2048},
         "sampling": {"max_tokens": args.max_tokens},
         "environments": [{"task": "even_tokens:EvenTokens"}],
-        "engine": {"device": args.device, "port": PORT, "max_num_seqs": 512, "gpu_memory_utilization": 0.85},
+        "engine": {"device": args.device, "port": args.port, "max_num_seqs": 512, "gpu_memory_utilization": 0.85},
         "learner": {"device": args.device, "token_budget": 16384, "checkpoint_interval": 1000},
         "bridge": {"name": "broadcast", "min_engines": 1},
         "parity": {"interval": 0, "prompts": ["2 + 2 ="]},
@@ -184,8 +194,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--kill", action="store_true", help="kill one engine half way")
+    parser.add_argument("--port", type=int, default=8080, help="of the first engine; the others' follow")
+    parser.add_argument("--seconds-each", type=float, default=600.0, help="at most, of one split")
+    parser.add_argument("--deadline", type=float, default=3600.0, help="seconds until the table of what is known then")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "syncline-rollout-split")
     args = parser.parse_intermixed_args()
+    args.until = time.monotonic() + args.deadline
     args.overrides = [word for word in args.splits if "=" in word]
     args.splits = [word for word in args.splits if "=" not in word]
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@
 
 Engines are `syncline serve`, asked over HTTP by the client that environments use. Ours starts first, then the others at
 once; they are measured one after another. Those of `N-engines` sample from one copy of the weights. A step's time is
-the whole wait for all completions over the tokens of one; "CPU" is what server and engine core took of a processor in
-a step. What is not there by `--seconds` is left out, and said so.
+the whole wait for all completions over the tokens of one; "CPU" is what server, engine core and
+worker took of a processor in a step. What is not there by `--seconds` is left out, and said so.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -30,12 +30,14 @@ from kernels_traced import summary
 
 from syncline.bench.engine import serving
 from syncline.bench.shapes import SHAPES, make_model
+from syncline.engines.client import EngineController
 from syncline.engines.pool import EnginePool
 from syncline.types import SamplingParams
 
 SETTINGS: dict[str, dict] = {
     "ours": {},
     "every-token": {"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"},
+    "worker-in-core": {"distributed_executor_backend": "uni"},
     "in-turn": {"async_scheduling": False},
     "no-prefix-cache": {"enable_prefix_caching": False},
     "piecewise": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
@@ -57,7 +59,7 @@ class Row:
     num_tokens: int = 0
     seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
-    """Seconds of server and of engine core in one round, means over engines and rounds."""
+    """Seconds of server, engine core and worker in one round, means over engines and rounds."""
 
     def line(self, steps: int, reference: float | None) -> str:
         took = median(self.seconds)
@@ -123,7 +125,14 @@ class Bench:
         left = max(1.0, self._started_by - time.monotonic())
         engine_ready = serving(values, args.folder, name=name, gpus=gpus, options=options, start_seconds=left)
         self._engines.append(stack := ExitStack())
-        return self._threads.submit(lambda: stack.enter_context(engine_ready).url)
+        return self._threads.submit(self._entered, name, stack, engine_ready)
+
+    @staticmethod
+    def _entered(name: str, stack: ExitStack, engine_ready: AbstractContextManager[EngineController]) -> str:
+        began = time.monotonic()
+        url = stack.enter_context(engine_ready).url
+        print(f"{name}: ready after {time.monotonic() - began:.0f} s", flush=True)
+        return url
 
     def stop(self) -> None:
         """All engines at once; those that are still starting, when their time is up."""
@@ -206,11 +215,12 @@ class Bench:
 
 
 def processor_seconds(urls: list[str]) -> list[float]:
-    """Of the server and of its engine core, means over the engines."""
+    """Of the server and of its two busiest processes, core and worker; means over the engines."""
     ports = [url.rpartition(":")[2] for url in urls]
     servers = [p for p in psutil.Process().children(recursive=True) if is_server(p, ports)]
-    cores = [max(map(_used, server.children(recursive=True)), default=0.0) for server in servers]
-    return [sum(map(_used, servers)) / len(urls), sum(cores) / len(urls)]
+    children = [sorted(map(_used, server.children(recursive=True)), reverse=True) for server in servers]
+    busiest = [sum(own[i] for own in children if len(own) > i) for i in range(2)]
+    return [seconds / len(urls) for seconds in (sum(map(_used, servers)), *busiest)]
 
 
 def is_server(process: psutil.Process, ports: list[str]) -> bool:

@@ -95,6 +95,8 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         values |= {"enable_chunked_prefill": False}
     else:
         values |= {"gpu_memory_utilization": engine.gpu_memory_utilization}
+        # the worker in a process of its own: it launches one step while the core schedules the next
+        values |= {"distributed_executor_backend": "mp"}
     if serves_adapters(config):
         values |= _adapter_options(config)
     if packing := stored_format(config):
