@@ -106,7 +106,7 @@ def find_bridge_file(
     searched = search_order(explicit)
     path = _first_there(searched)
     if path is None and patience_seconds:
-        log.info("no %s yet; waiting %g s for an engine that shares its weights", searched[0].absolute(), patience_seconds)
+        log.info("no %s yet; waiting %g s for an engine that shares weights", searched[0].absolute(), patience_seconds)
     for _ in range(math.ceil(patience_seconds / POLL_SECONDS)):
         if path is not None:
             break
