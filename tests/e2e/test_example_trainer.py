@@ -109,13 +109,29 @@ class Place:
         return found.read_text()
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
+def new_place(home: Path) -> Place:
     engine, trajectories = (free_port(), free_port()) if BESIDE_OTHERS else (9001, 8000)
     for port in (engine, trajectories):
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}")
-    return Place(tmp_path, engine=engine, trajectories=trajectories)
+    return Place(home, engine=engine, trajectories=trajectories)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return new_place(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def legacy(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Where the first call has ended."""
+    place = new_place(tmp_path_factory.mktemp("legacy"))
+    place.run(legacy_commands(LEGACY_STEPS[0]))
+    return place
+
+
+def legacy_commands(num_steps: int) -> str:
+    return commands("none").replace(f"--training-steps {NUM_STEPS}", f"--training-steps {num_steps}")
 
 
 def steps(folder: Path) -> list[dict]:
@@ -151,20 +167,24 @@ def test_single_copy(place: Place) -> None:
     assert (saved / "final_model").resolve() == (saved / f"step_{NUM_STEPS}").resolve()
 
 
-def test_legacy_restarts_vllm_and_resumes(place: Place) -> None:
-    first, second = LEGACY_STEPS
-    place.run(commands("none").replace(f"--training-steps {NUM_STEPS}", f"--training-steps {first}"))
-    saved = place.home / "atropos_test" / "checkpoints_legacy"
-    trainer = place.log("trainer_legacy.log")
+def test_legacy_restarts_vllm(legacy: Place) -> None:
+    first, _ = LEGACY_STEPS
+    saved, trainer = legacy.home / "atropos_test" / "checkpoints_legacy", legacy.log("trainer_legacy.log")
     assert trainer.count("[LEGACY] ✓ vLLM restarted: policy version") == first // 10
     assert f"BENCHMARK SUMMARY (none)\n  Steps: {first}\n" in trainer
     assert sorted(path.name for path in saved.glob("step_*")) == [f"step_{n}" for n in range(10, first + 1, 10)]
-    place.run(commands("none").replace(f"--training-steps {NUM_STEPS}", f"--training-steps {second}"))
+    assert changed(saved / "final_model", legacy.model) > 10
+
+
+def test_legacy_goes_on_when_called_again(legacy: Place) -> None:
+    first, second = LEGACY_STEPS
+    saved = legacy.home / "atropos_test" / "checkpoints_legacy"
+    legacy.run(legacy_commands(second))
     resumed = f"[Setup] ✓ Resuming after step {first}\n[2/2] Starting training for {second} steps"
-    assert resumed in place.log("trainer_legacy.log")
+    assert resumed in legacy.log("trainer_legacy.log")
     versions = [(one["step"], one["policy_version"]) for one in steps(saved)]
     assert versions == [(step, step // 10) for step in range(1, second + 1)]
-    assert changed(saved / "final_model", place.model) > 10
+    assert (saved / "final_model").resolve().name == f"step_{second}"
 
 
 def test_lora_swaps_the_adapter(place: Place) -> None:
