@@ -14,7 +14,6 @@ SynclineError
 """
 
 import re
-from collections.abc import Mapping
 
 
 class SynclineError(Exception):
@@ -32,11 +31,10 @@ class ConfigError(SynclineError):
         self.faults = faults
         super().__init__("\n".join(faults))
 
-    def renamed(self, names: Mapping[str, str]) -> "ConfigError":
+    def renamed(self, names: dict[str, str]) -> "ConfigError":
         """The same faults in the names the user gave the values: field → option of the program that asked for them."""
-        fields = "|".join(re.escape(field) for field in sorted(names, key=len, reverse=True))
-        field = re.compile(rf"(?<![\w.])({fields})(?!\w|\.\w)")
-        return ConfigError([field.sub(lambda found: names[found[0]], fault) for fault in self.faults])
+        field = rf"(?<![\w.])({'|'.join(map(re.escape, names))})(?!\w|\.\w)"
+        return ConfigError([re.sub(field, lambda found: names[found[0]], fault) for fault in self.faults])
 
 
 class EngineError(SynclineError):

@@ -20,7 +20,6 @@ from syncline.trajectory.ledger import QueueLimits
 from syncline.trajectory.store import STORE_NAME, TrajectoryStore
 from syncline.trajectory.tenants import Tenants
 
-log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 5
 
 
@@ -88,7 +87,7 @@ def run_tenants(folder: Path, trajectory: Trajectory, *, port: int, token: str |
     as `run_server`."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with Tenants(folder, trajectory, token=token) as tenants, _listen(trajectory.host, port) as listener:
-        log.info("listening on http://%s:%d; groups are kept in %s", trajectory.host, port, folder.absolute())
+        logging.getLogger(__name__).info("listening on http://%s:%d; groups in %s", trajectory.host, port, folder)
         _Server(tenants, tenants.close).run(sockets=[listener])
 
 
