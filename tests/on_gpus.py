@@ -43,19 +43,22 @@ class Places:
         self.free = dict.fromkeys(gpus, share)
         self._share = share
 
-    def take(self, num_gpus: int, *, alone: bool = False) -> list[str] | None:
-        """The emptiest GPUs; `None` while there are not that many with a place, or with nobody else on them."""
-        wanted = self._share if alone else 1
-        emptiest = sorted((gpu for gpu, left in self.free.items() if left >= wanted), key=lambda gpu: -self.free[gpu])
-        if len(emptiest) < num_gpus:
+    def take(self, job: Job) -> list[str] | None:
+        """The emptiest GPUs; `None` while there are not that many with a place, or without another job."""
+        wanted = self._wanted(job)
+        emptiest = sorted((g for g, places in self.free.items() if places >= wanted), key=lambda gpu: -self.free[gpu])
+        if len(emptiest) < job.num_gpus:
             return None
-        for gpu in emptiest[:num_gpus]:
+        for gpu in emptiest[: job.num_gpus]:
             self.free[gpu] -= wanted
-        return emptiest[:num_gpus]
+        return emptiest[: job.num_gpus]
 
-    def give_back(self, gpus: Iterable[str], *, alone: bool = False) -> None:
+    def give_back(self, job: Job, gpus: Iterable[str]) -> None:
         for gpu in gpus:
-            self.free[gpu] += self._share if alone else 1
+            self.free[gpu] += self._wanted(job)
+
+    def _wanted(self, job: Job) -> int:
+        return self._share if job.alone else 1
 
 
 @dataclass(slots=True)
@@ -147,7 +150,7 @@ class Session:
 
     def _start_those_with_a_place(self) -> None:
         for job in list(self.waiting):
-            if gpus := self.places.take(job.num_gpus, alone=job.alone):
+            if gpus := self.places.take(job):
                 self.waiting.remove(job)
                 self.running.append(Attempt.start(job, gpus, self.out, self.caches))
 
@@ -173,7 +176,7 @@ class Session:
             attempt.keep_logs()
         self.running.remove(attempt)
         self.ended.append(attempt)
-        self.places.give_back(attempt.gpus, alone=attempt.job.alone)
+        self.places.give_back(attempt.job, attempt.gpus)
         name, gpus, seconds, verdict, passed, failed, skipped, fault = attempt.row()
         counts = f"{passed} passed, {failed} failed, {skipped} skipped"
         print(f"{name} on {gpus}: {verdict} after {seconds} s, {counts}. {fault}", flush=True)

@@ -10,6 +10,7 @@ from gpu_jobs import Job
 from on_gpus import Places, Session, kill, marked
 from outcomes import chaos_rows, contract_rows
 
+ONE, TWO, ALONE = Job("one", 1, ()), Job("two", 2, ()), Job("alone", 1, (), alone=True)
 TESTS = {
     "passes": "def test_it():\n    assert True\n",
     "fails": (
@@ -65,9 +66,8 @@ def test_every_job_is_in_the_table_and_nothing_it_started_is_left(session: Sessi
 def test_a_job_is_ended_at_its_deadline_and_others_that_wait_are_named(session: Session) -> None:
     session.job_seconds = 0.0
     session.waiting = [job for job in session.waiting if job.name in ("hangs", "wide")]
-    session.places.take(1)
-    session.places.take(1)
-    session.places.take(1)
+    for _ in range(3):
+        session.places.take(ONE)
     session.run(time.monotonic() + 1.0)
     assert [attempt.verdict for attempt in session.ended] == ["stopped: its 0 s were over"]
     assert "not started" in session.report()
@@ -75,25 +75,22 @@ def test_a_job_is_ended_at_its_deadline_and_others_that_wait_are_named(session: 
 
 def test_gpus_are_shared_evenly_and_a_job_gets_different_ones() -> None:
     places = Places(["0", "1"], share=2)
-    assert places.take(2) == ["0", "1"]
-    assert sorted([*(places.take(1) or []), *(places.take(1) or [])]) == ["0", "1"]
-    assert places.take(1) is None
-    places.give_back(["1"])
-    assert places.take(2) is None
-    assert places.take(1) == ["1"]
+    assert places.take(TWO) == ["0", "1"]
+    assert sorted([*(places.take(ONE) or []), *(places.take(ONE) or [])]) == ["0", "1"]
+    assert places.take(ONE) is None
+    places.give_back(ONE, ["1"])
+    assert places.take(TWO) is None
+    assert places.take(ONE) == ["1"]
 
 
-def test_a_job_that_must_be_alone_waits_for_empty_gpus_and_lets_nobody_beside_it() -> None:
-    places = Places(["0", "1"], share=2)
-    beside = places.take(1)
-    assert beside == ["0"]
-    assert places.take(2, alone=True) is None
-    assert places.take(1, alone=True) == ["1"]
-    assert places.take(2) is None
-    places.give_back(["1"], alone=True)
-    places.give_back(beside)
-    assert places.take(2, alone=True) == ["0", "1"]
-    assert places.take(1) is None
+def test_a_job_that_is_alone_has_a_gpu_that_no_other_uses() -> None:
+    places = Places(["0", "1"], share=3)
+    assert places.take(ONE) == ["0"]
+    assert places.take(ALONE) == ["1"]
+    assert places.take(ALONE) is None
+    assert places.take(ONE) == ["0"]
+    places.give_back(ALONE, ["1"])
+    assert places.take(ONE) == ["1"]
 
 
 def test_only_processes_with_the_mark_are_ended() -> None:
