@@ -50,10 +50,11 @@ class Load:
 
 
 @contextmanager
-def running(url: str, num_requests: int) -> Iterator[Load]:
+def running(url: str, num_requests: int, *, max_tokens: int = MAX_TOKENS) -> Iterator[Load]:
     """The block runs while the requests do; afterwards `Load.arrivals` is known."""
     load = Load()
-    process = subprocess.Popen(_argv([url], num_requests), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    argv = [*_argv([url], num_requests), "--max-tokens", str(max_tokens)]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         if process.stdout.readline().strip() != "running":
@@ -90,21 +91,21 @@ async def _take_turns(urls: Sequence[str], num_requests: int, turns: int) -> lis
     return speeds
 
 
-async def _ask_until_closed(url: str, num_requests: int) -> list[list[float]]:
-    async with _streams(url, num_requests) as arrivals:
+async def _ask_until_closed(url: str, num_requests: int, max_tokens: int) -> list[list[float]]:
+    async with _streams(url, num_requests, max_tokens) as arrivals:
         print("running", flush=True)
         await asyncio.to_thread(sys.stdin.read)
     return arrivals
 
 
 @asynccontextmanager
-async def _streams(url: str, num_requests: int) -> AsyncIterator[list[list[float]]]:
+async def _streams(url: str, num_requests: int, max_tokens: int = MAX_TOKENS) -> AsyncIterator[list[list[float]]]:
     """When each stream's tokens arrived, from the moment on that every one has had its first."""
     arrivals: list[list[float]] = [[] for _ in range(num_requests)]
     limits = httpx.Limits(max_connections=num_requests)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_SECONDS, limits=limits) as http:
         model = (await http.get("/v1/models")).json()["data"][0]["id"]
-        streams = [asyncio.create_task(_stream(http, model, arrived)) for arrived in arrivals]
+        streams = [asyncio.create_task(_stream(http, model, max_tokens, arrived)) for arrived in arrivals]
         while not all(arrivals):
             await asyncio.sleep(0.05)
             for stream in streams:
@@ -116,8 +117,8 @@ async def _streams(url: str, num_requests: int) -> AsyncIterator[list[list[float
         await asyncio.gather(*streams, return_exceptions=True)
 
 
-async def _stream(http: httpx.AsyncClient, model: str, arrived: list[float]) -> None:
-    asked = {"model": model, "prompt": PROMPT, "max_tokens": MAX_TOKENS, "ignore_eos": True, "stream": True}
+async def _stream(http: httpx.AsyncClient, model: str, max_tokens: int, arrived: list[float]) -> None:
+    asked = {"model": model, "prompt": PROMPT, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     while True:
         async with http.stream("POST", "/v1/completions", json=asked) as response:
             response.raise_for_status()
@@ -129,12 +130,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Streams completions until its input closes.")
     parser.add_argument("--url", nargs="+", required=True)
     parser.add_argument("--requests", type=int, required=True)
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
     parser.add_argument("--turns", type=int)
     args = parser.parse_args()
     asked = (
         _take_turns(args.url, args.requests, args.turns)
         if args.turns
-        else _ask_until_closed(args.url[0], args.requests)
+        else _ask_until_closed(args.url[0], args.requests, args.max_tokens)
     )
     json.dump(asyncio.run(asked), sys.stdout)
     return 0

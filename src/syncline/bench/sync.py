@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from syncline.bench.engine import START_SECONDS, Server, Started, own_cache, serve
-from syncline.bench.load import decode_in_turns, running
+from syncline.bench.load import MAX_TOKENS, decode_in_turns, running
 from syncline.config import RunConfig, resolve
 from syncline.engines.client import EngineController
 from syncline.learner.model import load_model
@@ -36,6 +36,9 @@ TURNS = 6
 """Of each engine whose decoding is compared; the first ones warm up."""
 BETWEEN_SECONDS = 0.3
 """From one publish to the next while requests run."""
+ADAPTED_TOKENS, BETWEEN_ADAPTERS_SECONDS = 64, 1.0
+"""The same where an adapter moves, and its requests' length: each ends under the adapter it began with, and the second
+publish after it waits for that."""
 LONG_SECONDS = 25.0
 """After which, of one kind, no publish is begun beyond the first `FEWEST`."""
 FEWEST = 5
@@ -199,7 +202,10 @@ def _publishes(
             tell(result)
     result.busy[frozen_kv] = busy = Busy()
     windows: list[tuple[float, float]] = []
-    with running(engine.url, case.num_requests) as load:
+    max_tokens, between = (
+        (ADAPTED_TOKENS, BETWEEN_ADAPTERS_SECONDS) if case.lora_rank else (MAX_TOKENS, BETWEEN_SECONDS)
+    )
+    with running(engine.url, case.num_requests, max_tokens=max_tokens) as load:
         time.sleep(WARM_UP_SECONDS + STEADY_SECONDS)
         with _timed() as during:
             for _ in _repeated(case.publishes):
@@ -207,7 +213,7 @@ def _publishes(
                     busy.reports.append(publish())
                 windows.append((window[0], window[1]))
                 tell(result)
-                time.sleep(BETWEEN_SECONDS)
+                time.sleep(between)
     busy.decode = load.tokens_per_second(*during)
     busy.pauses = [pause for window in windows for pause in load.pauses(*window)]
     if publish.device.type == "cuda":
