@@ -69,12 +69,17 @@ class Seen:
 class Wire(Protocol):
     """How groups go in and batches come out; `pull` answers with the number of groups."""
 
+    dropped: int
+    """Groups that were too old for the trainer when their turn came, known after a pull without a batch."""
+
     async def begin(self) -> None: ...
     async def push(self, client: int) -> None: ...
     async def pull(self) -> int: ...
 
 
 class AtroposTraffic:
+    dropped = 0
+
     def __init__(self, http: httpx.AsyncClient, traffic: Traffic) -> None:
         self._http, self._traffic = http, traffic
         self._bodies = itertools.cycle([gzip.compress(scored_data(traffic, seed)) for seed in range(NUM_BODIES)])
@@ -100,7 +105,7 @@ class OwnTraffic:
     def __init__(self, http: httpx.AsyncClient, traffic: Traffic) -> None:
         self._http, self._traffic = http, traffic
         self._bodies = itertools.cycle([own_group(traffic, seed) for seed in range(NUM_BODIES)])
-        self._step = 0
+        self._step = self.dropped = 0
 
     async def begin(self) -> None:
         await self._post("/start", learner="b", policy_version=0, step=0)
@@ -121,6 +126,8 @@ class OwnTraffic:
             self._step += 1
             await self._post("/acknowledge", learner="b", group_ids=ids, step=self._step, policy_version=self._step)
             await self._post("/commit", learner="b", step=self._step)
+        else:
+            self.dropped = _good(await self._http.get("/status")).json()["counters"]["stale"]
         return len(ids)
 
     async def _post(self, path: str, **body: Any) -> httpx.Response:
@@ -190,14 +197,17 @@ async def drive(way: Wire, traffic: Traffic, pid: int) -> Seen:
                 seen.rss.append(rss_bytes(pid))
 
     async def trainer() -> None:
+        """Until every group is served, or all are in and those left are less than a batch."""
         while seen.served < traffic.groups:
-            asked = time.perf_counter()
+            asked, all_in, dropped = time.perf_counter(), seen.accepted == traffic.groups, way.dropped
             found = await way.pull()
+            for _ in range(found + way.dropped - dropped):
+                room.release()
             if found:
                 seen.batch_seconds.append(time.perf_counter() - asked)
                 seen.served += found
-                for _ in range(found):
-                    room.release()
+            elif all_in:
+                break
             else:
                 await asyncio.sleep(0.02)
 

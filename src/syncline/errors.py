@@ -13,6 +13,8 @@ SynclineError
 └── ProcessDied            a supervised process ended when it should not have
 """
 
+import re
+
 
 class SynclineError(Exception):
     """Base of all; the command line prints its message without a traceback."""
@@ -28,6 +30,11 @@ class ConfigError(SynclineError):
     def __init__(self, faults: list[str]) -> None:
         self.faults = faults
         super().__init__("\n".join(faults))
+
+    def renamed(self, names: dict[str, str]) -> "ConfigError":
+        """The same faults in the names the user gave the values: field → option of the program that asked for them."""
+        field = rf"(?<![\w.])({'|'.join(map(re.escape, names))})(?!\w|\.\w)"
+        return ConfigError([re.sub(field, lambda found: names[found[0]], fault) for fault in self.faults])
 
 
 class EngineError(SynclineError):

@@ -2,7 +2,7 @@
 
 They run in a shell of their own, with a small model in place of the one they name. What ends processes by name is left
 out, and their pauses are shortened: our parts wait for each other. A pause of a minute is one for vLLM to load, so it
-lasts until that answers.
+lasts until that answers. Where `tests/on_gpus.py` runs them beside each other, each has ports of its own.
 """
 
 import json
@@ -16,25 +16,29 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from boxing_model import make_boxing_model, write_gsm8k
-from real_engine import visible_gpu
+from on_gpus import MARK
+from real_engine import free_port, visible_gpu
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "tests" / "golden" / "example_trainer_commands.md").read_text()
-ENGINE, TRAJECTORIES = "http://127.0.0.1:9001", "http://127.0.0.1:8000"
+BESIDE_OTHERS = MARK in os.environ
 SLEEP = f"""#!{sys.executable}
 import sys, time, urllib.request
 deadline = time.monotonic() + 300
 while float(sys.argv[1]) >= 60 and time.monotonic() < deadline:
     try:
-        urllib.request.urlopen("{ENGINE}/health", timeout=5)
+        urllib.request.urlopen("http://127.0.0.1:ENGINE/health", timeout=5)
         break
     except OSError:
         time.sleep(0.2)
 """
 NUM_STEPS = 100
+LEGACY_STEPS = (10, 20) if BESIDE_OTHERS else (20, 30)
+"""Of the first and the second call; each starts vLLM, and again every 10 steps, which on a GPU takes a minute."""
 
 
 def section(mode: str) -> str:
@@ -47,11 +51,21 @@ def commands(mode: str) -> str:
     return re.sub(r"^pkill .*\n", "", "\n".join(blocks), flags=re.MULTILINE)
 
 
+def on_ports(script: str, engine: int, trajectories: int) -> str:
+    """As they stand, where the ports are those of the documents; else with the options that name others."""
+    if trajectories != 8000:
+        url = f"http://localhost:{trajectories}"
+        script = script.replace("gsm8k_server.py serve", f"gsm8k_server.py serve --env.rollout_server_url {url}")
+        script = script.replace("example_trainer/grpo.py", f"example_trainer/grpo.py --atropos-url {url}")
+    return script.replace("9001", str(engine))
+
+
 class Place:
     """A home with the recipe in it, a shell's tools, and what the commands leave there."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, engine: int, trajectories: int) -> None:
         self.home = home
+        self.ports = (engine, trajectories)
         self.folder = home / "atropos_stuff" / "atropos"
         self.folder.mkdir(parents=True)
         for name in ("example_trainer", "environments"):
@@ -60,7 +74,10 @@ class Place:
         self.model = make_boxing_model(home / "model")
         self._tools = home / "bin"
         self._tools.mkdir()
-        for name, text in (("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'), ("sleep", SLEEP)):
+        for name, text in (
+            ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'),
+            ("sleep", SLEEP.replace("ENGINE", str(engine))),
+        ):
             (self._tools / name).write_text(text)
             (self._tools / name).chmod(0o755)
         self._logdir = home / "atropos_test"
@@ -69,7 +86,9 @@ class Place:
         """Runs it as a shell does, and ends by pid what it left in the background; what it printed."""
         script = re.sub(r"Qwen/Qwen2\.5-\w+-Instruct", str(self.model), script)
         script = script.replace("/tmp/atropos_test", str(self._logdir))
-        script = re.sub(r"(?<=CUDA_VISIBLE_DEVICES=)\d", lambda gpu: visible_gpu(int(gpu[0])), script)  # of this test's
+        gpus = max(1, torch.cuda.device_count())  # of this test's
+        script = re.sub(r"(?<=CUDA_VISIBLE_DEVICES=)\d", lambda gpu: visible_gpu(int(gpu[0]) % gpus), script)
+        script = on_ports(script, *self.ports)
         assert "pkill" not in script
         environment = os.environ | {"HOME": str(self.home), "PATH": f"{self._tools}:{os.environ['PATH']}"}
         shell = subprocess.Popen(
@@ -90,12 +109,29 @@ class Place:
         return found.read_text()
 
 
+def new_place(home: Path) -> Place:
+    engine, trajectories = (free_port(), free_port()) if BESIDE_OTHERS else (9001, 8000)
+    for port in (engine, trajectories):
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{port}")
+    return Place(home, engine=engine, trajectories=trajectories)
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    for url in (ENGINE, TRAJECTORIES):
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(url)
-    return Place(tmp_path)
+    return new_place(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def legacy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, str]:
+    """Where the first call has ended, and what its trainer said."""
+    place = new_place(tmp_path_factory.mktemp("legacy"))
+    place.run(legacy_commands(LEGACY_STEPS[0]))
+    return place, place.log("trainer_legacy.log")
+
+
+def legacy_commands(num_steps: int) -> str:
+    return commands("none").replace(f"--training-steps {NUM_STEPS}", f"--training-steps {num_steps}")
 
 
 def steps(folder: Path) -> list[dict]:
@@ -114,7 +150,7 @@ def test_single_copy(place: Place) -> None:
     server, trainer, saved = place.log("vllm.log"), place.log("trainer.log"), place.folder / "trained_model_checkpoints"
     bridge = json.loads((place.folder / "vllm_bridge_config.json").read_text())
     num_params, num_handles = len(bridge["param_names"]), sum(len(rank["storages"]) for rank in bridge["ipc_handles"])
-    assert "Uvicorn running on http://127.0.0.1:9001" in server
+    assert f"Uvicorn running on http://127.0.0.1:{place.ports[0]}" in server
     assert f"[vLLM Patch] Exported {num_handles} IPC handles for single-copy mode" in server
     assert f"[vLLM Patch] ✓ Exported {num_params} params to " in printed  # of the `grep`
     assert f"[Setup] ✓ Attached {num_params} tensors to vLLM's shared memory" in trainer
@@ -131,19 +167,25 @@ def test_single_copy(place: Place) -> None:
     assert (saved / "final_model").resolve() == (saved / f"step_{NUM_STEPS}").resolve()
 
 
-def test_legacy_restarts_vllm_and_resumes(place: Place) -> None:
-    script = commands("none").replace(f"--training-steps {NUM_STEPS}", "--training-steps 20")
-    place.run(script)
+def test_legacy_restarts_vllm(legacy: tuple[Place, str]) -> None:
+    first, (place, trainer) = LEGACY_STEPS[0], legacy
     saved = place.home / "atropos_test" / "checkpoints_legacy"
-    trainer = place.log("trainer_legacy.log")
-    assert trainer.count("[LEGACY] ✓ vLLM restarted: policy version") == 2
-    assert "BENCHMARK SUMMARY (none)\n  Steps: 20\n" in trainer
-    assert [one["policy_version"] for one in steps(saved)] == [0] * 9 + [1] * 10 + [2]
-    assert sorted(path.name for path in saved.glob("step_*")) == ["step_10", "step_20"]
-    place.run(script.replace("--training-steps 20", "--training-steps 30"))
-    assert "[Setup] ✓ Resuming after step 20\n[2/2] Starting training for 30 steps" in place.log("trainer_legacy.log")
-    assert [one["step"] for one in steps(saved)] == list(range(1, 31))
-    assert changed(saved / "final_model", place.model) > 10
+    assert trainer.count("[LEGACY] ✓ vLLM restarted: policy version") == first // 10
+    assert f"BENCHMARK SUMMARY (none)\n  Steps: {first}\n" in trainer
+    assert {f"step_{n}" for n in range(10, first + 1, 10)} <= {path.name for path in saved.glob("step_*")}
+    assert changed(saved / f"step_{first}", place.model) > 10
+
+
+def test_legacy_goes_on_when_called_again(legacy: tuple[Place, str]) -> None:
+    (first, second), (place, _) = LEGACY_STEPS, legacy
+    saved = place.home / "atropos_test" / "checkpoints_legacy"
+    place.run(legacy_commands(second))
+    resumed = f"[Setup] ✓ Resuming after step {first}\n[2/2] Starting training for {second} steps"
+    assert resumed in place.log("trainer_legacy.log")
+    versions = [(one["step"], one["policy_version"]) for one in steps(saved)]
+    assert versions == [(step, step // 10) for step in range(1, second + 1)]
+    assert sorted(path.name for path in saved.glob("step_*")) == [f"step_{n}" for n in range(10, second + 1, 10)]
+    assert (saved / "final_model").resolve().name == f"step_{second}"
 
 
 def test_lora_swaps_the_adapter(place: Place) -> None:

@@ -10,9 +10,15 @@ from gpu_jobs import Job
 from on_gpus import Places, Session, kill, marked
 from outcomes import chaos_rows, contract_rows
 
+ONE, TWO, ALONE = Job("one", 1, ()), Job("two", 2, ()), Job("alone", 1, (), alone=True)
 TESTS = {
     "passes": "def test_it():\n    assert True\n",
-    "fails": "def test_first():\n    assert 1 + 1 == 3, 'one and one'\n\ndef test_second():\n    pass\n",
+    "fails": (
+        "def test_first(tmp_path):\n"
+        "    (tmp_path / 'engine.log').write_text('the engine said why')\n"
+        "    assert 1 + 1 == 3, 'one and one'\n\n"
+        "def test_second():\n    pass\n"
+    ),
     "hangs": (
         "import os, subprocess, time\n\n"
         "def test_done():\n    pass\n\n"
@@ -50,6 +56,8 @@ def test_every_job_is_in_the_table_and_nothing_it_started_is_left(session: Sessi
     assert rows["passes"][4:8] == ["ok", "1", "0", "0"]
     assert rows["fails"][4:8] == ["exit 1", "1", "1", "0"]
     assert rows["fails"][8].startswith("test_first: AssertionError: one and one")
+    assert "engine.log\nthe engine said why" in (session.out / "fails.processes.log").read_text()
+    assert not (session.out / "passes.processes.log").exists()
     assert rows["hangs"][4:6] == ["stopped", "1"]
     assert rows["wide"][2].startswith("2 (")
     assert not session.passed()
@@ -58,9 +66,8 @@ def test_every_job_is_in_the_table_and_nothing_it_started_is_left(session: Sessi
 def test_a_job_is_ended_at_its_deadline_and_others_that_wait_are_named(session: Session) -> None:
     session.job_seconds = 0.0
     session.waiting = [job for job in session.waiting if job.name in ("hangs", "wide")]
-    session.places.take(1)
-    session.places.take(1)
-    session.places.take(1)
+    for _ in range(3):
+        session.places.take(ONE)
     session.run(time.monotonic() + 1.0)
     assert [attempt.verdict for attempt in session.ended] == ["stopped: its 0 s were over"]
     assert "not started" in session.report()
@@ -68,12 +75,22 @@ def test_a_job_is_ended_at_its_deadline_and_others_that_wait_are_named(session: 
 
 def test_gpus_are_shared_evenly_and_a_job_gets_different_ones() -> None:
     places = Places(["0", "1"], share=2)
-    assert places.take(2) == ["0", "1"]
-    assert sorted([*(places.take(1) or []), *(places.take(1) or [])]) == ["0", "1"]
-    assert places.take(1) is None
-    places.give_back(["1"])
-    assert places.take(2) is None
-    assert places.take(1) == ["1"]
+    assert places.take(TWO) == ["0", "1"]
+    assert sorted([*(places.take(ONE) or []), *(places.take(ONE) or [])]) == ["0", "1"]
+    assert places.take(ONE) is None
+    places.give_back(ONE, ["1"])
+    assert places.take(TWO) is None
+    assert places.take(ONE) == ["1"]
+
+
+def test_a_job_that_is_alone_has_a_gpu_that_no_other_uses() -> None:
+    places = Places(["0", "1"], share=3)
+    assert places.take(ONE) == ["0"]
+    assert places.take(ALONE) == ["1"]
+    assert places.take(ALONE) is None
+    assert places.take(ONE) == ["0"]
+    places.give_back(ALONE, ["1"])
+    assert places.take(ONE) == ["1"]
 
 
 def test_only_processes_with_the_mark_are_ended() -> None:

@@ -12,10 +12,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
 from syncline.cli import main as syncline
+from syncline.config import resolve
 from syncline.errors import ConfigError
 
 PATIENCE_SECONDS = 24 * 3600
@@ -33,6 +35,14 @@ REFUSED = {
     "config": (None, "give the options themselves"),
 }
 """Option → the value that asks for nothing, and what to do instead."""
+OPTIONS = {
+    "run.rollouts_per_group": "--env.group_size",
+    "model.max_length": "--env.max_token_length",
+    "sampling.max_tokens": "--env.max_token_length - 1",
+    "environments.0.concurrency": "--env.max_num_workers",
+    "evaluation.num_tasks": "--num-tasks",
+}
+"""Field of the configuration → what sets it here, for messages."""
 
 
 def truth(text: str) -> bool:
@@ -69,6 +79,11 @@ def run_values(options: dict[str, Any]) -> dict[str, Any]:
     faults = [
         f"--{name} {options[name]}: {remedy}" for name, (value, remedy) in REFUSED.items() if options[name] != value
     ]
+    for name in ("openai.base_url", "env.rollout_server_url"):
+        if not is_http(options[name]):
+            faults.append(f"--{name} {options[name]}: is no http://host:port")
+    if options["verb"] == "process" and options["env.total_steps"] < 1:
+        faults.append(f"--env.total_steps {options['env.total_steps']}: makes no group; give 1 or more")
     if faults:
         raise ConfigError(faults)
     length = options["env.max_token_length"]
@@ -88,6 +103,14 @@ def run_values(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_http(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is no number
+        return False
+
+
 def command(options: dict[str, Any], file: str) -> list[str]:
     """The verb of `syncline` that does it."""
     engine = ["--engine-url", options["openai.base_url"].rstrip("/").removesuffix("/v1")]
@@ -104,8 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(argv))
     try:
         values = run_values(options)
+        resolve(values)
     except ConfigError as error:
-        print(f"gsm8k_server.py: {error}", file=sys.stderr)
+        print(f"gsm8k_server.py: {error.renamed(OPTIONS)}", file=sys.stderr)
         return error.exit_code
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "gsm8k.yaml"

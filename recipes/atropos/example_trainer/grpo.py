@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trainer_flags import OWN_ENGINE, address, parser, run_values
+from trainer_flags import FLAGS, OWN_ENGINE, address, parser, run_values
 
 from syncline.config import RunConfig, resolve
 from syncline.config.rules import LOOPBACK
 from syncline.errors import ConfigError, SynclineError
 from syncline.launch.plan import Machine, ProcessSpec, plan, url, wanted_ports
 from syncline.launch.ports import lease_ports
-from syncline.launch.run_folder import LOCK_FILE, claim
+from syncline.launch.run_folder import LOCK_FILE, claim, config_text
 from syncline.launch.supervisor import Interrupted, Supervisor
 from syncline.observe.files import CONFIG_FILE, read_lines
 from syncline.observe.sinks import METRICS_FILE
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = resolve(run_values(args))
         _train(config, args)
     except (SynclineError, Interrupted) as error:
-        print(f"grpo.py: {error}", file=sys.stderr)
+        told = error.renamed(FLAGS) if isinstance(error, ConfigError) else error
+        print(f"grpo.py: {told}", file=sys.stderr)
         return error.exit_code
     _name_the_last(config)
     if args.benchmark:
@@ -52,11 +53,20 @@ def _train(config: RunConfig, args: argparse.Namespace) -> None:
     started = processes(config, args, Machine.here(), serves=serves)
     ports = {port for spec in started for port in spec.ports}
     wanted = {field: address for field, address in wanted_ports(config).items() if address[1] in ports}
-    resume = (folder / LOCK_FILE).exists() and (folder / CONFIG_FILE).exists()
-    with lease_ports(wanted), claim(config, resume=resume, overwrite=False) as claimed:
+    resume = goes_on(config)
+    with lease_ports(wanted), claim(config, resume=resume, overwrite=(folder / CONFIG_FILE).exists()) as claimed:
         print(f"[Trainer] Atropos API: {args.atropos_url}, {'served by this trainer' if serves else 'already there'}")
         with Supervisor(started, folder=folder, show=show, lock_fd=claimed.lock_fd) as supervisor:
             supervisor.run()
+
+
+def goes_on(config: RunConfig) -> bool:
+    """Whether --save-path has a run to go on with. One that trained no step is begun anew when its flags change."""
+    folder = Path(config.run.dir)
+    if not (folder / LOCK_FILE).exists() or not (folder / CONFIG_FILE).exists():
+        return False
+    same = (folder / CONFIG_FILE).read_text() == config_text(config)
+    return same or bool(read_lines(folder / METRICS_FILE))
 
 
 def processes(

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from trainer_flags import FLAGS
+
 from syncline.cli.train import add_arguments, learn
 from syncline.config import RunConfig, load
-from syncline.errors import SynclineError
+from syncline.errors import ConfigError, SynclineError
 from syncline.learner.loop import Parts, publishes_after
 from syncline.observe.sinks import MultiSink
 from syncline.types import RolloutGroup
@@ -65,7 +67,8 @@ def main() -> int:
     try:
         return learn(config, args, watch=watch)
     except SynclineError as error:
-        print(f"grpo.py: {error}", file=sys.stderr)
+        told = error.renamed(FLAGS) if isinstance(error, ConfigError) else error
+        print(f"grpo.py: {told}", file=sys.stderr)
         return error.exit_code
 
 

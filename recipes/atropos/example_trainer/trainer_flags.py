@@ -41,6 +41,41 @@ ALWAYS_REFUSED: dict[str, tuple[Any, str]] = {
     "distill_temperature": (None, _DISTILLED),
 }
 """Flag → the one value that asks for nothing, and what to do instead."""
+FLAGS = {
+    "run.dir": "--save-path",
+    "run.num_steps": "--training-steps",
+    "run.groups_per_step": "--batch-size x --gradient-accumulation-steps / --group-size",
+    "run.rollouts_per_group": "--group-size",
+    "run.max_staleness": "--max-staleness",
+    "model.path": "--model-name",
+    "model.dtype": "--dtype",
+    "model.max_length": "--seq-len",
+    "model.lora": "--weight-bridge-mode, --lora-*",
+    "model.lora.rank": "--lora-r",
+    "model.lora.alpha": "--lora-alpha",
+    "model.lora.dropout": "--lora-dropout",
+    "model.lora.target_modules": "--lora-target-modules",
+    "sampling.max_tokens": "--seq-len - 1",
+    "engine.port": "--vllm-port",
+    "engine.device": "--device",
+    "engine.devices": "--vllm-gpu",
+    "engine.gpu_memory_utilization": "--gpu-memory-utilization",
+    "trajectory.port": "--atropos-url",
+    "learner.device": "--device",
+    "learner.devices": "--device",
+    "learner.token_budget": "--batch-size x --seq-len",
+    "learner.checkpoint_interval": "--checkpoint-interval",
+    "learner.num_checkpoints": "--training-steps",
+    "learner.loss.clip_low": "--clip-eps",
+    "learner.loss.clip_high": "--clip-eps",
+    "learner.loss.kl_coef": "--kl-coef",
+    "learner.optimizer.learning_rate": "--lr",
+    "learner.optimizer.num_warmup_steps": "--warmup-steps",
+    "learner.optimizer.moments": "--optimizer",
+    "bridge.name": "--weight-bridge-mode",
+    "bridge.interval": "--vllm-restart-interval",
+}
+"""Field of the configuration → what sets it here, for messages."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -145,7 +180,9 @@ def faults(args: argparse.Namespace) -> list[str]:
     if args.dtype == "float16":
         found.append("--dtype float16: gradients under- and overflow without loss scaling; use bfloat16")
     sequences = args.batch_size * args.gradient_accumulation_steps
-    if args.group_size < 2 or sequences % args.group_size:
+    if args.vllm_restart_interval < 1:
+        found.append(f"--vllm-restart-interval {args.vllm_restart_interval}: steps between syncs; give 1 or more")
+    if args.group_size < 2 or sequences < 1 or sequences % args.group_size:
         found.append(
             f"--group-size {args.group_size}: a step trains --batch-size x --gradient-accumulation-steps = {sequences} "
             "sequences, which are whole groups of 2 or more; change one of the three"
@@ -219,7 +256,9 @@ def _learner(args: argparse.Namespace, interval: int) -> dict[str, Any]:
 
 
 def _device(args: argparse.Namespace) -> dict[str, Any]:
-    kind, _, index = args.device.partition(":")
+    kind, colon, index = args.device.partition(":")
+    if colon and not index.isdigit():
+        raise ConfigError([f"--device {args.device}: write cuda, cuda:N or cpu"])
     return {"device": kind, **({"devices": [int(index)]} if index else {})}
 
 
@@ -256,7 +295,10 @@ def _listening(host: str, port: int) -> dict[str, Any]:
 def address(atropos_url: str) -> tuple[str, int]:
     """Raises `ConfigError`."""
     parts = urlsplit(atropos_url)
-    if parts.scheme != "http" or not parts.hostname:
+    try:
+        port = parts.port or 80
+    except ValueError:
+        port = 0
+    if parts.scheme != "http" or not parts.hostname or not port:
         raise ConfigError([f"--atropos-url {atropos_url}: is no http://host:port"])
-    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
-    return host, parts.port or 80
+    return "127.0.0.1" if parts.hostname == "localhost" else parts.hostname, port

@@ -27,6 +27,15 @@ REFUSED = {
     "data_parallel_size": "start one server a replica, or use `syncline run` with engine.num_replicas",
 }
 """Option of vLLM's or the original's → what to do instead."""
+OPTIONS = {
+    "model.path": "--model",
+    "model.max_length": "--max-model-len",
+    "engine.host": "--host",
+    "engine.max_num_seqs": "--max-num-seqs",
+    "engine.gpu_memory_utilization": "--gpu-memory-utilization",
+    "engine.tensor_parallel_size": "--tensor-parallel-size",
+}
+"""Field of the configuration → what sets it here, for messages. `engine.extra.a_b` is vLLM's --a-b."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True)
     p.add_argument("--host", default="127.0.0.1")
     p.add_argument("--port", type=int, default=9001)
-    p.add_argument("--log-level", help="of vLLM's own lines: debug, info, warning")
+    p.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="of vLLM's own lines")
     p.add_argument("--tokenizer")
     p.add_argument("--dtype", choices=("bfloat16", "float32", "float16", "auto"), default="bfloat16")
     p.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -51,12 +60,14 @@ def parser() -> argparse.ArgumentParser:
 def run_values(args: argparse.Namespace, extra: Mapping[str, Any], *, shares: bool) -> dict[str, Any]:
     """The engine's configuration as plain values. Raises `ConfigError` naming options."""
     faults = [f"--{name.replace('_', '-')} {extra[name]}: {REFUSED[name]}" for name in extra if name in REFUSED]
+    if not 0 < args.port < 1 << 16:
+        faults.append(f"--port {args.port}: is no port; give 1 to 65535")
     if args.dtype == "float16":
         faults.append("--dtype float16: the learner trains bfloat16 or float32 weights; use bfloat16")
     if faults:
         raise ConfigError(faults)
     ranks = args.tensor_parallel_size
-    stages = int(extra.get("pipeline_parallel_size", 1))
+    stages = _number("--pipeline-parallel-size", extra.get("pipeline_parallel_size", "1"))
     on = {"tensor_parallel_size": ranks, "devices": list(range(ranks * stages))}
     used = args.gpu_memory_utilization or (0.45 if shares else 0.9)
     engine = {"host": args.host, **on, "gpu_memory_utilization": used}
@@ -99,7 +110,14 @@ def passed_through(words: Sequence[str]) -> dict[str, Any]:
 
 def shares_weights(environment: Mapping[str, str]) -> bool:
     asked = environment.get("VLLM_ENABLE_SHARED_WEIGHTS") == "1"
-    return asked or int(environment.get("NUM_INFERENCE_NODES", "-1")) >= 0
+    return asked or _number("NUM_INFERENCE_NODES", environment.get("NUM_INFERENCE_NODES", "-1")) >= 0
+
+
+def _number(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError([f"{name}: {text!r} is not a whole number"]) from None
 
 
 def promised(line: str) -> None:
@@ -111,11 +129,12 @@ def promised(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser().parse_known_args(argv)
-    shares = shares_weights(os.environ)
     try:
+        shares = shares_weights(os.environ)
         return _serve(resolve(run_values(args, passed_through(rest), shares=shares)), args, shares=shares)
     except SynclineError as error:
-        print(f"vllm_api_server.py: {error}", file=sys.stderr)
+        told = error.renamed(OPTIONS) if isinstance(error, ConfigError) else error
+        print(f"vllm_api_server.py: {told}", file=sys.stderr)
         return error.exit_code
 
 

@@ -8,6 +8,7 @@ skipped, because whatever lies further down the order is older still.
 """
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -22,6 +23,7 @@ import torch
 from syncline.bridges.handles import Origin, refuse_stranger
 from syncline.errors import SyncError
 
+log = logging.getLogger(__name__)
 FILE_NAME = "vllm_bridge_config.json"
 POLL_SECONDS = 0.5
 AUTO = "auto"
@@ -103,6 +105,8 @@ def find_bridge_file(
     of this rank of the learner."""
     searched = search_order(explicit)
     path = _first_there(searched)
+    if path is None and patience_seconds:
+        log.info("no %s yet; waiting %g s for an engine that shares weights", searched[0].absolute(), patience_seconds)
     for _ in range(math.ceil(patience_seconds / POLL_SECONDS)):
         if path is not None:
             break
@@ -111,8 +115,8 @@ def find_bridge_file(
     if path is None:
         told = "\n".join(f"  {path.absolute()}" for path in searched)
         raise SyncError(
-            f"no {FILE_NAME}; looked for\n{told}\nstart the engine with bridge.name = shared and --bridge-config, and "
-            "LOGDIR set alike for both, or give --bridge-config its path"
+            f"no {FILE_NAME}; looked for\n{told}\nstart the engine with bridge.name = shared and --bridge-config "
+            "(vllm_api_server.py: VLLM_ENABLE_SHARED_WEIGHTS=1), LOGDIR alike for both, or give its path"
         )
     found = _read(path)
     if found.model != model:

@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.file, args.overrides)
     if not 0 <= args.index < len(config.environments):
         raise ConfigError([f"--index: {args.index}, but {args.file} has {len(config.environments)} environments"])
+    if args.num_groups < 1:
+        raise ConfigError([f"--num-groups: {args.num_groups} samples nothing; give 1 or more"])
     groups = args.out if args.out.suffix == ".jsonl" else args.out / GROUPS_FILE
     groups.parent.mkdir(parents=True, exist_ok=True)
     with groups.open("wb") as file:

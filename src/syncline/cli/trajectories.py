@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     set_up_logging()
     token = os.environ.get(TOKEN_VARIABLE)
     if bool(args.file) == bool(args.folder):
-        raise ConfigError(["syncline trajectories: takes the run's FILE, or --folder for any run's groups"])
+        raise ConfigError(["FILE, --folder: give one of the two: the run's file, or the folder of any run's groups"])
     if args.folder:
         run_tenants(args.folder, Trajectory(host=args.host or LOOPBACK[0]), port=args.port, token=token)
         return 0

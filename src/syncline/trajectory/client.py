@@ -5,6 +5,7 @@ slowly, until `retry_seconds` have passed; then a `TrajectoryError` says who did
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,6 +17,7 @@ from syncline.protocols import Permit
 from syncline.trajectory import wire
 from syncline.types import RolloutGroup
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = 20.0
 _ANSWER_SECONDS = 30.0
 _COUNTERS = ("stale", "rewound", "failed", "abandoned", "expired_permits", "replaced", "unreplaced")
@@ -44,6 +46,8 @@ class Patience:
         if self._clock() + self._pause > self._deadline:
             raise TrajectoryError(f"{self._what}: no usable answer within {self._retry_seconds:g} s; last: {reason}")
         pause, self._pause = self._pause, min(2.0, 2 * self._pause)
+        if pause < 2.0 <= self._pause:  # once, after some seconds
+            log.warning("%s: %s; trying again for up to %g s", self._what, reason, self._retry_seconds)
         return pause
 
 

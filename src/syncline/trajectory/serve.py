@@ -1,5 +1,6 @@
 """The trajectory server as a process: one socket, one run or several by name, until SIGTERM."""
 
+import logging
 import signal
 import socket
 import sys
@@ -86,6 +87,7 @@ def run_tenants(folder: Path, trajectory: Trajectory, *, port: int, token: str |
     as `run_server`."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with Tenants(folder, trajectory, token=token) as tenants, _listen(trajectory.host, port) as listener:
+        logging.getLogger(__name__).info("listening on http://%s:%d; groups in %s", trajectory.host, port, folder)
         _Server(tenants, tenants.close).run(sockets=[listener])
 
 
@@ -95,9 +97,7 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise TrajectoryError(
-            f"trajectory.port: {host}:{port} cannot be used ({error.strerror}); choose another"
-        ) from error
+    except (OSError, OverflowError) as error:
+        raise TrajectoryError(f"trajectory.port: {host}:{port} cannot be used ({error}); choose another") from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it here: 40 ms an answer
     return listener

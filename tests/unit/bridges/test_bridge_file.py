@@ -45,7 +45,8 @@ def test_what_is_written_is_found_and_opens_the_same_bytes() -> None:
     assert torch.equal(open_views(found.handles[0], device=CPU)["w"].tensor, torch.arange(12.0).view(4, 3))
 
 
-def test_an_engine_that_is_still_loading_is_waited_for() -> None:
+def test_an_engine_that_is_still_loading_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -56,6 +57,7 @@ def test_an_engine_that_is_still_loading_is_waited_for() -> None:
     find = {"model": "m", "device": CPU, "sleep": sleep}
     assert find_bridge_file(AUTO, **find, patience_seconds=60).url == "http://127.0.0.1:1"
     assert sum(slept) == 3 * bridge_file.POLL_SECONDS
+    assert "waiting 60 s for an engine that shares weights" in caplog.text
     with pytest.raises(SyncError, match="no vllm_bridge_config"):
         find_bridge_file("elsewhere", **find, patience_seconds=2)
     assert sum(slept) == 3 * bridge_file.POLL_SECONDS + 2

@@ -118,6 +118,10 @@ def test_view_names_the_line_that_is_no_group(tmp_path: Path, line: str, capsys:
 def test_process_refuses_an_environment_that_is_not_there(config: str, tmp_path: Path, capsys: Capture):
     assert main(["process", config, "--engine-url", "http://x", "--index", "1", "--out", str(tmp_path / "o")]) == 2
     assert "--index: 1, but" in capsys.readouterr().err
+    none = ["process", config, "--engine-url", "http://x", "--num-groups", "0", "--out", str(tmp_path / "o")]
+    assert main(none) == 2
+    assert "--num-groups: 0 samples nothing" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 def test_evaluation_is_filed_under_the_digest_of_what_was_evaluated(

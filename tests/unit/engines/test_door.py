@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from syncline.engines.vllm import compat
-from syncline.engines.vllm.door import salted
+from syncline.engines.vllm.door import engine_behind, salted
 from syncline.engines.vllm.gate import Gate
+from syncline.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,19 @@ def test_requests_before_and_after_a_pause_have_other_salts() -> None:
 
     first, second, third, fourth = asyncio.run(scenario())
     assert first == second != third == fourth
+
+
+def test_a_model_vllm_cannot_load_is_the_users_mistake(tmp_path: Any) -> None:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = compat.server_parts().make_arg_parser(FlexibleArgumentParser())
+
+    async def start() -> None:
+        async with engine_behind(Gate(0), parser.parse_args(["--model", str(tmp_path)])):
+            pass
+
+    with pytest.raises(ConfigError, match=f"model.path: vLLM cannot serve '{tmp_path}' so: "):
+        asyncio.run(start())
 
 
 class Engine:

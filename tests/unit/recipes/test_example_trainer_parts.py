@@ -60,6 +60,21 @@ def test_a_trajectory_server_on_another_machine_is_spoken_to_and_not_started(grp
     assert " ".join(learner.argv[3:]) == "--engine-url http://127.0.0.1:9001 --trajectories-url http://other:8100"
 
 
+def test_a_run_that_trained_nothing_is_begun_anew_under_other_flags(grpo, tmp_path):
+    def config(line: str):
+        return resolve(grpo.run_values(grpo.parser().parse_args(["--save-path", str(tmp_path), *line.split()])))
+
+    mistyped, meant = config("--model no/such"), config("--model m")
+    assert not grpo.goes_on(mistyped)
+    with grpo.claim(mistyped, resume=False, overwrite=False):
+        pass
+    assert grpo.goes_on(mistyped) and not grpo.goes_on(meant)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert grpo.goes_on(meant)
+    with pytest.raises(ConfigError, match="differs from 'no/such'"), grpo.claim(meant, resume=True, overwrite=False):
+        pass
+
+
 def test_logs_go_where_they_were_asked_for(grpo):
     for directory, line in (("there", "--log-dir there"), ("trained_model_checkpoints/logs", "")):
         assert {spec.log.parent for spec in started(grpo, line, serves=True).values()} == {Path(directory)}

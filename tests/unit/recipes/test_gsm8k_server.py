@@ -46,12 +46,24 @@ def test_process_and_evaluate_write_where_they_were_told(server):
         "--env.use_wandb True", "--slurm true", "--testing true", "--env.batch_size 4",
         "--env.max_batches_offpolicy 2", "--env.inference_weight 0.5", "--env.min_batch_allocation 0.1",
         "--env.steps_per_eval 10", "--config file.yaml",
+        "--openai.base_url localhost:9001/v1", "--env.rollout_server_url http://localhost:port",
     ],
 )  # fmt: skip
 def test_what_another_part_decides_is_refused_by_name(server, option):
     with pytest.raises(ConfigError) as refusal:
         server.run_values(options(server, f"serve --openai.model_name m {option}"))
     assert str(refusal.value).startswith(option.split()[0])
+
+
+def test_groups_are_at_least_one(server):
+    with pytest.raises(ConfigError, match=r"--env\.total_steps -1: makes no group"):
+        server.run_values(options(server, "process --openai.model_name m --env.total_steps -1"))
+
+
+@pytest.mark.parametrize("option", ["--env.group_size 0", "--env.max_token_length 1", "--env.max_num_workers 0"])
+def test_what_the_configuration_refuses_is_told_by_option(server, option, capsys):
+    assert server.main(["serve", "--openai.model_name", "m", *option.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"gsm8k_server.py: {option.split()[0]}")
 
 
 def test_a_truth_is_true_or_false(server, capsys):

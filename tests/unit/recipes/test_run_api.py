@@ -19,6 +19,12 @@ from syncline.trajectory.client import TrajectorySource
 from syncline.trajectory.wire import RunTerms
 
 
+def test_a_port_that_is_none_is_refused_by_value(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = [sys.executable, str(RECIPES / "atropos" / "run-api"), "--port", "70000"]
+    assert subprocess.run(argv, cwd=tmp_path, timeout=60, check=False).returncode == 4
+    assert "127.0.0.1:70000 cannot be used" in capfd.readouterr().err
+
+
 @contextmanager
 def run_api(folder: Path) -> Iterator[str]:
     port = free_port()
@@ -41,9 +47,12 @@ def run_api(folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def test_it_serves_trainers_of_the_atropos_api_and_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_serves_trainers_of_the_atropos_api_and_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     grpo = load_recipe("atropos/example_trainer/grpo.py", monkeypatch)
     with run_api(tmp_path) as url:
+        assert f"listening on {url}; groups in atropos_api" in capfd.readouterr().err
         assert httpx.post(f"{url}/register", json=registration(batch_size=2)).status_code == 200
         httpx.get(f"{url}/batch")
         assert httpx.post(f"{url}/scored_data", json=scored(3)).json() == {"status": "received"}

@@ -88,6 +88,10 @@ REFUSED_HERE = {
     "--lora-layer-indices 1": "use --weight-bridge-mode lora_only",
     f"{LORA} --lora-layer-indices 1-x": "write 0-3,28-31",
     "--atropos-url https://host": "is no http://host:port",
+    "--atropos-url http://host:port": "is no http://host:port",
+    "--device cuda:x": "write cuda, cuda:N or cpu",
+    "--vllm-restart-interval 0": "give 1 or more",
+    "--batch-size 0": "--gradient-accumulation-steps = 0 sequences",
 }
 
 
@@ -134,6 +138,26 @@ def test_a_flag_is_refused_where_it_would_do_nothing(flags, line):
     with pytest.raises(ConfigError) as refusal:
         config_of(flags, line)
     assert REFUSED_HERE[line] in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("--training-steps -1", "--training-steps: -1 is not usable"),
+        ("--lr 0", "--lr: 0.0 is not usable"),
+        ("--gpu-memory-utilization 7", "--gpu-memory-utilization: 7.0 is not usable"),
+        ("--vllm-restart-interval 10 --checkpoint-interval 4", "publishes, which are every --vllm-restart-interval"),
+    ],
+)
+def test_what_the_configuration_refuses_is_told_by_flag(flags, line, told):
+    with pytest.raises(ConfigError) as refusal:
+        config_of(flags, line)
+    assert told in str(refusal.value.renamed(flags.FLAGS))
+    known = {option for action in flags.parser()._actions for option in action.option_strings}
+    assert {word for names in flags.FLAGS.values() for word in names.split() if word.startswith("--")} - known == {
+        "--weight-bridge-mode,",
+        "--lora-*",
+    }
 
 
 def test_without_flags_it_trains_as_the_original_did(flags):

@@ -79,11 +79,21 @@ def test_vllms_own_options_go_to_vllm(server):
         ("--data-parallel-size 2", "start one server a replica"),
         ("--dtype float16", "use bfloat16"),
         ("--host 0.0.0.0", "use 127.0.0.1"),
+        ("--port 70000", "give 1 to 65535"),
+        ("--pipeline-parallel-size two", "'two' is not a whole number"),
     ],
 )
 def test_what_it_cannot_do_is_refused_by_name(server, line, remedy):
     with pytest.raises(ConfigError, match=remedy):
         config_of(server, line)
+
+
+def test_what_the_configuration_refuses_is_told_by_option(server, monkeypatch, capsys):
+    assert server.main(["--model", "m", "--gpu-memory-utilization", "90"]) == 2
+    assert capsys.readouterr().err.startswith("vllm_api_server.py: --gpu-memory-utilization: 90.0 is not usable")
+    monkeypatch.setenv("NUM_INFERENCE_NODES", "one")
+    assert server.main(["--model", "m"]) == 2
+    assert "NUM_INFERENCE_NODES: 'one' is not a whole number" in capsys.readouterr().err
 
 
 def test_its_lines_are_those_that_are_looked_for(server, capsys):

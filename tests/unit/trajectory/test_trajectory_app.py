@@ -330,7 +330,7 @@ def sink(answer, time, **options) -> TrajectorySink:
     )
 
 
-def test_a_server_that_is_away_is_tried_again_ever_more_slowly_then_named():
+def test_a_server_that_is_away_is_tried_again_ever_more_slowly_then_named(caplog):
     def refuse(request):
         raise httpx.ConnectError("connection refused")
 
@@ -343,6 +343,8 @@ def test_a_server_that_is_away_is_tried_again_ever_more_slowly_then_named():
     )
     assert time.sleeps[:6] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
     assert 8.0 < time.now <= 10.0
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told.endswith("committing step 3: ConnectError: connection refused; trying again for up to 10 s")
 
 
 def test_a_lease_whose_answer_was_lost_is_asked_for_under_the_same_name():

@@ -79,7 +79,7 @@ class Adapters:
 
     def refuse_without(self) -> None:
         if not self.num_slots:
-            raise EngineError("this engine serves no adapters; set model.lora, and bridge.name to lora or shared")
+            raise EngineError("no adapters are served; set model.lora (--enable-lora), and bridge.name lora or shared")
 
     async def room(self, *, timeout_seconds: float) -> list[int]:
         """Waits until one more fits; the ids to drop for it, no longer held. Raises `EngineTimeout`."""

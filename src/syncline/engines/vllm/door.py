@@ -13,6 +13,7 @@ from typing import Any
 
 from syncline.engines.vllm.gate import Gate, Visit
 from syncline.engines.vllm.plugin import SCHEDULERS
+from syncline.errors import ConfigError
 
 
 @asynccontextmanager
@@ -21,8 +22,11 @@ async def engine_behind(gate: Gate, args: Namespace) -> AsyncIterator[Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    engine_args = AsyncEngineArgs.from_cli_args(args)
-    config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    try:
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"model.path: vLLM cannot serve {args.model!r} so: {error}"]) from error
     if config.scheduler_config.scheduler_cls is None:
         name = "HoldingAsyncScheduler" if config.scheduler_config.async_scheduling else "HoldingScheduler"
         config.scheduler_config.scheduler_cls = f"{SCHEDULERS}.{name}"
