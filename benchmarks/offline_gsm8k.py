@@ -207,11 +207,12 @@ def wait_for(process: subprocess.Popen[bytes], run_dir: Path, num_lines: int) ->
 def counted(kept: bytes, attempts: Path, facts: dict[str, Any]) -> list[str]:
     whole = attempts.read_bytes()
     keys = [json.loads(line)["key"] for line in whole.splitlines()]
+    busy = "not known" if facts["gpu_busy"] is None else f"{facts['gpu_busy']:.0%}"
     same = "byte for byte" if whole.startswith(kept) else "CHANGED"
     return [
         f"called again: {facts['resumed']} kept ({same}), {facts['sampled']} sampled, {len(keys)} in all",
         f"twice: {len(keys) - len(set(keys))}; given back by an engine and sampled again: {facts['sampled_again']}",
-        f"after the kill {facts['tokens_per_second']:,.0f} tokens/s, GPU busy {facts['gpu_busy'] or 0:.0%}",
+        f"after the kill {facts['tokens_per_second']:,.0f} tokens/s, GPU busy {busy}",
     ]
 
 

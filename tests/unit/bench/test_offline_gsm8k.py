@@ -45,9 +45,10 @@ def test_what_a_kill_left_is_counted(program: ModuleType, tmp_path: Path) -> Non
     attempts = tmp_path / "attempts.jsonl"
     attempts.write_bytes(b"".join(lines))
     facts = {"resumed": 2, "sampled": 2, "sampled_again": 0, "tokens_per_second": 1234.5, "gpu_busy": None}
-    kept, again, _ = program.counted(b"".join(lines[:2]), attempts, facts)
+    kept, again, rate = program.counted(b"".join(lines[:2]), attempts, facts)
     assert kept == "called again: 2 kept (byte for byte), 2 sampled, 4 in all"
     assert again.startswith("twice: 1;")
+    assert rate == "after the kill 1,234 tokens/s, GPU busy not known"
     assert "CHANGED" in program.counted(lines[1], attempts, facts)[0]
 
 
