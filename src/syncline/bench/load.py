@@ -133,11 +133,10 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
     parser.add_argument("--turns", type=int)
     args = parser.parse_args()
-    asked = (
-        _take_turns(args.url, args.requests, args.turns)
-        if args.turns
-        else _ask_until_closed(args.url[0], args.requests, args.max_tokens)
-    )
+    if args.turns:
+        asked = _take_turns(args.url, args.requests, args.turns)
+    else:
+        asked = _ask_until_closed(args.url[0], args.requests, args.max_tokens)
     json.dump(asyncio.run(asked), sys.stdout)
     return 0
 

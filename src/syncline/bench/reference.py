@@ -28,12 +28,13 @@ class Reference:
     def __init__(self, *words: str, gpus: Sequence[int]) -> None:
         argv = [sys.executable, "-m", __name__, *words, "--rank"]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._peers = [subprocess.Popen([*argv, str(i)], env=seeing([gpu]), **pipes) for i, gpu in enumerate(gpus)]
+        self._peers: list[Any] = [
+            subprocess.Popen([*argv, str(i)], env=seeing([gpu]), **pipes) for i, gpu in enumerate(gpus)
+        ]
 
     def wait_until_imported(self) -> None:
         """Or dead, which `seconds` tells."""
         for peer in self._peers:
-            assert peer.stdout is not None
             while (line := peer.stdout.readline()) and line.strip() != IMPORTED:
                 pass
 
@@ -41,7 +42,6 @@ class Reference:
         """Of each repetition, once it has begun; `url` is the server's that it asks, if it asks any."""
         try:
             for peer in self._peers:
-                assert peer.stdin is not None
                 peer.stdin.write(f"{url}\n")
                 peer.stdin.flush()
             printed = [peer.communicate(timeout=SECONDS)[0] for peer in self._peers]

@@ -150,18 +150,18 @@ class Result:
     """Device memory this process holds for weights and bridge once attached."""
 
 
-def measure(
-    case: Case, build_bridge: BuildBridge, engines: Sequence[Started], tell: Callable[[Result], None]
-) -> Result:
+Tell = Callable[[Result], None]
+
+
+def measure(case: Case, build_bridge: BuildBridge, engines: Sequence[Started], tell: Tell) -> Result:
     """Attaches and publishes, on the engines of `case.bridges`; `tell` hears what is known meanwhile. Raises what the
     bridge raises."""
     gc.collect()  # of the case before
     with closing(EngineController(engines[0].answering(), start_timeout_seconds=START_SECONDS)) as engine:
         health = engine.health()
         name = f"{case.bridge} {case.changed:.2%} changed" if case.sparse else case.bridge
-        where = (
-            f"{health['name']} {health['version']} on {health['device']}, {case.kv_cache_bytes >> 20} MiB of KV cache"
-        )
+        cache = f"{case.kv_cache_bytes >> 20} MiB of KV cache"
+        where = f"{health['name']} {health['version']} on {health['device']}, {cache}"
         result = Result(case.shape, name, where, engine_bytes=engines[0].gpu_bytes)
         device = torch.device("cpu") if case.learner_gpu is None else torch.device("cuda", case.learner_gpu)
         model = load_model(case.config().model, device=device)
@@ -181,13 +181,7 @@ def measure(
 
 
 def _publishes(
-    case: Case,
-    engine: EngineController,
-    publish: "_Publisher",
-    result: Result,
-    frozen_kv: FrozenKv,
-    *,
-    tell: Callable[[Result], None],
+    case: Case, engine: EngineController, publish: "_Publisher", result: Result, frozen_kv: FrozenKv, *, tell: Tell
 ) -> None:
     started = time.perf_counter()
     publish.bridge.attach(publish.model)

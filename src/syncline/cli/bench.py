@@ -39,14 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--publishes", type=int, default=20)
     parser.add_argument("--requests", type=int, default=64, help="streams that run during the publishes")
     parser.add_argument("--lora-rank", type=int, default=32, help="of the lora bridge's adapter")
-    parser.add_argument(
-        "--changed", type=float, default=1.0, help="share of values each publish changes; below 1: sparse"
-    )
+    parser.add_argument("--changed", type=float, default=1.0, help="share of values a publish changes; below 1: sparse")
     parser.add_argument("--kv-cache-gib", type=float, help="of each engine, TRL's too; default: 4, on a CPU 1")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL's server mode out even where it is installed")
-    parser.add_argument(
-        "--deadline", type=float, default=3600.0, help="seconds from the start to the table of what is known then"
-    )
+    parser.add_argument("--deadline", type=float, default=3600.0, help="seconds until the table of what is known then")
     parser.add_argument("--seconds-each", type=float, default=240.0, help="at most, of one bridge or reference")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "syncline-bench")
     parser.add_argument("--json", type=Path, help="write every number there too")
