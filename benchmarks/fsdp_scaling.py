@@ -65,7 +65,8 @@ def _rank(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace, ranks: Any, device: Any) -> dict[str, Any]:
     """The shortest of the steps after the first, which compiles and allocates."""
-    from syncline.bench.learning import LOSS, Load
+    from learning import LOSS, Load
+
     from syncline.learner.advantages import group_advantages
     from syncline.learner.model import checkpoint_wholes, trainable_parameters
     from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
@@ -104,8 +105,8 @@ def _built(args: argparse.Namespace, load: Any, ranks: Any, device: Any) -> tupl
     from dataclasses import replace
 
     import torch
+    from learning import LOSS, built, step_of, useful_flops
 
-    from syncline.bench.learning import LOSS, built, step_of, useful_flops
     from syncline.config.schema import Learner, Optimizer, Recomputation
     from syncline.learner.data_parallel import shard_over
     from syncline.learner.model import run_layers_as

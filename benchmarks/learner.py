@@ -11,7 +11,6 @@ import gc
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from learning import LOSS, Load, Reading, matmul_rate, ours, table
 
-from syncline.bench.apart import Outcome, take, watch
-from syncline.bench.learning import LOSS, Load, Reading, matmul_rate, ours, table
+from syncline.bench.apart import Outcome, process_start, take, watch
 from syncline.bench.shapes import SHAPES
 from syncline.config.schema import Learner, Recomputation
 
@@ -44,7 +43,7 @@ TRLS = {
 
 
 def main() -> int:
-    started, args = time.monotonic(), _arguments()
+    args = _arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     contenders = _contenders(args, device)
     if args.take:
@@ -54,15 +53,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "told.jsonl"
         for names in filter(None, map(list, contenders)):
-            found = watch(
+            watch(
                 names,
                 lambda left: [sys.executable, *sys.argv, "--told", str(told), "--take", json.dumps(left)],
                 told,
+                outcome=outcome,
                 seconds_each=args.seconds_each,
-                deadline=started + args.deadline,
+                deadline=process_start() + args.deadline,
             )
-            outcome.results |= found.results
-            outcome.faults |= found.faults
     rate = outcome.results.pop(RATE, {"rate": float("nan")})["rate"]
     readings = [Reading(**result) for result in outcome.results.values()]
     print("\n".join(["", *table(readings, rate, _device_name(device))]))
@@ -154,7 +152,7 @@ def _ours(args: argparse.Namespace, shape: str, load: Load, device: torch.device
 
 
 def _trl(args: argparse.Namespace, shape: str, load: Load, device: torch.device, what: str) -> Found:
-    from syncline.bench.trl_loss import Settings, trl
+    from trl_loss import Settings, trl
 
     liger = device.type == "cuda" and find_spec("liger_kernel") is not None
     rows = args.token_budget // (load.prompt + max(load.completions))

@@ -9,8 +9,8 @@ import argparse
 import sys
 
 import torch
+from learning import LOSS, Load, built, step_of
 
-from syncline.bench.learning import LOSS, Load, built, step_of
 from syncline.bench.shapes import SHAPES
 from syncline.config.schema import Learner, Lora, Optimizer, Recomputation
 from syncline.learner.advantages import group_advantages

@@ -68,12 +68,10 @@ def main() -> int:
     with engines(config, []) as urls:
         if args.slow_seconds:
             found.append(asyncio.run(by_questions(config, urls, by_question, args.slow_seconds)))
-        with watched_gpu(config) as busy:
-            done = collect_stage(config, lambda: urls)
-    facts = done.facts
-    found.append(Measured("all", facts["sampled"], facts["tokens"], facts["seconds"], mean(busy)))
+        ours, slots_busy = collected(config, urls)
+    found.append(ours)
     print("\n".join([*table(found), *verdicts(found)]))
-    print(f"slots busy {facts['slots_busy']:.1%}, {config.engine.num_replicas} engines")
+    print(f"slots busy {slots_busy:.1%}, {config.engine.num_replicas} engines")
     write_atomically(args.out / "result.json", json.dumps([asdict(one) | {"rate": one.rate} for one in found]) + "\n")
     return 0
 
@@ -92,7 +90,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=512)
-    parser.add_argument("--replicas", type=int, default=1, help="engines, a GPU each")
+    parser.add_argument("--replicas", type=int, default=1, help="GPUs")
+    parser.add_argument("--engines-per-gpu", type=int, default=1, help="a small model leaves a GPU idle between steps")
     return parser.parse_args()
 
 
@@ -108,10 +107,10 @@ def configured(args: argparse.Namespace) -> OfflineConfig:
         "run": {"dir": str(args.out / "collect")},
         "model": {"path": args.model, "max_length": args.max_length, "lora": {}},
         "engine": {
-            "num_replicas": args.replicas,
+            "num_replicas": args.replicas * args.engines_per_gpu,
             "devices": list(range(args.replicas)),
             "max_num_seqs": args.max_num_seqs,
-            "gpu_memory_utilization": 0.8,
+            "gpu_memory_utilization": 0.8 / args.engines_per_gpu,
         },
         "bridge": {"name": "restart"},
         "collect": collect | ({"prompt": args.prompt} if args.prompt else {}),
@@ -180,6 +179,13 @@ async def by_questions(
                 counts += await asyncio.gather(*(sample(item, max_tokens) for item in own))
             seconds = time.monotonic() - started
     return Measured("question", len(counts), sum(counts), seconds, mean(busy))
+
+
+def collected(config: OfflineConfig, urls: tuple[str, ...]) -> tuple[Measured, float]:
+    """Ours, from the first request to the last completion on disk, and the share of the engines' slots in use."""
+    facts = collect_stage(config, lambda: urls).facts
+    ours = Measured("all", facts["sampled"], facts["tokens"], facts["seconds"], facts["gpu_busy"])
+    return ours, facts["slots_busy"]
 
 
 @contextmanager

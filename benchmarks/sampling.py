@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -28,10 +27,10 @@ import httpx
 import psutil
 from kernels_traced import summary
 
-from syncline.bench.engine import serving
+from syncline.bench.engine import Server, serve
 from syncline.bench.shapes import SHAPES, make_model
-from syncline.engines.client import EngineController
 from syncline.engines.pool import EnginePool
+from syncline.errors import EngineError
 from syncline.types import SamplingParams
 
 SETTINGS: dict[str, dict] = {
@@ -71,7 +70,7 @@ class Row:
 
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
-        self._args, self._engines = args, list[ExitStack]()
+        self._args, self._engines = args, list[Server]()
         self._deadline = time.monotonic() + args.seconds
         self._started_by = time.monotonic() + START_SHARE * args.seconds
         self._threads = ThreadPoolExecutor(16)
@@ -122,23 +121,26 @@ class Bench:
             "bridge": {"name": "shared"},
         }
         gpus = [0] if args.device == "cuda" else []
-        left = max(1.0, self._started_by - time.monotonic())
-        engine_ready = serving(values, args.folder, name=name, gpus=gpus, options=options, start_seconds=left)
-        self._engines.append(stack := ExitStack())
-        return self._threads.submit(self._entered, name, stack, engine_ready)
+        server = serve(values, args.folder / f"{name}.log", *options, gpus=gpus)
+        self._engines.append(server)
+        return self._threads.submit(self._url, name, server)
 
-    @staticmethod
-    def _entered(name: str, stack: ExitStack, engine_ready: AbstractContextManager[EngineController]) -> str:
+    def _url(self, name: str, server: Server) -> str:
         began = time.monotonic()
-        url = stack.enter_context(engine_ready).url
+        try:
+            server.wait_until_ready(self._started_by)
+        except EngineError:
+            server.print_log()
+            server.stop()
+            raise
         print(f"{name}: ready after {time.monotonic() - began:.0f} s", flush=True)
-        return url
+        return server.url
 
     def stop(self) -> None:
-        """All engines at once; those that are still starting, when their time is up."""
-        self._threads.shutdown()
+        """All engines at once."""
         with ThreadPoolExecutor(16) as threads:
-            list(threads.map(ExitStack.close, self._engines))
+            list(threads.map(Server.stop, self._engines))
+        self._threads.shutdown()
 
     def _ready(self, name: str, start: "Future[str]") -> str | None:
         try:

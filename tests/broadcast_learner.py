@@ -28,7 +28,7 @@ def main() -> None:
         reads.append(0)
         sent = 0
         for name, parameter in model.named_parameters():
-            if len(reads) == 4 and sent > 3 * BUCKET_BYTES:
+            if len(reads) == 4 and sent > 2 * BUCKET_BYTES:
                 print("sending", flush=True)
                 threading.Event().wait()
             sent += parameter.numel() * parameter.element_size()

@@ -2,10 +2,11 @@
 
 python tests/on_gpus.py [--list] [--jobs restart,families] [--share 3] [--deadline 540] [--out runs/gpu-test]
 
-A job is one pytest process with GPUs of its own (`CUDA_VISIBLE_DEVICES`), its own log and its own deadline. Who waits:
-this process, polling. Who unblocks: a job's end, its deadline, that of the whole, or Ctrl-C; what then still runs is
-interrupted, so that its fixtures end their engines, and killed by pid after a grace. A job's processes are known by a
-variable that they inherit, wherever they went; no other process is ever touched.
+A job is one pytest process with GPUs of its own (`CUDA_VISIBLE_DEVICES`), its own log and its own deadline; of one that
+fails, what its engines logged last is kept beside it. Who waits: this process, polling. Who unblocks: a job's end, its
+deadline, that of the whole, or Ctrl-C; what then still runs is interrupted, so that its fixtures end their engines, and
+killed by pid after a grace. A job's processes are known by a variable that they inherit, wherever they went; no other
+process is ever touched.
 """
 
 import argparse
@@ -27,9 +28,12 @@ from outcomes import COUNTED, chaos_rows, contract_rows, table
 
 ROOT = Path(__file__).parents[1]
 MARK = "SYNCLINE_TEST_JOB"
+FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+"""Each process would take all cores, and twenty jobs share them."""
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.2
 MESSAGE_WIDTH = 110
+LOG_CHARACTERS = 8000
 
 
 class Places:
@@ -64,6 +68,7 @@ class Attempt:
     job: Job
     gpus: list[str]
     out: Path
+    scratch: Path
     mark: str
     started: float
     process: subprocess.Popen[bytes]
@@ -74,8 +79,10 @@ class Attempt:
     def start(cls, job: Job, gpus: list[str], out: Path, caches: Path) -> "Attempt":
         name = job.file_name
         mark = f"{os.getpid()}-{name}"
-        own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "VLLM_CACHE_ROOT": str(caches / name), MARK: mark}
+        own = FEW_THREADS | {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "VLLM_CACHE_ROOT": str(caches / name), MARK: mark}
+        scratch = caches / f"{name}-tmp"
         argv = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--outcomes", str(out / f"{name}.jsonl")]
+        argv += ["--basetemp", str(scratch)]
         (out / f"{name}.jsonl").unlink(missing_ok=True)
         with (out / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -87,7 +94,7 @@ class Attempt:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return cls(job, gpus, out, mark, time.monotonic(), process)
+        return cls(job, gpus, out, scratch, mark, time.monotonic(), process)
 
     def outcomes(self) -> list[dict]:
         """Of the tests that have ended so far."""
@@ -96,6 +103,13 @@ class Attempt:
 
     def end(self, verdict: str) -> None:
         self.verdict, self.seconds = verdict, time.monotonic() - self.started
+
+    def keep_logs(self) -> None:
+        """What the processes of its tests said last; their own folders go with this process."""
+        with (self.out / f"{self.job.file_name}.processes.log").open("w") as kept:
+            for log in sorted(self.scratch.rglob("*.log")):
+                text = log.read_text(errors="replace")[-LOG_CHARACTERS:]
+                kept.write(f"--- {log.relative_to(self.scratch)}\n{text}\n")
 
     def row(self) -> list[str]:
         counts = Counter(line["outcome"] for line in self.outcomes())
@@ -158,6 +172,8 @@ class Session:
 
     def _end(self, attempt: Attempt, verdict: str) -> None:
         attempt.end(verdict)
+        if verdict != "ok":
+            attempt.keep_logs()
         self.running.remove(attempt)
         self.ended.append(attempt)
         self.places.give_back(attempt.job, attempt.gpus)
@@ -228,21 +244,25 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen_jobs(args: argparse.Namespace) -> list[Job]:
-    """Those that need GPUs alone, then those that need most, first: they wait longest for their places."""
+    """Those first that take the most of the GPUs' time; last those that want GPUs to themselves, or the others' would
+    stand empty for them."""
     words = [word for word in args.jobs.split(",") if word]
     jobs = [job for job in known_jobs() if not words or any(word in job.name for word in words)]
     for text in args.add:
         name, _, rest = text.partition("=")
         num_gpus, _, line = rest.partition(":")
         jobs.append(Job(name, int(num_gpus), tuple(line.split())))
-    return sorted(jobs, key=lambda job: (not job.alone, -job.num_gpus))
+    return sorted(jobs, key=lambda job: (job.alone, -job.num_gpus * job.seconds))
 
 
 def main() -> int:
     args = arguments()
     jobs = chosen_jobs(args)
     if args.list:
-        print(table([["job", "GPUs", "pytest"], *([j.name, str(j.num_gpus), " ".join(j.arguments)] for j in jobs)]))
+        rows = [[j.name, str(j.num_gpus), str(j.seconds), " ".join(j.arguments)] for j in jobs]
+        print(table([["job", "GPUs", "seconds, about", "pytest"], *rows]))
+        total = sum(job.seconds * job.num_gpus for job in jobs)
+        print(f"\n{total} seconds of a place on a GPU, of which each has {args.share}")
         return 0
     gpus = args.gpus.split(",") if args.gpus else visible_gpus()
     for job in (job for job in jobs if job.num_gpus > len(gpus)):

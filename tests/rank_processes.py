@@ -2,8 +2,8 @@
 
 import multiprocessing
 import os
-import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from syncline.bridges.ranks import TENSOR_PARALLEL
+from syncline.launch.ports import lease_ports
 from syncline.learner.distributed import joined_ranks, rank_device
 
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 180.0
+"""For all together; on a busy host a rank takes a minute to begin."""
 
 
 def on_ranks(
@@ -26,23 +28,21 @@ def on_ranks(
 ) -> list[Any]:
     """`function(ranks, *args)` on every rank at once; what each returned, by rank. A rank's failure fails the test."""
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
+    with lease_ports({"port": ("127.0.0.1", 0)}) as ports, tempfile.TemporaryDirectory() as folder:
         answers = [Path(folder) / str(rank) for rank in range(world_size)]
         processes = [
             context.Process(
                 target=_run,
-                args=(_environment(rank, world_size, port), device, dimension, answers[rank], function, args),
+                args=(_environment(rank, world_size, ports["port"]), device, dimension, answers[rank], function, args),
             )
             for rank in range(world_size)
         ]
         for process in processes:
             process.start()
+        deadline = time.monotonic() + DEADLINE_SECONDS
         try:
             for process in processes:
-                process.join(DEADLINE_SECONDS)
+                process.join(max(0.0, deadline - time.monotonic()))
         finally:
             for process in processes:
                 process.kill()

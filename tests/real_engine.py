@@ -10,13 +10,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from syncline.engines.client import EngineController
+from syncline.launch.ports import lease_ports
 
 CHARACTERS = "0123456789+-*= abcdefghijklmnopqrstuvwxyz"
+START_SECONDS = 270.0
+"""An engine takes 60 to 80 on a GPU's host, and 170 where ten start at once; a test has 300."""
 
 
 def make_tiny_model(folder: Path, *, seed: int = 0, hidden_size: int = 128, tied: bool = True) -> Path:
@@ -81,8 +85,10 @@ def free_port() -> int:
 
 
 def engine_values() -> dict:
-    """A small engine's section: on a GPU it takes little of it, so that several fit on one."""
-    on_gpu = {"gpu_memory_utilization": 0.1, "extra": {"kv_cache_memory_bytes": 1 << 30}}
+    """A small engine's section: on a GPU it takes little of it, so that several fit on one, and captures few graphs."""
+    graphs = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]}
+    extra = {"kv_cache_memory_bytes": 1 << 30, "compilation_config": graphs}
+    on_gpu = {"gpu_memory_utilization": 0.1, "extra": extra}
     return {"kv_cache_bytes": 64 << 20} | (on_gpu if torch.cuda.is_available() else {})
 
 
@@ -110,31 +116,59 @@ def running_engine(
     values: dict, folder: Path, *options: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[EngineController]:
     """`syncline serve` as its own process, ready; ended by pid. `options` are more of the command's."""
+    with starting_engine(values, folder, *options, environment=environment) as engine:
+        wait_until_ready(engine)
+        yield engine
+
+
+@contextmanager
+def starting_engine(
+    values: dict, folder: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[EngineController]:
+    """`running_engine` that is not waited for: several start at once. Its port is leased, since it takes it late."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    port = free_port()
-    argv = [sys.executable, "-m", "syncline", "serve", str(folder / "run.yaml"), "--port", str(port), *options]
+    with lease_ports({"port": ("127.0.0.1", 0)}) as ports:
+        port = str(ports["port"])
+        argv = [sys.executable, "-m", "syncline", "serve", str(folder / "run.yaml"), "--port", port, *options]
+        full = os.environ | dict(environment or {})
+        with (folder / "engine.log").open("w") as log:
+            process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=full)
+        url = f"http://127.0.0.1:{port}"
+        controller: Any = EngineController(url, start_timeout_seconds=120)
+        controller.process, controller.url, controller.log = process, url, folder / "engine.log"
+        try:
+            yield controller
+        finally:
+            controller.close()
+            _end(process)
+
+
+def wait_until_ready(*engines: Any) -> None:
+    """Of `starting_engine`; each slows the others' start. Raises `AssertionError` with the end of its log for one that
+    ended, or is late."""
+    deadline = time.monotonic() + START_SECONDS * len(engines)
+    for engine in engines:
+        while engine._health_fault() is not None:
+            if engine.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the engine did not start:\n{engine.log.read_text()[-10000:]}")
+            time.sleep(0.5)
+
+
+@contextmanager
+def told_process(
+    argv: list[str], told: str, *, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen]:
+    """A process that has printed `told` as its first line; killed in any case, since it may never end."""
     full = os.environ | dict(environment or {})
-    with (folder / "engine.log").open("w") as log:
-        process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=full)
-    url = f"http://127.0.0.1:{port}"
-    controller = EngineController(url, start_timeout_seconds=120)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=full)
     try:
-        _wait_until_ready(process, controller, folder / "engine.log")
-        controller.process = process  # type: ignore[attr-defined]
-        controller.url = url  # type: ignore[attr-defined]
-        yield controller
+        assert process.stdout is not None
+        assert process.stdout.readline() == told + "\n"
+        yield process
     finally:
-        controller.close()
-        _end(process)
-
-
-def _wait_until_ready(process: subprocess.Popen, controller: EngineController, log: Path) -> None:
-    deadline = time.monotonic() + 240
-    while controller._health_fault() is not None:
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError(f"the engine did not start:\n{log.read_text()[-10000:]}")
-        time.sleep(0.5)
+        process.kill()
+        process.communicate(timeout=30)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -3,7 +3,6 @@ engine killed in the middle, and one that comes later."""
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,15 @@ import httpx
 import pytest
 import torch
 from outcomes import Noticed
-from real_engine import make_tiny_model, run_values, running_engine, visible_gpu
+from real_engine import (
+    make_tiny_model,
+    run_values,
+    running_engine,
+    starting_engine,
+    told_process,
+    visible_gpu,
+    wait_until_ready,
+)
 from test_weight_bridge import DEVICE, DTYPE, TOLERANCE, Side, learner_device
 from transformers import AutoModelForCausalLM
 
@@ -23,8 +30,8 @@ from syncline.bridges.broadcast import BroadcastBridge
 from syncline.config.schema import Bridge
 from syncline.errors import EngineError, SyncError, SynclineError
 
-pytestmark = [pytest.mark.e2e, pytest.mark.contract("broadcast, two engines", 1)]
-CONFIG = Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=20)
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.contract("broadcast, two engines", 1)]
+CONFIG = Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=60 if torch.cuda.is_available() else 20)
 DETECT_SECONDS = 10.0
 RANKS = 1 if 0 < torch.cuda.device_count() < 5 else 2
 """Of each engine: NCCL's need a GPU each, and the learner another."""
@@ -35,10 +42,12 @@ def sides(tmp_path_factory) -> Iterator[list[Side]]:
     folder = tmp_path_factory.mktemp("broadcast")
     model = make_tiny_model(folder / "model")
     values = engine_values(model, folder / "run", ranks=RANKS)
+    others = _other_gpus()
     with (
-        running_engine(values, folder / "a") as first,
-        running_engine(values, folder / "b", environment=_other_gpus()) as second,
+        starting_engine(values, folder / "a") as first,
+        starting_engine(values, folder / "b", environment=others) as second,
     ):
+        wait_until_ready(first, second)
         yield [Side("broadcast", engine, model, folder, ranks=RANKS) for engine in (first, second)]
 
 
@@ -143,18 +152,10 @@ def test_a_learner_killed_in_the_middle_is_missed_by_the_engine_which_joins_the_
     side = sides[0]
     side.engine.pause(mode="abort", timeout_seconds=30)
     script = Path(__file__).parents[1] / "broadcast_learner.py"
-    argv = [
-        sys.executable,
-        str(script),
-        side.engine.url,
-        str(side.model_path),
-        learner_device("broadcast", ranks=RANKS),
-    ]
     version = side.engine.receipt().policy_version
-    with subprocess.Popen([*argv, str(version + 1)], stdout=subprocess.PIPE, text=True) as learner:
-        assert learner.stdout is not None
-        assert learner.stdout.readline() == "sending\n"
-        learner.send_signal(signal.SIGKILL)
+    place = learner_device("broadcast", ranks=RANKS)
+    argv = [sys.executable, str(script), side.engine.url, str(side.model_path), place, str(version + 1)]
+    with told_process(argv, "sending"):
         killed = time.monotonic()
     _until(lambda: httpx.get(f"{side.engine.url}/health", timeout=30).json()["torn"], "waited for the learner")
     assert time.monotonic() - killed < DETECT_SECONDS

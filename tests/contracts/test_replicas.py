@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from outcomes import Noticed
-from real_engine import make_tiny_model, run_values, running_engine
+from real_engine import make_tiny_model, run_values, starting_engine, wait_until_ready
 from test_weight_bridge import DEVICE, DTYPE, TOLERANCE, Side
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +19,7 @@ from syncline.errors import EngineError
 from syncline.learner.model import checkpoint_shards
 from syncline.types import SamplingParams
 
-pytestmark = [pytest.mark.e2e, pytest.mark.contract("shared, two engines", 1)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.contract("shared, two engines", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,10 @@ def sides(tmp_path_factory) -> Iterator[list[Side]]:
     folder = tmp_path_factory.mktemp("replicas")
     model = make_tiny_model(folder / "model")
     values = run_values(model, folder / "run", bridge={"name": "shared"})
-    with running_engine(values, folder / "a") as first:
+    with starting_engine(values, folder / "a") as first:
         attach = ("--attach-to", first.url)  # type: ignore[attr-defined]
-        with running_engine(values, folder / "b", *attach) as second:
+        with starting_engine(values, folder / "b", *attach) as second:
+            wait_until_ready(first, second)
             yield [Side("shared", engine, model, folder) for engine in (first, second)]
 
 

@@ -5,9 +5,9 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 from outcomes import Noticed
-from real_engine import make_tiny_model, run_values, running_engine
+from real_engine import make_tiny_model, run_values, starting_engine, told_process, wait_until_ready
 from safetensors.torch import load_file, save_file
 from test_weight_bridge import ADAPTED, FAULTS, LORA, PROMPTS, TOLERANCE, Fault, Side, lora
 
@@ -41,38 +41,36 @@ def engines(tmp_path_factory) -> Iterator["Engines"]:
 
 
 class Engines:
-    """Started when first asked for: one of whole weights that others may open, and one beside which adapters lie."""
+    """Both start at once: one of whole weights that others may open, and one beside which adapters lie. Each is waited
+    for when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._model_path = make_tiny_model(folder / "model")
-        self._running: dict[bool, Any] = {}
+        self._stack = ExitStack()
+        self._starting: dict[bool, EngineController] = {}
         self._sides: dict[str, Side] = {}
 
     def __enter__(self) -> "Engines":
+        for adapted in (False, True):
+            folder = self._folder / ("adapted" if adapted else "plain")
+            values = run_values(self._model_path, folder / "run", bridge={"name": "shared"})
+            if adapted:
+                values["model"]["lora"] = LORA
+            self._starting[adapted] = self._stack.enter_context(starting_engine(values, folder))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for _, context in self._running.values():
-            context.__exit__(None, None, None)
+        self._stack.close()
 
     def side(self, name: str) -> Side:
         if name == "broadcast" and torch.cuda.device_count() == 1:
             pytest.skip("NCCL broadcasts between two GPUs, and this machine has one")
         if name not in self._sides:
-            engine = self._engine(adapted=name in ADAPTED)
+            engine = self._starting[name in ADAPTED]
+            wait_until_ready(engine)
             self._sides[name] = Side(name, engine, self._model_path, self._folder / name)
         return self._sides[name]
-
-    def _engine(self, *, adapted: bool) -> EngineController:
-        if adapted not in self._running:
-            folder = self._folder / ("adapted" if adapted else "plain")
-            values = run_values(self._model_path, folder / "run", bridge={"name": "shared"})
-            if adapted:
-                values["model"]["lora"] = LORA
-            context = running_engine(values, folder)
-            self._running[adapted] = context.__enter__(), context
-        return self._running[adapted][0]
 
 
 @pytest.fixture(params=[*PLAIN, *ADAPTED])
@@ -182,7 +180,7 @@ def _dropped_sending(side: Side) -> BroadcastBridge:
 
     engine: Any = Between(side.engine, "pause", lambda _: paused.append(True))
     bridge = BroadcastBridge(
-        [engine], Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=30), export=export
+        [engine], Bridge(name="broadcast", bucket_bytes=200_000, timeout_seconds=60), export=export
     )
     bridge.attach(side.model)
     return bridge
@@ -243,11 +241,8 @@ def test_a_learner_killed_in_the_middle_of_a_step_leaves_no_state_that_is_sample
     script = Path(__file__).parents[1] / "killed_learner.py"
     argv = [sys.executable, str(script), name, side.engine.url, str(side.model_path), str(side.folder)]  # type: ignore[attr-defined]
     path = os.pathsep.join([str(script.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as learner:
-        assert learner.stdout is not None
-        assert learner.stdout.readline() == "updating\n"
+    with told_process(argv, "updating", environment={"PYTHONPATH": path}):
         published = side.engine.receipt()
-        learner.send_signal(signal.SIGKILL)
     assert side.engine.receipt() == published
     if name == "shared":
         with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead") as told:

@@ -4,52 +4,18 @@ import copy
 
 import pytest
 import torch
+from packed_on_cuda import LENGTHS, models, sample
 from rank_digests import combined
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 from syncline.bridges.digest import piece_sums, tensor_digest
 from syncline.bridges.manifest import Shard
 from syncline.bridges.measure import LearnerDigests
 from syncline.bridges.receipt import parameter_digests, whole
-from syncline.config.schema import Learner, Optimizer
-from syncline.learner.attention import register_attention
+from syncline.config.schema import Optimizer
 from syncline.learner.logprobs import token_logprobs, token_loss
-from syncline.learner.model import Scorer, run_layers_as
+from syncline.learner.model import Scorer
 from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32, join_master
 from syncline.learner.packing import pack_samples
-from syncline.types import Completion, FinishReason, TrainingSample, VersionSpan
-
-LENGTHS = (700, 300, 300, 40, 9)
-
-
-def sample(length: int, seed: int) -> TrainingSample:
-    ids = torch.randint(3, 900, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    answer = tuple(ids[4:])
-    return TrainingSample.from_completion(
-        tuple(ids[:4]),
-        Completion(answer, (-1.0,) * len(answer), (VersionSpan(0, 0, len(answer)),), FinishReason.STOP),
-    )
-
-
-def models() -> tuple:
-    """The same weights: packed bf16 on the GPU's varlen attention, and fp32 eager as the truth."""
-    config = Qwen2Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    exact = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).cuda()
-    packed = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), attn_implementation=register_attention(), dtype=torch.bfloat16
-    )
-    packed.load_state_dict({k: v.bfloat16() for k, v in exact.state_dict().items()})
-    exact.load_state_dict({k: v.bfloat16().float() for k, v in exact.state_dict().items()})
-    return packed.cuda(), exact
 
 
 def test_packed_scores_and_gradients_follow_the_plain_fp32_forward() -> None:
@@ -119,28 +85,6 @@ def test_a_loss_a_chunk_at_a_time_has_the_gradients_of_all_at_once(trained: bool
             head.weight.main_grad = None  # type: ignore[assignment]
     for ours, expected in zip(found[1], found[0], strict=True):
         assert (ours.float() - expected.float()).norm() / expected.float().norm() < 0.01
-
-
-def test_compiled_layers_that_compute_again_keep_less_and_have_the_same_gradients() -> None:
-    """Through torch's own variable-length attention, which the compiler sees as one operator."""
-    [batch] = pack_samples([sample(length, i) for i, length in enumerate(LENGTHS * 6)], token_budget=16384)
-    gradients, kept = {}, {}
-    for what in ("none", "selective", "attention", "full"):
-        torch._dynamo.reset()
-        packed, _ = models()
-        running = Learner.model_validate({"compile": "on", "recomputation": {"what": what}})
-        run_layers_as(running, packed.train(), device=torch.device("cuda"))
-        for _ in range(2):  # the first compiles
-            packed.zero_grad()
-            logprobs, _ = Scorer(1.0, 256).score(packed, batch.to("cuda"))
-            kept[what] = torch.cuda.memory_allocated()
-            logprobs.sum().backward()
-        kept[what] -= torch.cuda.memory_allocated()
-        gradients[what] = torch.cat([p.grad.float().flatten() for p in packed.parameters()])
-    for what in ("selective", "attention", "full"):
-        error = (gradients[what] - gradients["none"]).norm() / gradients["none"].norm()
-        assert error < 0.02, f"{what}: relative gradient error {error:.4f}"
-    assert kept["full"] < kept["attention"] < kept["selective"] < kept["none"], kept
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -13,7 +13,12 @@ from outcomes import chaos_rows, contract_rows
 ONE, TWO, ALONE = Job("one", 1, ()), Job("two", 2, ()), Job("alone", 1, (), alone=True)
 TESTS = {
     "passes": "def test_it():\n    assert True\n",
-    "fails": "def test_first():\n    assert 1 + 1 == 3, 'one and one'\n\ndef test_second():\n    pass\n",
+    "fails": (
+        "def test_first(tmp_path):\n"
+        "    (tmp_path / 'engine.log').write_text('the engine said why')\n"
+        "    assert 1 + 1 == 3, 'one and one'\n\n"
+        "def test_second():\n    pass\n"
+    ),
     "hangs": (
         "import os, subprocess, time\n\n"
         "def test_done():\n    pass\n\n"
@@ -51,6 +56,8 @@ def test_every_job_is_in_the_table_and_nothing_it_started_is_left(session: Sessi
     assert rows["passes"][4:8] == ["ok", "1", "0", "0"]
     assert rows["fails"][4:8] == ["exit 1", "1", "1", "0"]
     assert rows["fails"][8].startswith("test_first: AssertionError: one and one")
+    assert "engine.log\nthe engine said why" in (session.out / "fails.processes.log").read_text()
+    assert not (session.out / "passes.processes.log").exists()
     assert rows["hangs"][4:6] == ["stopped", "1"]
     assert rows["wide"][2].startswith("2 (")
     assert not session.passed()

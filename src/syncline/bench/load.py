@@ -2,7 +2,8 @@
 
 Its own process, so that reading the streams does not slow what is measured. It asks vLLM's own completion route for
 endless random text, `--requests` streams at once, until its standard input closes; then it prints one list of arrival
-times a stream (`time.monotonic`, which processes of one host share).
+times a stream (`time.monotonic`, which processes of one host share). With `--turns` it asks several engines in turns
+instead, and prints the tokens a second of each one's turns.
 
     python -m syncline.bench.load --url http://127.0.0.1:8000 --requests 64
 """
@@ -14,8 +15,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -24,6 +25,8 @@ import httpx
 MAX_TOKENS = 1024
 PROMPT = list(range(20, 36))
 TIMEOUT_SECONDS = 120.0
+WARM_UP_SECONDS = 1.0
+TURN_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -47,10 +50,10 @@ class Load:
 
 
 @contextmanager
-def running(url: str, num_requests: int) -> Iterator[Load]:
+def running(url: str, num_requests: int, *, max_tokens: int = MAX_TOKENS) -> Iterator[Load]:
     """The block runs while the requests do; afterwards `Load.arrivals` is known."""
     load = Load()
-    argv = [sys.executable, "-m", __name__, "--url", url, "--requests", str(num_requests)]
+    argv = [*_argv([url], num_requests), "--max-tokens", str(max_tokens)]
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -64,27 +67,58 @@ def running(url: str, num_requests: int) -> Iterator[Load]:
         process.wait()
 
 
-async def _ask_until_closed(url: str, num_requests: int) -> list[list[float]]:
+def decode_in_turns(urls: Sequence[str], num_requests: int, *, turns: int) -> list[list[float]]:
+    """Tokens a second of each engine, one a turn, first one then the other ahead: what drifts, drifts for both. The
+    first turn of each warms up and is left out."""
+    argv = [*_argv(urls, num_requests), "--turns", str(turns)]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True, timeout=TIMEOUT_SECONDS)
+    return [speeds[1:] for speeds in json.loads(done.stdout)]
+
+
+def _argv(urls: Sequence[str], num_requests: int) -> list[str]:
+    return [sys.executable, "-m", __name__, "--url", *urls, "--requests", str(num_requests)]
+
+
+async def _take_turns(urls: Sequence[str], num_requests: int, turns: int) -> list[list[float]]:
+    speeds: list[list[float]] = [[] for _ in urls]
+    for turn in range(turns):
+        for i in range(len(urls))[:: 1 if turn % 2 else -1]:
+            async with _streams(urls[i], num_requests) as arrivals:
+                await asyncio.sleep(WARM_UP_SECONDS)
+                start = time.monotonic()
+                await asyncio.sleep(TURN_SECONDS)
+                speeds[i].append(Load(arrivals).tokens_per_second(start, time.monotonic()))
+    return speeds
+
+
+async def _ask_until_closed(url: str, num_requests: int, max_tokens: int) -> list[list[float]]:
+    async with _streams(url, num_requests, max_tokens) as arrivals:
+        print("running", flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+    return arrivals
+
+
+@asynccontextmanager
+async def _streams(url: str, num_requests: int, max_tokens: int = MAX_TOKENS) -> AsyncIterator[list[list[float]]]:
+    """When each stream's tokens arrived, from the moment on that every one has had its first."""
     arrivals: list[list[float]] = [[] for _ in range(num_requests)]
     limits = httpx.Limits(max_connections=num_requests)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_SECONDS, limits=limits) as http:
         model = (await http.get("/v1/models")).json()["data"][0]["id"]
-        streams = [asyncio.create_task(_stream(http, model, arrived)) for arrived in arrivals]
+        streams = [asyncio.create_task(_stream(http, model, max_tokens, arrived)) for arrived in arrivals]
         while not all(arrivals):
             await asyncio.sleep(0.05)
             for stream in streams:
                 if stream.done():
                     stream.result()
-        print("running", flush=True)
-        await asyncio.to_thread(sys.stdin.read)
+        yield arrivals
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
-    return arrivals
 
 
-async def _stream(http: httpx.AsyncClient, model: str, arrived: list[float]) -> None:
-    asked = {"model": model, "prompt": PROMPT, "max_tokens": MAX_TOKENS, "ignore_eos": True, "stream": True}
+async def _stream(http: httpx.AsyncClient, model: str, max_tokens: int, arrived: list[float]) -> None:
+    asked = {"model": model, "prompt": PROMPT, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     while True:
         async with http.stream("POST", "/v1/completions", json=asked) as response:
             response.raise_for_status()
@@ -94,10 +128,17 @@ async def _stream(http: httpx.AsyncClient, model: str, arrived: list[float]) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Streams completions until its input closes.")
-    parser.add_argument("--url", required=True)
+    parser.add_argument("--url", nargs="+", required=True)
     parser.add_argument("--requests", type=int, required=True)
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
+    parser.add_argument("--turns", type=int)
     args = parser.parse_args()
-    json.dump(asyncio.run(_ask_until_closed(args.url, args.requests)), sys.stdout)
+    asked = (
+        _take_turns(args.url, args.requests, args.turns)
+        if args.turns
+        else _ask_until_closed(args.url[0], args.requests, args.max_tokens)
+    )
+    json.dump(asyncio.run(asked), sys.stdout)
     return 0
 
 

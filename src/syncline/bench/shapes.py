@@ -54,16 +54,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 VOCABULARY = 151936
+LAST_FILE = "tokenizer_config.json"
+"""Written after the weights: a folder that has it is whole."""
 
 
 def make_model(shape: str, folder: Path, *, max_length: int) -> Path:
     """Writes a bf16 model of the shape, and a character tokenizer that is enough to write prompts with."""
     import torch
 
-    build_model(shape, max_length=max_length, device="cuda" if torch.cuda.is_available() else "cpu").save_pretrained(
-        folder
-    )
+    on_gpu = torch.cuda.is_available()
+    build_model(shape, max_length=max_length, device="cuda" if on_gpu else "cpu").save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    if on_gpu:
+        torch.cuda.empty_cache()
     return folder
 
 

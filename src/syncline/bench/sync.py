@@ -1,24 +1,23 @@
 """`syncline bench sync`: what a publish costs, seen from the learner and from the requests that run meanwhile.
 
-For each bridge a real engine is started, a learner's model attached, and every weight changed and published several
-times without requests; then again while requests stream, once for each way to treat the keys and values of those that
-were frozen. How fast an engine decodes whose weights are shared is compared with one that shares none, in turns. The
-references are measured in the same run: the link (an NCCL broadcast of the same bytes between two GPUs, a plain copy on
-one), and TRL's server mode.
+On each bridge's engine, which is there already and idle, a learner's model is attached, and every weight changed and
+published several times without requests; then again while requests stream, once for each way to treat the keys and
+values of those that were frozen. How fast an engine decodes whose weights are shared is compared with one that shares
+none, in turns. `plan.py` says which engines there are and what they are compared with.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from syncline.bench.engine import serving
-from syncline.bench.load import running
-from syncline.bench.reference import copy_seconds, link_seconds, trl_seconds
+from syncline.bench.engine import START_SECONDS, Server, Started, own_cache, serve
+from syncline.bench.load import MAX_TOKENS, decode_in_turns, running
 from syncline.config import RunConfig, resolve
 from syncline.engines.client import EngineController
 from syncline.learner.model import load_model
@@ -26,15 +25,23 @@ from syncline.protocols import EngineControl, SyncReport, WeightBridge
 
 BuildBridge = Callable[[RunConfig, Sequence[EngineControl], Path], WeightBridge]
 FrozenKv = Literal["recompute", "reuse"]
+UNSHARED = "restart"
+"""The bridge of the engine beside that of `shared`, which shares nothing."""
 MAX_LENGTH = 2048
 WARM_UP = 3
 WARM_UP_SECONDS = 1.0
 STEADY_SECONDS = 2.0
 """Of undisturbed requests."""
-TURNS = 4
+TURNS = 6
 """Of each engine whose decoding is compared; the first ones warm up."""
 BETWEEN_SECONDS = 0.3
 """From one publish to the next while requests run."""
+ADAPTED_TOKENS, BETWEEN_ADAPTERS_SECONDS = 64, 1.0
+"""The same where an adapter moves, and its requests' length: each ends under the adapter it began with, and the second
+publish after it waits for that."""
+LONG_SECONDS = 25.0
+"""After which, of one kind, no publish is begun beyond the first `FEWEST`."""
+FEWEST = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +59,49 @@ class Case:
     """Share of the values that each publish changes; below 1 `broadcast` sends these alone."""
     learner_gpu: int | None = None
     engine_gpu: int | None = None
-    gpu_memory_utilization: float = 0.4
+    kv_cache_bytes: int = 1 << 30
+    """Of each engine."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape} {self.bridge}"
+
+    @property
+    def bridges(self) -> tuple[str, ...]:
+        """Of the engines that this case is measured on: its own, and the one it is compared with."""
+        return (self.bridge, UNSHARED) if self.bridge == "shared" and not self.lora_rank else (self.bridge,)
+
+    def engine_name(self, bridge: str) -> str:
+        return f"{self.shape}-{bridge}"
+
+    def log(self, bridge: str) -> Path:
+        return self.folder / f"{self.engine_name(bridge)}.log"
+
+    def serve(self, bridge: str) -> Server:
+        """Starts one of its engines, whose settings differ in the bridge alone."""
+        gpus = [] if self.engine_gpu is None else [self.engine_gpu]
+        values, log = self.config(bridge=bridge).model_dump(mode="json"), self.log(bridge)
+        return serve(values, log, gpus=gpus, VLLM_CACHE_ROOT=own_cache(log))
 
     @property
     def sparse(self) -> bool:
         return self.bridge == "broadcast" and self.changed < 1
 
     def ways(self) -> tuple[FrozenKv, ...]:
-        """How frozen requests are treated, in turn; an adapter's requests are never frozen."""
-        return ("recompute",) if self.lora_rank else ("recompute", "reuse")
+        """How frozen requests are treated, in turn; an adapter's never are, and beside a reload it is nothing."""
+        return ("recompute",) if self.lora_rank or self.bridge == "restart" else ("recompute", "reuse")
 
     def config(self, frozen_kv: FrozenKv = "recompute", *, bridge: str | None = None) -> RunConfig:
         model: dict[str, Any] = {"path": str(self.model), "max_length": MAX_LENGTH}
         if self.lora_rank:
             model["lora"] = {"rank": self.lora_rank, "alpha": float(self.lora_rank)}
-        engine: dict[str, Any] = {"kv_cache_bytes": 1 << 30, "gpu_memory_utilization": self.gpu_memory_utilization}
+        engine: dict[str, Any] = {"kv_cache_bytes": self.kv_cache_bytes}
         learner: dict[str, Any] = {}
         kept = {"in_flight": "keep", "frozen_kv": frozen_kv}
         if self.learner_gpu is not None:
             learner["devices"], engine["devices"] = [self.learner_gpu], [self.engine_gpu]
+            engine["gpu_memory_utilization"] = 0.05  # must be free at the start, whatever the cache's size
+            engine["extra"] = {"kv_cache_memory_bytes": self.kv_cache_bytes}
         return resolve(
             {
                 "run": {"dir": str(self.folder / "run"), "num_steps": 1, "groups_per_step": 1},
@@ -79,7 +110,7 @@ class Case:
                 "environments": [{"task": "arithmetic"}],
                 "engine": engine,
                 "learner": learner,
-                "bridge": {"name": bridge or self.bridge, "sparse": self.sparse and not bridge}
+                "bridge": {"name": bridge or self.bridge, "sparse": self.sparse and bridge in (None, self.bridge)}
                 | ({} if self.lora_rank else kept),
             }
         )
@@ -119,15 +150,19 @@ class Result:
     """Device memory this process holds for weights and bridge once attached."""
 
 
-def measure(case: Case, build_bridge: BuildBridge) -> Result:
-    """Starts the engine, attaches, publishes. Raises what the bridge raises."""
-    free_before = _free(case.engine_gpu)
-    with _serving(case) as engine:
+def measure(
+    case: Case, build_bridge: BuildBridge, engines: Sequence[Started], tell: Callable[[Result], None]
+) -> Result:
+    """Attaches and publishes, on the engines of `case.bridges`; `tell` hears what is known meanwhile. Raises what the
+    bridge raises."""
+    gc.collect()  # of the case before
+    with closing(EngineController(engines[0].answering(), start_timeout_seconds=START_SECONDS)) as engine:
         health = engine.health()
         name = f"{case.bridge} {case.changed:.2%} changed" if case.sparse else case.bridge
-        result = Result(case.shape, name, f"{health['name']} {health['version']} on {health['device']}")
-        engine_bytes = free_before - _free(case.engine_gpu)
-        result.engine_bytes = None if case.engine_gpu is None else engine_bytes
+        where = (
+            f"{health['name']} {health['version']} on {health['device']}, {case.kv_cache_bytes >> 20} MiB of KV cache"
+        )
+        result = Result(case.shape, name, where, engine_bytes=engines[0].gpu_bytes)
         device = torch.device("cpu") if case.learner_gpu is None else torch.device("cuda", case.learner_gpu)
         model = load_model(case.config().model, device=device)
         publish = _Publisher(model, device, every=round(1 / case.changed))
@@ -135,60 +170,55 @@ def measure(case: Case, build_bridge: BuildBridge) -> Result:
         for frozen_kv in case.ways():
             bridge = build_bridge(case.config(frozen_kv), [engine], case.model)
             try:
-                _publishes(case, engine, publish.over(bridge), result, frozen_kv)
+                _publishes(case, engine, publish.over(bridge), result, frozen_kv, tell=tell)
             finally:
                 bridge.close()
-        if case.bridge == "shared" and not case.lora_rank:
-            with _serving(case, bridge="restart") as other:
-                _compare_decoding(case, [engine, other], [result.decode_shared, result.decode_unshared])
+            tell(result)
+        if engines[1:]:
+            urls = [one.answering() for one in engines]
+            result.decode_shared, result.decode_unshared = decode_in_turns(urls, case.num_requests, turns=TURNS)
     return result
 
 
-def _serving(case: Case, *, bridge: str | None = None) -> AbstractContextManager[EngineController]:
-    gpus = [] if case.engine_gpu is None else [case.engine_gpu]
-    values = case.config(bridge=bridge).model_dump(mode="json")
-    return serving(values, case.folder, name=f"{case.shape}-{bridge or case.bridge}", gpus=gpus)
-
-
 def _publishes(
-    case: Case, engine: EngineController, publish: "_Publisher", result: Result, frozen_kv: FrozenKv
+    case: Case,
+    engine: EngineController,
+    publish: "_Publisher",
+    result: Result,
+    frozen_kv: FrozenKv,
+    *,
+    tell: Callable[[Result], None],
 ) -> None:
     started = time.perf_counter()
     publish.bridge.attach(publish.model)
     attached = time.perf_counter() - started
     for _ in range(WARM_UP):
         publish()
-    if not result.idle:
+    if not result.busy:
         result.attach = attached
-        result.idle = [publish() for _ in range(case.publishes)]
-        result.num_bytes = result.idle[0].num_bytes
+        for _ in _repeated(case.publishes):
+            result.idle.append(publish())
+            result.num_bytes = result.idle[0].num_bytes
+            tell(result)
     result.busy[frozen_kv] = busy = Busy()
     windows: list[tuple[float, float]] = []
-    with running(engine.url, case.num_requests) as load:
+    max_tokens, between = (
+        (ADAPTED_TOKENS, BETWEEN_ADAPTERS_SECONDS) if case.lora_rank else (MAX_TOKENS, BETWEEN_SECONDS)
+    )
+    with running(engine.url, case.num_requests, max_tokens=max_tokens) as load:
         time.sleep(WARM_UP_SECONDS + STEADY_SECONDS)
         with _timed() as during:
-            for _ in range(case.publishes):
+            for _ in _repeated(case.publishes):
                 with _timed() as window:
                     busy.reports.append(publish())
                 windows.append((window[0], window[1]))
-                time.sleep(BETWEEN_SECONDS)
+                tell(result)
+                time.sleep(between)
     busy.decode = load.tokens_per_second(*during)
     busy.pauses = [pause for window in windows for pause in load.pauses(*window)]
     if publish.device.type == "cuda":
         torch.cuda.empty_cache()
         result.learner_bytes = torch.cuda.memory_reserved(publish.device)
-
-
-def _compare_decoding(case: Case, engines: Sequence[EngineController], found: Sequence[list[float]]) -> None:
-    """Tokens a second of each engine, in turns, first one then the other ahead: what drifts, drifts for both."""
-    for turn in range(TURNS):
-        for engine, speeds in list(zip(engines, found, strict=True))[:: 1 if turn % 2 else -1]:
-            with running(engine.url, case.num_requests) as load:
-                time.sleep(WARM_UP_SECONDS)
-                with _timed() as window:
-                    time.sleep(STEADY_SECONDS)
-            if turn:
-                speeds.append(load.tokens_per_second(*window))
 
 
 class _Publisher:
@@ -217,24 +247,16 @@ class _Publisher:
             return self.bridge.publish(self.model, policy_version=self._version)
 
 
+def _repeated(publishes: int) -> Iterator[int]:
+    until = time.monotonic() + LONG_SECONDS
+    for i in range(publishes):
+        if i < FEWEST or time.monotonic() < until:
+            yield i
+
+
 @contextmanager
 def _timed() -> Iterator[list[float]]:
     """`[start, end]` of the block, on the clock of `load`."""
     span = [time.monotonic()]
     yield span
     span.append(time.monotonic())
-
-
-def _free(gpu: int | None) -> int:
-    return 0 if gpu is None else torch.cuda.mem_get_info(gpu)[0]
-
-
-def references(case: Case, *, num_bytes: int, with_trl: bool) -> dict[str, list[float]]:
-    """Seconds of the link, and of TRL's server mode where it can run."""
-    if case.learner_gpu is None or case.learner_gpu == case.engine_gpu:
-        device = torch.device("cpu") if case.learner_gpu is None else torch.device("cuda", case.learner_gpu)
-        return {"plain copy": copy_seconds(num_bytes, device, case.publishes)}
-    gpus = (case.learner_gpu, case.engine_gpu or 0)
-    found = {"link (NCCL broadcast)": link_seconds(num_bytes, gpus=gpus, repeats=case.publishes)}
-    trl = trl_seconds(case.model, gpus=gpus, repeats=case.publishes) if with_trl else None
-    return found | ({"TRL server mode": trl} if trl is not None else {})

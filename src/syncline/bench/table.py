@@ -5,9 +5,11 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from syncline.bench.sync import FrozenKv, Result
+from syncline.bench.sync import Result
 
 HEAD = ("", "bytes", "p50 ms", "p99 ms", "GB/s", "pause p50", "pause p99", "decode during", "attach s")
+ABSENT = ("", "", "", "")
+"""Of a row without requests."""
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -16,52 +18,63 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000 * len(ordered)) // 1000) - 1))]
 
 
-def sync_table(results: Sequence[Result], references: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
-    """A block a shape: its bridges, then what they are compared with. Pauses are those that running requests saw."""
+References = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Of each shape, by what it is compared with: `num_bytes` and `seconds`."""
+
+
+def sync_table(results: Sequence[Result], references: References, left_out: Mapping[str, str]) -> list[str]:
+    """A block a shape: its bridges, then what they are compared with; at the end, what is not or not wholly there, and
+    why. Pauses are those that running requests saw."""
     lines: list[str] = []
-    for shape in dict.fromkeys(result.shape for result in results):
+    for shape in dict.fromkeys([*(result.shape for result in results), *references]):
         mine = [result for result in results if result.shape == shape]
-        lines += ["", f"{shape}, {mine[0].weights_bytes / 1e9:.2f} GB of weights, {mine[0].engine}", _row(HEAD)]
+        told = f"{mine[0].weights_bytes / 1e9:.2f} GB of weights, {mine[0].engine}" if mine else "no bridge"
+        lines += ["", f"{shape}, {told}", _row(HEAD)]
         for result in mine:
-            lines += [_busy_row(result, way) for way in result.busy] + _detail(result)
-        for name, seconds in references.get(shape, {}).items():
-            lines.append(_row((name, *_speed(mine[0].weights_bytes, seconds), "", "", "", "")))
-    return lines
+            lines += _rows(result) + _detail(result)
+        for name, found in references.get(shape, {}).items():
+            lines.append(_row((name, *_speed(found["num_bytes"], found["seconds"]), *ABSENT)))
+    return [*lines, "", *(f"{name}: {why}" for name, why in left_out.items())] if left_out else lines
 
 
-def as_json(results: Sequence[Result], references: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    return {"results": [asdict(result) for result in results], "references": references}
+def as_json(results: Sequence[Result], references: References, left_out: Mapping[str, str]) -> dict[str, Any]:
+    return {"results": [asdict(result) for result in results], "references": references, "left_out": left_out}
 
 
-def _busy_row(result: Result, frozen_kv: FrozenKv) -> str:
-    busy = result.busy[frozen_kv]
-    name = result.bridge + (", KV reused" if frozen_kv == "reuse" else "")
-    seconds = [report.seconds for report in busy.reports]
-    pauses = [f"{1e3 * quantile(busy.pauses, share):.1f}" for share in (0.5, 0.99)]
-    kept = f"{busy.decode:.0f} tok/s"
-    return _row((name, *_speed(result.num_bytes, seconds), *pauses, kept, f"{result.attach:.2f}"))
+def _rows(result: Result) -> list[str]:
+    """One for each way that publishes were measured while requests ran; else what is known of the others."""
+    rows: list[str] = []
+    for frozen_kv, busy in result.busy.items():
+        name = result.bridge + (", KV reused" if frozen_kv == "reuse" else "")
+        pauses = [f"{1e3 * quantile(busy.pauses, share):.1f}" for share in (0.5, 0.99)] if busy.pauses else ["-", "-"]
+        seen = (*pauses, f"{busy.decode:.0f} tok/s" if busy.decode else "-", f"{result.attach:.2f}")
+        if seconds := [report.seconds for report in busy.reports]:
+            rows.append(_row((name, *_speed(result.num_bytes, seconds), *seen)))
+    if not rows and result.idle:
+        seconds = [report.seconds for report in result.idle]
+        rows.append(_row((f"{result.bridge}, no requests", *_speed(result.num_bytes, seconds), *ABSENT)))
+    return rows
 
 
 def _detail(result: Result) -> list[str]:
-    parts = {part: median([r.parts_seconds[part] for r in result.idle]) for part in result.idle[0].parts_seconds}
-    told = ", ".join(f"{part} {1e3 * seconds:.1f}" for part, seconds in parts.items())
-    idle = [report.seconds for report in result.idle]
-    idle_pauses = [report.pause_seconds for report in result.idle]
-    lines = [
-        f"    without requests: p50 {1e3 * median(idle):.1f} p99 {1e3 * quantile(idle, 0.99):.1f} ms ({told}), engine "
-        f"paused p50 {1e3 * median(idle_pauses):.1f} p99 {1e3 * quantile(idle_pauses, 0.99):.1f} ms"
-    ]
-    if result.decode_shared:
+    lines: list[str] = []
+    if idle := [report.seconds for report in result.idle]:
+        parts = {part: median([r.parts_seconds[part] for r in result.idle]) for part in result.idle[0].parts_seconds}
+        told = ", ".join(f"{part} {1e3 * seconds:.1f}" for part, seconds in parts.items())
+        pauses = [report.pause_seconds for report in result.idle]
+        lines.append(
+            f"    without requests: p50 {1e3 * median(idle):.1f} p99 {1e3 * quantile(idle, 0.99):.1f} ms ({told}), "
+            f"engine paused p50 {1e3 * median(pauses):.1f} p99 {1e3 * quantile(pauses, 0.99):.1f} ms"
+        )
+    if result.decode_shared and result.decode_unshared:
         shared, unshared = median(result.decode_shared), median(result.decode_unshared)
         lines.append(
             f"    decode {shared:.0f} tok/s while shared, {unshared:.0f} of an engine that shares nothing, in turns "
             f"({shared / unshared:.3f} x)"
         )
-    if result.engine_bytes is not None and result.learner_bytes is not None:
-        lines.append(
-            f"    device memory: engine {result.engine_bytes / 1e9:.2f} GB with its KV cache, learner "
-            f"{result.learner_bytes / 1e9:.2f} GB of its own"
-        )
+    held = {"engine": result.engine_bytes, "learner": result.learner_bytes}
+    if known := [f"{name} {num_bytes / 1e9:.2f} GB" for name, num_bytes in held.items() if num_bytes is not None]:
+        lines.append(f"    device memory: {', '.join(known)}; the engine's with its KV cache")
     return lines
 
 

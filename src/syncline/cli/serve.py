@@ -44,8 +44,10 @@ def run(args: argparse.Namespace) -> int:
 def _serve_one(config: RunConfig, args: argparse.Namespace) -> int:
     from syncline.engines.vllm.arguments import Start
     from syncline.engines.vllm.server import serve
+    from syncline.launch.plan import see_only
     from syncline.launch.ports import refuse_taken
 
+    see_only("engine.devices", config.engine.devices, device=config.engine.device)
     refuse_taken("--port", config.engine.host, args.port)
     start = Start(
         args.port,

@@ -14,7 +14,7 @@ from syncline.cli.files import add_file, file_of
 from syncline.cli.ranks import is_rank, run_ranks
 from syncline.config import RunConfig, load
 from syncline.errors import ConfigError
-from syncline.launch.plan import url
+from syncline.launch.plan import see_only, url
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +54,12 @@ def run(args: argparse.Namespace) -> int:
     from syncline.learner.distributed import num_ranks, refuse_other_number
 
     config = load(*file_of(args))
-    if num_ranks(config.learner) > 1 and not is_rank():
-        return run_ranks(num_ranks(config.learner), sys.argv[1:])
+    if not is_rank():
+        wanted = num_ranks(config.learner)
+        if wanted == len(config.learner.devices):
+            see_only("learner.devices", config.learner.devices, device=config.learner.device)
+        if wanted > 1:
+            return run_ranks(wanted, sys.argv[1:])
     refuse_other_number(config.learner)
     return learn(config, args)
 

@@ -52,7 +52,7 @@ class Collect(Section):
     """A PEFT folder that engines sample from over the model as it is; nothing needs to be merged."""
     requests_per_engine: PositiveInt | None = None
     """In flight at once. Absent: twice `engine.max_num_seqs`, so that an engine never waits for us, and a completion no
-    longer than another takes."""
+    longer than another takes; where there is less to do, each engine's part of it."""
     lost_after_seconds: PositiveFloat = 60.0
     """An engine that does not answer for so long is given up; others do its work meanwhile."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from syncline.config.engine_options import engine_options
 from syncline.config.schema import RunConfig
 from syncline.config.server_rules import server_rules
-from syncline.config.servers import all_devices, num_stages, servers
+from syncline.config.servers import all_devices, engines_on_a_gpu, num_stages, servers
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENGINE_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -161,11 +161,18 @@ def _devices(config: RunConfig) -> Iterator[str]:
     engine, learner = config.engine, config.learner
     ranks = engine.tensor_parallel_size * num_stages(config)
     wanted = ranks * (1 if config.bridge.name == "shared" else engine.num_replicas)
-    if engine.device != "cpu" and not engine.servers and len(set(engine.devices)) != wanted:
+    named, apart = len(set(engine.devices)), config.bridge.name in ("lora", "restart")
+    shared_out = apart and 0 < named == len(engine.devices) and named % ranks == wanted % named == 0
+    if engine.device != "cpu" and not engine.servers and named != wanted and not shared_out:
         yield (
-            f"engine.devices: {list(engine.devices)} names {len(set(engine.devices))} GPUs, and {engine.num_replicas} "
+            f"engine.devices: {list(engine.devices)} names {named} GPUs, and {engine.num_replicas} "
             f"replicas of {ranks} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
             "name that many, or set engine.device to cpu"
+        )
+    if engine.device != "cpu" and (count := engines_on_a_gpu(config)) * engine.gpu_memory_utilization > 1:
+        yield (
+            f"engine.gpu_memory_utilization: {engine.gpu_memory_utilization:g} is the share of each engine, and "
+            f"{count} are on one GPU; lower it to {int(1000 / count) / 1000:g} or less, or start fewer"
         )
     num_gpus = len(set(learner.devices))
     if learner.device != "cpu" and learner.data_parallel_size == 1 and num_gpus != learner.tensor_parallel_size:

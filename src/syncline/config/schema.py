@@ -98,8 +98,8 @@ class Server(Section):
 class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: tuple[NonNegativeInt, ...] = (0,)
-    """GPU indices; ignored on a CPU. Each replica takes the next ones, one a rank, but with bridge.name = shared all
-    run on the same."""
+    """GPU indices; ignored on a CPU. Each replica takes the next ones, one a rank, and where there are fewer, as many
+    replicas share each GPU; with bridge.name = shared all run on the same."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks of a replica that share each layer: a GPU each, or processes on a CPU."""
     num_replicas: PositiveInt = 1
@@ -112,7 +112,9 @@ class Engine(Section):
     port: Port = 0
     """0 leases free ports; otherwise replica i listens on port + i."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Of each GPU, for weights and KV cache together. Ignored on a CPU."""
+    """Of each GPU, for weights and KV cache together, by each engine. Ignored on a CPU. Engines that start at once on
+    one GPU (not with bridge.name = shared) cannot measure what is left, and cache in half of their share;
+    `extra.kv_cache_memory_bytes` says otherwise."""
     kv_cache_bytes: PositiveInt = 256 << 20
     """On a CPU only."""
     max_num_seqs: PositiveInt = 256

@@ -9,7 +9,7 @@ The evaluation before training comes before the learner starts, because the lear
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -90,6 +90,18 @@ class Machine:
         found = sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
         names = found if visible is None else [name for name in visible.split(",") if name not in ("", "-1")]
         return cls(num_cores=len(os.sched_getaffinity(0)), gpus=tuple(names))
+
+
+def see_only(field: str, devices: Sequence[int], *, device: str) -> None:
+    """Hides the other GPUs from CUDA, which must not have looked yet, as a run does for each of its processes. One that
+    sees no more than are named was started with its own. Raises `ConfigError` for GPUs not there."""
+    gpus = Machine.here().gpus
+    if device == "cpu" or len(gpus) <= len(devices):
+        return
+    if max(devices) >= len(gpus):
+        fault = f"{list(devices)} is not among the {len(gpus)} GPUs that are visible; use indices below {len(gpus)}"
+        raise ConfigError([f"{field}: {fault}"])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index] for index in devices)
 
 
 def wanted_ports(config: RunConfig) -> dict[str, tuple[str, int]]:

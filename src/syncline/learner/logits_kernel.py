@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 # pyright: reportArgumentType=false, reportCallIssue=false
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -71,15 +72,17 @@ def _to_gradient(
 def fold(statistics: "Statistics", raw: Tensor, columns: Tensor, scaling: "Scaling") -> None:
     rows, width = raw.shape
     kept = (statistics.maximum, statistics.sum_exp, statistics.weighted_sum, statistics.label_logit)
-    _fold[(rows,)](raw, raw.stride(0), width, columns, *kept, *_scalars(scaling), block=BLOCK)
+    with torch.cuda.device(raw.device):  # Triton launches on the current one
+        _fold[(rows,)](raw, raw.stride(0), width, columns, *kept, *_scalars(scaling), block=BLOCK)
 
 
 def to_gradient_(raw: Tensor, columns: Tensor, log_normaliser: Tensor, *, gradient: Tensor, scaling: "Scaling") -> None:
     rows, width = raw.shape
     grid = (rows, triton.cdiv(width, BLOCK))
-    _to_gradient[grid](
-        raw, raw.stride(0), width, columns, log_normaliser, gradient, *_scalars(scaling), block=BLOCK
-    )  # fmt: skip
+    with torch.cuda.device(raw.device):
+        _to_gradient[grid](
+            raw, raw.stride(0), width, columns, log_normaliser, gradient, *_scalars(scaling), block=BLOCK
+        )  # fmt: skip
 
 
 def _scalars(scaling: "Scaling") -> tuple[float, float, bool]:

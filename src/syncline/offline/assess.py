@@ -92,10 +92,11 @@ class _Set:
 
     async def sample(self, pending: list[Request], lines: AppendOnlyLines, show: Callable[[str], None]) -> None:
         asked, place = self._asked, self._place
+        concurrency = min(asked.concurrency, -(-len(pending) // len(place.engine_urls)) or 1)
         async with AsyncExitStack() as stack:
             replicas = [
                 await stack.enter_async_context(
-                    EngineReplica(url, timeout_seconds=place.timeout_seconds, max_connections=asked.concurrency)
+                    EngineReplica(url, timeout_seconds=place.timeout_seconds, max_connections=concurrency)
                 )
                 for url in place.engine_urls
             ]
@@ -105,7 +106,7 @@ class _Set:
                 model=self._model,
                 record=partial(attempt_of, tokenizer=self._tokenizer, model=self._model),
                 on_written=lambda request, attempt: (),
-                concurrency=asked.concurrency,
+                concurrency=concurrency,
                 lost_after_seconds=asked.lost_after_seconds,
             )
             gauge = Gauge(sampler.tally, done_before=len(lines.done), slots=place.slots)

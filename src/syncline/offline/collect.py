@@ -155,7 +155,8 @@ class _Collection:
         self, pending: list[Request], lines: AppendOnlyLines, show: Callable[[str], None]
     ) -> tuple[Sampler, Gauge]:
         asked, place = self._asked, self._place
-        concurrency = asked.requests_per_engine or 2 * place.slots
+        part = -(-len(pending) // len(place.engine_urls)) or 1  # or the first engine would take all of a little
+        concurrency = asked.requests_per_engine or min(2 * place.slots, part)
         allow_connections(concurrency * len(place.engine_urls))
         async with AsyncExitStack() as stack:
             replicas = [

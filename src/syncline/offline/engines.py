@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from syncline.errors import EngineTimeout, ProcessDied
 from syncline.launch.child import Child, Exited
 from syncline.launch.groups import subreaper
 from syncline.launch.guardian import DONE
-from syncline.launch.plan import Machine, ProcessSpec, plan, wanted_ports
+from syncline.launch.plan import Machine, ProcessSpec, plan_servers, wanted_engine_ports
 from syncline.launch.ports import lease_ports
 from syncline.launch.supervisor import HEALTH_SECONDS, LAST_LINES, answers
 from syncline.observe.files import CONFIG_FILE, PROCESSES_FILE, last_lines, write_atomically
@@ -37,24 +38,26 @@ def running_engines(run: RunConfig, *, show: Callable[[str], None] = print) -> I
     folder = Path(run.run.dir)
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(run.model_dump(mode="json")))
     with ExitStack() as stack:
-        ports = stack.enter_context(lease_ports(wanted_ports(run)))
-        planned = plan(run, ports=ports, machine=Machine.here())
-        specs = [spec for spec in planned if spec.ready and spec.name.partition("-")[0] == "engine"]
+        ports = stack.enter_context(lease_ports(wanted_engine_ports(run)))
+        specs = plan_servers(run, ports=ports, machine=Machine.here(), folder=folder)
         stack.enter_context(subreaper())
         write_atomically(folder / PROCESSES_FILE, json.dumps({"processes": []}))
         stack.callback(_guardian(folder).communicate, DONE)
-        children: list[Child] = []
-        ends: list[Exited] = []
+        children, ends = list[Child](), list[Exited]()
+        stack.callback(_stop_at_once, children)
         for spec in specs:
-            child = Child(spec, on_exit=ends.append)
-            stack.callback(child.stop, grace_seconds=GRACE_SECONDS)
-            children.append(child)
+            children.append(child := Child(spec, on_exit=ends.append))
             write_atomically(folder / PROCESSES_FILE, json.dumps({"processes": [c.record() for c in children]}))
             show(f"started {spec.name} (pid {child.pid}), log {spec.log}")
         for child in children:
             _wait_until_ready(child, ends)
         show(f"{len(children)} engines are ready after {max(child.seconds for child in children):.0f} s")
         yield tuple(_url(spec) for spec in specs)
+
+
+def _stop_at_once(children: Sequence[Child]) -> None:
+    with ThreadPoolExecutor(max(1, len(children))) as threads:
+        list(threads.map(lambda child: child.stop(grace_seconds=GRACE_SECONDS), children))
 
 
 def _wait_until_ready(child: Child, ends: Sequence[Exited]) -> None:

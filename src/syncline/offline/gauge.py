@@ -14,7 +14,7 @@ from statistics import fmean
 
 from syncline.offline.sampler import Tally
 
-GPU_MILLISECONDS = 500
+GPU_MILLISECONDS = 200
 
 
 @dataclass(slots=True)

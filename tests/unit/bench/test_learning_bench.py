@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from learning import LOSS, Load, Reading, ours, plain_model, table, useful_flops
 
-from syncline.bench.learning import LOSS, Load, Reading, ours, plain_model, table, useful_flops
 from syncline.config.schema import Learner, Recomputation
 
 CPU = torch.device("cpu")

@@ -1,5 +1,7 @@
 """What an engine on a GPU is started with besides what the configuration says."""
 
+from itertools import pairwise
+
 import pytest
 
 from syncline.config import resolve
@@ -20,5 +22,5 @@ def test_a_gpus_worker_has_its_own_process_unless_the_configuration_says_otherwi
         "bridge": {"name": "restart"},
     }
     words = _options(resolve(values), device, Start(port=1))
-    found = [after for word, after in zip(words, words[1:], strict=False) if word == "--distributed-executor-backend"]
+    found = [after for word, after in pairwise(words) if word == "--distributed-executor-backend"]
     assert found == backends

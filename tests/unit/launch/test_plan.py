@@ -200,6 +200,17 @@ def test_replicas_of_one_copy_run_on_its_device_and_attach_to_the_first() -> Non
     assert specs["engine-1"].starts_after == ("engine",)
 
 
+def test_replicas_share_gpus_in_turn_where_there_are_fewer() -> None:
+    machine = Machine(num_cores=4, gpus=("3", "5"), python="python")
+    built = config(engine={"num_replicas": 4, "devices": [0, 1]}, learner={"devices": [1]})
+    ports = {field: 8001 + i for i, field in enumerate(wanted_ports(built))}
+    engines = plan(built, ports=ports, machine=machine)[1:5]
+    assert [(spec.name, spec.devices) for spec in engines] == [
+        ("engine", ("3",)), ("engine-1", ("5",)), ("engine-2", ("3",)), ("engine-3", ("5",))
+    ]  # fmt: skip
+    assert all(spec.starts_after == () for spec in engines), "all start at once"
+
+
 def test_replicas_take_the_ports_after_the_given_one() -> None:
     wanted = wanted_ports(config(engine={"num_replicas": 2, "devices": [0, 1], "port": 9000}))
     assert wanted["engine.port"][1] == 9000

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from syncline.offline import collect as collecting
 from syncline.offline.collect import ATTEMPTS_FILE, ROLLOUTS_FILE, Place, collect, model_held
 from syncline.offline.questions import load_questions
 from syncline.offline.work import WorkItem, Workload
+from syncline.types import Completion, FinishReason, SamplingParams
 
 ROW = {"question": "a farm has 48 hens and sells half of them, how many are left", "answer": "<<48/2=24>>24\n#### 24"}
 SOUND, WRONG = "48/2=24 #### 24", "48/2=25 #### 25"
@@ -72,6 +76,44 @@ def test_what_is_there_is_scored_and_nothing_is_sampled(tmp_path: Path) -> None:
     }  # fmt: skip
     assert rows[2]["gold"] == "25" and "50 hens" in rows[2]["question"] and rows[2]["scores"] == {"reward": 1.0}
     assert told[-1].startswith("collected 4/4")
+
+
+class TogetherReplica:
+    """Answers nobody before eight are asked for; `asked_of` counts them by engine."""
+
+    asked_of: Counter[str]
+    all_asked: asyncio.Event
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.name = url
+
+    async def __aenter__(self) -> "TogetherReplica":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+    async def digest(self) -> str:
+        return "digest-a"
+
+    async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+        self.asked_of[self.name] += 1
+        if self.asked_of.total() == 8:
+            self.all_asked.set()
+        await self.all_asked.wait()
+        return Completion((1,), (-0.5,), (), FinishReason.STOP)
+
+
+def test_a_collection_below_the_engines_slots_is_spread_over_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TogetherReplica, "asked_of", Counter(), raising=False)
+    monkeypatch.setattr(TogetherReplica, "all_asked", asyncio.Event(), raising=False)
+    monkeypatch.setattr(collecting, "EngineReplica", TogetherReplica)
+    two = replace(place(tmp_path, slots=8), engine_urls=("http://a", "http://b"))
+    little = asked(tmp_path, num_samples=8, num_twins=0, rephrase=False)
+    facts = collect(little, two, model="digest-a", seed=0, show=lambda line: None)
+    assert facts["sampled"] == 8
+    assert TogetherReplica.asked_of == {"http://a": 4, "http://b": 4}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from syncline.config import RunConfig
 from syncline.config.model_folder import MXFP4
 from syncline.config.rules import ENGINE_LORA_RANKS, serves_adapters
-from syncline.config.servers import num_stages
+from syncline.config.servers import engines_on_a_gpu, num_stages
 from syncline.engines.client import EngineController
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.packed_experts import refuse_unservable, stored_format
@@ -95,6 +95,9 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         values |= {"enable_chunked_prefill": False}
     else:
         values |= {"gpu_memory_utilization": engine.gpu_memory_utilization}
+        if engines_on_a_gpu(config) > 1 and config.bridge.name != "shared":
+            # they start at once, and vLLM, which measures, would take what the others allocate for its own
+            values |= {"kv_cache_memory_bytes": int(engine.gpu_memory_utilization * compat.gpu_bytes() / 2)}
         # the worker in a process of its own: it launches one step while the core schedules the next
         values |= {"distributed_executor_backend": "mp"}
     if serves_adapters(config):

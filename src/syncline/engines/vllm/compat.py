@@ -72,6 +72,13 @@ def server_parts() -> ServerParts:
     )
 
 
+def gpu_bytes() -> int:
+    """Of the first GPU that this process sees; asks the driver, so that nothing is allocated there."""
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_total_memory()
+
+
 async def name_weights(engine: Any, policy_version: int) -> None:
     """Tells vLLM the version too, so that its own token-in/token-out route reports it; 0.26 has no such call."""
     if hasattr(engine, "update_weight_version"):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from learning import TEMPERATURE, Load, Reading, measured, plain_model, useful_flops
 
-from syncline.bench.learning import TEMPERATURE, Load, Reading, measured, plain_model, useful_flops
 from syncline.bench.shapes import tokenizer
 from syncline.learner.advantages import group_advantages
 
