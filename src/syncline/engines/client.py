@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import aiohttp
 import httpx
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from syncline.errors import EngineError, EngineGone, EngineTimeout
 from syncline.observe.images import read_image
@@ -23,12 +24,11 @@ from syncline.types import Completion, FinishReason, ImageRef, SamplingParams, V
 
 RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 3.0
-POOL_CONNECTIONS = 8
-"""Of one of httpx's pools, which for every request goes over all its connections, and over all again at each idle one:
-with 512 in flight a request takes 14 ms of processor time in one pool, and 1.3 in small ones (`docs/log.md`)."""
+IDLE_SECONDS = 3.0
+"""How long a connection is kept that nothing is asked on: vLLM's server closes it after 5."""
 GRACE_SECONDS = 5.0
 """For an engine that says itself what it waited for in vain, which names more than a deadline missed here."""
-_STARTING = (httpx.ConnectError, httpx.ConnectTimeout)
+_STARTING = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +50,21 @@ class EngineClient:
         self.url = url
         self._unpublished_version = unpublished_version
         self._timeout_seconds = timeout_seconds
-        sizes = [min(POOL_CONNECTIONS, max_connections - i) for i in range(0, max_connections, POOL_CONNECTIONS)]
-        context = httpx.create_ssl_context()  # one for all: reading the certificates takes 20 ms
-        self._pools = [_Pool(size, base_url=url, timeout=timeout_seconds, verify=context) for size in sizes]
+        self._max_connections = max_connections
+        self._http: aiohttp.ClientSession
 
     async def __aenter__(self) -> "EngineClient":
+        limit = self._timeout_seconds
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=IDLE_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=None, connect=limit, sock_connect=limit, sock_read=limit),
+            headers={"Content-Type": "application/json"},
+            trust_env=True,  # as `EngineController` does
+        )
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for pool in self._pools:
-            await pool.http.aclose()
+        await self._http.close()
 
     async def generate(
         self,
@@ -102,30 +107,19 @@ class EngineClient:
         return [_completion(c, self._unpublished_version, read) for c in answer["completions"]]
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
-        pool = min(self._pools, key=lambda pool: pool.in_flight / pool.size)
-        pool.in_flight += 1
+        url = f"{self.url.rstrip('/')}{path}"
         try:
-            response = await pool.http.post(path, json=body)
+            async with self._http.post(url, data=to_json(body)) as response:
+                status, content = response.status, await response.read()
         except _STARTING as error:
             raise NotReady(f"engine {self.url} was not ready for {path}: {error}") from error
-        except httpx.TimeoutException as error:
+        except TimeoutError as error:
             raise EngineTimeout(f"engine {self.url} did not answer {path} in {self._timeout_seconds:g} s") from error
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             raise EngineGone(f"engine {self.url} broke off {path}: {error!r}") from error
-        finally:
-            pool.in_flight -= 1
-        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-            raise NotReady(f"engine {self.url} was not ready for {path}: {response.text[:500]}")
-        return _json(response)
-
-
-class _Pool:
-    """So many connections to one engine. `in_flight` counts the requests that have or wait for one."""
-
-    def __init__(self, size: int, **options: Any) -> None:
-        self.size, self.in_flight = size, 0
-        limits = httpx.Limits(max_connections=size, max_keepalive_connections=size)
-        self.http = httpx.AsyncClient(limits=limits, **options)
+        if status == httpx.codes.SERVICE_UNAVAILABLE:
+            raise NotReady(f"engine {self.url} was not ready for {path}: {content[:500].decode(errors='replace')}")
+        return _json(url, status, content)
 
 
 class EngineController:
@@ -235,17 +229,18 @@ class EngineController:
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float) -> Any:
         try:
-            return _json(self._http.request(method, path, json=body, timeout=timeout_seconds))
+            response = self._http.request(method, path, json=body, timeout=timeout_seconds)
         except httpx.TimeoutException as error:
             raise EngineTimeout(f"{self.name} did not answer {path} in {timeout_seconds:g} s") from error
         except httpx.HTTPError as error:
             raise EngineGone(f"{self.name} broke off {path}: {error!r}") from error
+        return _json(str(response.url), response.status_code, response.content)
 
 
-def _json(response: httpx.Response) -> Any:
-    if response.is_success:
-        return from_json(response.content)
-    raise EngineError(f"engine {response.request.url} answered {response.status_code}: {response.text[:500]}")
+def _json(url: str, status: int, content: bytes) -> Any:
+    if httpx.codes.is_success(status):
+        return from_json(content)
+    raise EngineError(f"engine {url} answered {status}: {content[:500].decode(errors='replace')}")
 
 
 def _receipt(answer: Any) -> Receipt:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from real_engine import free_port
 
-from syncline.engines.client import POOL_CONNECTIONS, EngineClient, EngineController
-from syncline.errors import ConfigError, EngineError, EngineTimeout
+from syncline.engines.client import EngineClient, EngineController
+from syncline.errors import ConfigError, EngineError, EngineGone, EngineTimeout
 from syncline.observe.images import image_ref
 from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
 
@@ -90,6 +90,31 @@ def test_an_engine_that_is_not_there_is_named_at_the_deadline() -> None:
         EngineController(url, start_timeout_seconds=1).wait_until_ready(timeout_seconds=0.3)
 
 
+def test_an_engine_that_is_silent_or_breaks_off_is_named(canned: ThreadingHTTPServer) -> None:
+    canned.answers = [(200, ANSWER)]  # type: ignore[attr-defined]
+    silent = threading.Event()
+    canned.RequestHandlerClass = type("Silent", (Canned,), {"do_POST": lambda self: silent.wait(20)})
+    with pytest.raises(EngineTimeout, match=r"engine http://\S+ did not answer /syncline/generate in 0\.3 s"):
+        generate(url_of(canned), timeout_seconds=0.3)
+    silent.set()
+    canned.RequestHandlerClass = type("Broken", (Canned,), {"do_POST": lambda self: self.connection.close()})
+    with pytest.raises(EngineGone, match=r"engine http://\S+ broke off /syncline/generate"):
+        generate(url_of(canned), timeout_seconds=5)
+
+
+def test_an_engine_behind_a_path_is_asked_there(canned: ThreadingHTTPServer) -> None:
+    asked = []
+
+    class Noting(Canned):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            super().do_POST()
+
+    canned.answers, canned.RequestHandlerClass = [(200, ANSWER)], Noting  # type: ignore[attr-defined]
+    generate(f"{url_of(canned)}/engines/7/", timeout_seconds=5)
+    assert asked == ["/engines/7/syncline/generate"]
+
+
 def test_unpublished_weights_have_no_version_unless_the_caller_names_one(canned: ThreadingHTTPServer) -> None:
     unversioned = {"completions": [ANSWER["completions"][0] | {"versions": []}]}
     canned.answers = [(200, unversioned)]  # type: ignore[attr-defined]
@@ -116,9 +141,9 @@ def test_images_are_sent_by_content_and_refused_once_changed(canned: ThreadingHT
         asyncio.run(ask())
 
 
-def test_so_many_are_asked_at_once_and_no_more_whatever_the_pools() -> None:
+def test_so_many_are_asked_at_once_and_no_more() -> None:
     """Nobody is answered until as many have come as may; more than these never do."""
-    allowed = POOL_CONNECTIONS + 4
+    allowed = 12
     full, counting = threading.Barrier(allowed), threading.Lock()
     now, most = 0, 0
 
