@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
+from urllib.request import getproxies
 
 import aiohttp
 import httpx
@@ -59,7 +60,7 @@ class EngineClient:
             connector=aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=IDLE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=None, connect=limit, sock_connect=limit, sock_read=limit),
             headers={"Content-Type": "application/json"},
-            trust_env=True,  # as `EngineController` does
+            trust_env=bool(getproxies()),  # as `EngineController` does; aiohttp looks for them at every request
         )
         return self
 
@@ -94,12 +95,8 @@ class EngineClient:
         needs_version: bool = False,
     ) -> list[Completion]:
         """Asks once. With `needs_version` an engine that holds no published policy is `NotReady`, too."""
-        body: dict[str, Any] = {
-            "prompt_token_ids": list(prompt_token_ids),
-            "sampling": asdict(sampling),
-            "num_completions": num_completions,
-            "needs_version": needs_version,
-        }
+        body: dict[str, Any] = {"prompt_token_ids": list(prompt_token_ids), "sampling": sampling}
+        body |= {"num_completions": num_completions, "needs_version": needs_version}
         if images:  # their bytes, once for all completions: the engine may be on another host, and opens no files
             body["images"] = [base64.b64encode(await asyncio.to_thread(read_image, image)).decode() for image in images]
         answer = await self._post("/syncline/generate", body)
