@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -29,6 +29,7 @@ from syncline.bench.shapes import SHAPES, make_model
 
 WARM_UP_STEPS = 2
 METRICS = "metrics.jsonl"
+ENDED = "exit code 0"
 COLUMNS = (
     "split",
     "step",
@@ -77,7 +78,6 @@ class Watch:
     num_asked: int = 0
     num_idle: int = 0
     killed_at: int | None = None
-    engines: list[float] = field(default_factory=list)
 
     def ask(self, client: httpx.Client, ports: Sequence[int]) -> None:
         for port in ports:
@@ -95,7 +95,7 @@ def main() -> int:
     model = args.folder / args.shape
     if not (model / "config.json").exists():
         make_model(args.shape, model, max_length=4096)
-    lines = []
+    lines, whole = [], True
     for text in args.splits:
         split = Split.of(text)
         run_dir = args.folder / f"split-{text}"
@@ -103,12 +103,14 @@ def main() -> int:
         overrides = [*(split.overrides() if args.device != "cpu" else split.overrides()[:1]), *args.overrides]
         ended, watch = _run(args, split, run_dir, overrides)
         steps = _steps(run_dir)[WARM_UP_STEPS:]
-        lines.append(_line(text, watch, steps) if steps else f"{text:>14}  no step to count: {ended}")
+        whole = whole and ended == ENDED
+        line = _line(text, watch, steps) if steps else f"{text:>14}  no step to count"
+        lines.append(line if ended == ENDED else f"{line}  ({ended})")
         if ended == within_deadline.INTERRUPTED or time.monotonic() > args.until:
             break
     print("\n" + "".join(f"{title:>14}" for title in COLUMNS))
     print("\n".join(lines))
-    return 0 if len(lines) == len(args.splits) else 1
+    return 0 if whole and len(lines) == len(args.splits) else 1
 
 
 def _run(args: argparse.Namespace, split: Split, run_dir: Path, overrides: list[str]) -> tuple[str, Watch]:

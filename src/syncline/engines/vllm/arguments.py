@@ -98,8 +98,9 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         if engines_on_a_gpu(config) > 1 and config.bridge.name != "shared":
             # they start at once, and vLLM, which measures, would take what the others allocate for its own
             values |= {"kv_cache_memory_bytes": int(engine.gpu_memory_utilization * compat.gpu_bytes() / 2)}
-        # the worker in a process of its own: it launches one step while the core schedules the next
-        values |= {"distributed_executor_backend": "mp"}
+        if engine.tensor_parallel_size * num_stages(config) == 1:
+            # one worker has a process of its own, as several have: it launches a step while the core schedules the next
+            values |= {"distributed_executor_backend": "mp"}
     if serves_adapters(config):
         values |= _adapter_options(config)
     if packing := stored_format(config):
