@@ -65,13 +65,13 @@ def main() -> int:
     metrics.unlink(missing_ok=True)
     with subprocess.Popen(command, env=environment, start_new_session=True) as run:
         why = within_deadline.wait(run, until=started + args.deadline)
-    if run.returncode and not why:
-        return run.returncode
+    failed = 0 if why else run.returncode
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    steps = [json.loads(line) for line in lines][WARM_UP_STEPS:]
+    steps = [json.loads(line) for line in lines if line.endswith("}")][WARM_UP_STEPS:]
     if not steps:
-        print(f"no step to count: {why}, and {len(lines)} steps were done", file=sys.stderr)
-        return 1
+        ended = why or f"exit code {failed}"
+        print(f"no step to count: {ended}, and {len(lines)} steps were done", file=sys.stderr)
+        return failed or 1
     means = {key: sum(step[key] for step in steps) / len(steps) for _, key in ROWS}
     tokens = sum(step["tokens/sampled"] for step in steps) / len(steps)
     print(
@@ -86,7 +86,7 @@ def main() -> int:
     print(f"{'reward':<24}{steps[0]['reward']:.3f} -> {steps[-1]['reward']:.3f}")
     if args.json:
         args.json.write_text(json.dumps({"shape": args.shape, "bridge": args.bridge, "tokens": tokens} | means))
-    return 0
+    return failed
 
 
 def engine(args: argparse.Namespace) -> dict:
