@@ -47,9 +47,9 @@ def test_requests_before_and_after_a_pause_have_other_salts() -> None:
                 salts.append(visit.salt)
             async with gate.request("b") as visit:
                 salts.append(visit.salt)
-            await gate.close()
+            gate.close()
             gate.freeze()
-            await gate.open()
+            gate.open()
         return salts
 
     first, second, third, fourth = asyncio.run(scenario())

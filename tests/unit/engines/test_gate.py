@@ -12,7 +12,7 @@ def test_a_request_that_ends_before_the_next_version_is_of_one() -> None:
     async def scenario() -> None:
         gate = Gate(policy_version=3)
         async with gate.request("a") as visit:
-            await gate.close()
+            gate.close()
             with pytest.raises(EngineTimeout, match="1 requests were still running"):
                 await gate.wait_until_empty(timeout_seconds=0.01)
             assert visit.spans(0, 5) == [(3, 0, 5)]
@@ -47,7 +47,7 @@ def test_tokens_from_before_the_first_publish_make_a_completion_of_no_version() 
 def test_requests_wait_at_a_closed_gate_and_get_the_new_version() -> None:
     async def scenario() -> None:
         gate = Gate(policy_version=0)
-        await gate.close()
+        gate.close()
         entered: list[int] = []
 
         async def request(request_id: str) -> None:
@@ -59,7 +59,7 @@ def test_requests_wait_at_a_closed_gate_and_get_the_new_version() -> None:
         assert entered == []
         gate.freeze()
         gate.name(1, {})
-        await gate.open()
+        gate.open()
         await asyncio.wait_for(asyncio.gather(*waiting), 1)
         assert entered == [1, 1, 1]
         assert not gate.is_still
@@ -71,7 +71,7 @@ def test_a_close_can_wait_until_the_engine_has_every_request() -> None:
     async def scenario() -> None:
         gate = Gate(policy_version=0)
         async with gate.request("a") as visit:
-            await gate.close()
+            gate.close()
             with pytest.raises(EngineTimeout, match="1 requests had not all reached the engine"):
                 await gate.wait_until_submitted(timeout_seconds=0.01)
             await gate.submitted(visit)
@@ -94,8 +94,42 @@ def test_a_cancelled_request_leaves_the_gate() -> None:
         await inside.wait()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await gate.close()
+        gate.close()
         await gate.wait_until_empty(timeout_seconds=1)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize("after", range(4))
+def test_a_request_whose_client_goes_as_it_leaves_holds_up_no_pause(turns: int, after: int) -> None:
+    """The pause begins `turns` turns of the event loop before the request ends, its client goes `after` turns later."""
+
+    async def scenario() -> None:
+        gate, ended = Gate(policy_version=0), asyncio.Event()
+
+        async def request() -> None:
+            async with gate.request("a"):
+                await ended.wait()
+
+        async def pause() -> None:
+            gate.close()
+            await gate.wait_until_empty(timeout_seconds=1)
+
+        leaving = asyncio.create_task(request())
+        await asyncio.sleep(0)
+        pausing = asyncio.create_task(pause())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        ended.set()
+        for _ in range(after):
+            await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert (gate.num_inside, pausing.done()) == (0, True), "it saw the last one leave"
+        await pausing
 
     asyncio.run(scenario())
 
@@ -121,10 +155,10 @@ def test_requests_at_the_door_of_an_engine_that_ends_are_sent_away() -> None:
 
     async def scenario() -> None:
         gate = Gate(policy_version=3)
-        await gate.close()
+        gate.close()
         waiting = asyncio.create_task(enter(gate))
         await asyncio.sleep(0)
-        await gate.shut()
+        gate.shut()
         for late in (waiting, enter(gate)):
             with pytest.raises(EngineGone, match="ending, or starting anew"):
                 await asyncio.wait_for(late, 1)

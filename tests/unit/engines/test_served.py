@@ -54,7 +54,7 @@ def served() -> Served:
     served = Served(Engine(), Gate(3), {})
 
     async def pause() -> None:
-        await served.gate.close()
+        served.gate.close()
         served.gate.freeze()
         await served.remeasure()
 

@@ -71,7 +71,7 @@ def _add_pause(router: APIRouter, served: Served) -> None:
     async def pause() -> dict[str, Any]:
         nonlocal paused_as
         if served.gate.is_open:
-            await served.gate.close()
+            served.gate.close()
             await served.gate.wait_until_empty(timeout_seconds=PAUSE_TIMEOUT_SECONDS)
             await compat.pause(served.engine, "drain")
             served.gate.freeze()

@@ -5,7 +5,8 @@ those inside end (drain, abort), or the engine freezes them at a token boundary 
 while the gate is `still` may weights and version change, so a token belongs to the version named last before it.
 Producers: the generate route. Waits: `wait_until_empty` and `wait_until_submitted` (for requests inside, with a
 deadline) and requests at a closed door (for `open`). Unblocks: a leaving or submitted request, `open`, and `shut`,
-after which nobody waits any more: a server that ends waits for its requests.
+after which nobody waits any more: a server that ends waits for its requests. Nothing here takes a lock, since all of it
+happens on one event loop: a request that is cancelled as it leaves has left.
 """
 
 import asyncio
@@ -54,7 +55,7 @@ class Gate:
         self._is_shut = False
         self._num_pauses = 0
         self._inside: set[Visit] = set()
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
 
     @property
     def num_inside(self) -> int:
@@ -69,34 +70,29 @@ class Gate:
     @asynccontextmanager
     async def request(self, request_id: str, *, can_freeze: bool = True) -> AsyncIterator[Visit]:
         """Waits for the gate to be open. Raises `EngineGone` once it is shut."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.is_open or self._is_shut)
-            if self._is_shut:
-                raise EngineGone("the engine is ending, or starting anew")
-            visit = Visit(request_id, self.policy_version, self.salt, can_freeze)
-            self._inside.add(visit)
+        await self._until(lambda: self.is_open or self._is_shut)
+        if self._is_shut:
+            raise EngineGone("the engine is ending, or starting anew")
+        visit = Visit(request_id, self.policy_version, self.salt, can_freeze)
+        self._inside.add(visit)
         try:
             yield visit
         finally:
-            async with self._changed:
-                self._inside.remove(visit)
-                self._changed.notify_all()
+            self._inside.remove(visit)
+            self._tell()
 
     async def submitted(self, visit: Visit) -> None:
-        async with self._changed:
-            visit.is_submitted = True
-            self._changed.notify_all()
+        visit.is_submitted = True
+        self._tell()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Stops new requests at the door; those inside go on."""
-        async with self._changed:
-            self.is_open = False
+        self.is_open = False
 
-    async def shut(self) -> None:
+    def shut(self) -> None:
         """For good: this process ends. Those at the door are sent away, to ask again."""
-        async with self._changed:
-            self._is_shut = True
-            self._changed.notify_all()
+        self._is_shut = True
+        self._tell()
 
     async def wait_until_empty(self, *, timeout_seconds: float) -> None:
         """Raises `EngineTimeout` when requests are still inside at the deadline."""
@@ -136,17 +132,25 @@ class Gate:
             visit.changes.append((policy_version, sampled.get(visit.request_id, {})))
         self.policy_version = policy_version
 
-    async def open(self) -> None:
-        async with self._changed:
-            self.is_still = False
-            self.is_open = True
-            self._changed.notify_all()
+    def open(self) -> None:
+        self.is_still = False
+        self.is_open = True
+        self._tell()
 
     async def _wait(self, done: Callable[[], bool], timeout_seconds: float, what: str, remedy: str) -> None:
-        async with self._changed:
-            try:
-                await asyncio.wait_for(self._changed.wait_for(done), timeout_seconds)
-            except TimeoutError as error:
-                raise EngineTimeout(
-                    f"{self.num_inside} requests {what} {timeout_seconds:g} s after the pause; {remedy}"
-                ) from error
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._until(done)
+        except TimeoutError as error:
+            raise EngineTimeout(
+                f"{self.num_inside} requests {what} {timeout_seconds:g} s after the pause; {remedy}"
+            ) from error
+
+    async def _until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            await self._changed.wait()
+
+    def _tell(self) -> None:
+        """All who wait look again."""
+        self._changed.set()
+        self._changed.clear()

@@ -107,7 +107,7 @@ class Served:
         if not self.gate.is_open:
             await self._refuse_unproved()
             await self.engine.resume_generation()
-            await self.gate.open()
+            self.gate.open()
 
     async def _refuse_unproved(self) -> None:
         """Raises `EngineError` when the weights are no longer those of the version they were named with."""

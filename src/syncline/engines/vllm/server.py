@@ -104,7 +104,7 @@ async def _serve(
         await served.remeasure()
         if start.policy_version >= 0:
             await compat.name_weights(engine, start.policy_version)
-            await served.gate.close()
+            served.gate.close()
             await compat.pause(engine, "abort")
             served.gate.freeze()
         weights = (weight_routes, broadcast_routes, adapter_routes, by_hand_routes, bridge_routes)
@@ -118,7 +118,7 @@ async def _serve(
         shutdown = await parts.serve_http(
             app, sock=sock, host=args.host, port=args.port, log_level="warning", access_log=False, **waits
         )
-        await served.gate.shut()
+        served.gate.shut()
         watch.cancel()
         announcement.cancel()
     with suppress(asyncio.CancelledError):

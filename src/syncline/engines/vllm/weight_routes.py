@@ -66,7 +66,7 @@ def pause_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/pause")
     async def pause(body: PauseBody) -> dict[str, Any]:
-        await served.gate.close()
+        served.gate.close()
         wait = {
             "drain": served.gate.wait_until_empty,
             "keep": served.gate.wait_until_freezable,
