@@ -47,9 +47,8 @@ def test_requests_before_and_after_a_pause_have_other_salts() -> None:
                 salts.append(visit.salt)
             async with gate.request("b") as visit:
                 salts.append(visit.salt)
-            gate.close()
-            gate.freeze()
-            gate.open()
+            gate.freeze(gate.close())
+            gate.open(gate.num_pauses)
         return salts
 
     first, second, third, fourth = asyncio.run(scenario())

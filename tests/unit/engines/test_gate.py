@@ -47,7 +47,7 @@ def test_tokens_from_before_the_first_publish_make_a_completion_of_no_version() 
 def test_requests_wait_at_a_closed_gate_and_get_the_new_version() -> None:
     async def scenario() -> None:
         gate = Gate(policy_version=0)
-        gate.close()
+        pause = gate.close()
         entered: list[int] = []
 
         async def request(request_id: str) -> None:
@@ -57,9 +57,9 @@ def test_requests_wait_at_a_closed_gate_and_get_the_new_version() -> None:
         waiting = [asyncio.create_task(request(str(i))) for i in range(3)]
         await asyncio.sleep(0)
         assert entered == []
-        gate.freeze()
+        gate.freeze(pause)
         gate.name(1, {})
-        gate.open()
+        gate.open(pause)
         await asyncio.wait_for(asyncio.gather(*waiting), 1)
         assert entered == [1, 1, 1]
         assert not gate.is_still

@@ -54,8 +54,7 @@ def served() -> Served:
     served = Served(Engine(), Gate(3), {})
 
     async def pause() -> None:
-        served.gate.close()
-        served.gate.freeze()
+        served.gate.freeze(served.gate.close())
         await served.remeasure()
 
     asyncio.run(pause())

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.routes import Route
 from syncline.engines.vllm.served import Served
-from syncline.errors import EngineError
+from syncline.errors import EngineError, EngineTimeout
 
 PAUSE_TIMEOUT_SECONDS = 300.0
 NO_SLEEP = "this engine does not sleep: a learner may be training in the memory it would give away; stop it instead"
@@ -64,23 +64,24 @@ def bridge_routes(served: Served) -> APIRouter:
 
 
 def _add_pause(router: APIRouter, served: Served) -> None:
-    paused_as: str | None = None
+    paused_as: int | None = None
     """Which pause is this hand's: a bridge that pauses the engine too has another."""
 
     @router.post("/bridge/pause")
     async def pause() -> dict[str, Any]:
         nonlocal paused_as
         if served.gate.is_open:
-            served.gate.close()
-            await served.gate.wait_until_empty(timeout_seconds=PAUSE_TIMEOUT_SECONDS)
-            await compat.pause(served.engine, "drain")
-            served.gate.freeze()
-            served.is_measured, paused_as = False, served.gate.salt
+            paused_as = pause = served.gate.close()
+            try:
+                await served.pause(pause, "drain", timeout_seconds=PAUSE_TIMEOUT_SECONDS)
+            except EngineTimeout:
+                await served.go_on(pause)
+                raise
         return {"status": "paused"}
 
     @router.post("/bridge/resume")
     async def resume() -> dict[str, Any]:
-        if not served.gate.is_open and paused_as != served.gate.salt:
+        if not served.gate.is_open and paused_as != served.gate.num_pauses:
             raise EngineError("a bridge has paused this engine to move its weights; it resumes it when they are proved")
         await served.resume(served.held)
         return {"status": "resumed"}

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from syncline.errors import EngineGone, EngineTimeout
+from syncline.errors import EngineError, EngineGone, EngineTimeout
 
 UNPUBLISHED = -1
 
@@ -52,8 +52,9 @@ class Gate:
         self.is_open = True
         self.is_still = False
         """Nothing samples and nothing can begin to: weights and version may change."""
+        self.num_pauses = 0
+        """The last pause has this number."""
         self._is_shut = False
-        self._num_pauses = 0
         self._inside: set[Visit] = set()
         self._changed = asyncio.Event()
 
@@ -65,7 +66,7 @@ class Gate:
     def salt(self) -> str:
         """Another one after each pause, in which the weights may have changed: blocks filled under them are no other
         request's to use."""
-        return f"syncline-{self._num_pauses}"
+        return f"syncline-{self.num_pauses}"
 
     @asynccontextmanager
     async def request(self, request_id: str, *, can_freeze: bool = True) -> AsyncIterator[Visit]:
@@ -85,9 +86,18 @@ class Gate:
         visit.is_submitted = True
         self._tell()
 
-    def close(self) -> None:
-        """Stops new requests at the door; those inside go on."""
+    def close(self) -> int:
+        """Stops new requests at the door; those inside go on. Returns the pause's number: whoever has waited finds out
+        by it (`need`) that others have ended the pause, or begun another, meanwhile."""
         self.is_open = False
+        self.num_pauses += 1
+        return self.num_pauses
+
+    def need(self, pause: int) -> None:
+        """Raises `EngineError` unless the gate is closed, and by this pause."""
+        if self.is_open or pause != self.num_pauses:
+            now = "resumed" if self.is_open else "paused again"
+            raise EngineError(f"pause {pause} of this engine is over: it has been {now} meanwhile")
 
     def shut(self) -> None:
         """For good: this process ends. Those at the door are sent away, to ask again."""
@@ -121,10 +131,10 @@ class Gate:
             "raise bridge.timeout_seconds or set bridge.in_flight to drain or abort",
         )
 
-    def freeze(self) -> None:
-        """The engine has stopped: from now on the gate is still."""
+    def freeze(self, pause: int) -> None:
+        """The engine has stopped for this pause: from now on the gate is still."""
+        self.need(pause)
         self.is_still = True
-        self._num_pauses += 1
 
     def name(self, policy_version: int, sampled: Sampled) -> None:
         """What is sampled from now on is of `policy_version`; `sampled` is where requests inside stand."""
@@ -132,7 +142,9 @@ class Gate:
             visit.changes.append((policy_version, sampled.get(visit.request_id, {})))
         self.policy_version = policy_version
 
-    def open(self) -> None:
+    def open(self, pause: int) -> None:
+        """Ends this pause."""
+        self.need(pause)
         self.is_still = False
         self.is_open = True
         self._tell()

@@ -1,5 +1,7 @@
 """The engine behind the routes, and what is proved of its weights."""
 
+import asyncio
+from collections.abc import Awaitable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,7 +11,7 @@ from syncline.bridges.receipt import Combination, Piece, combined, model_digest
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.adapters import Adapters
 from syncline.engines.vllm.gate import UNPUBLISHED, Gate
-from syncline.errors import EngineError, SyncError
+from syncline.errors import EngineError, EngineTimeout, SyncError
 from syncline.protocols import Receipt
 
 
@@ -46,6 +48,8 @@ class Served:
     layouts: list[str] = field(default_factory=list)
     combination: Combination = field(default_factory=lambda: Combination([]))
     """Of the pieces that the ranks measured last, which `layouts` tells."""
+    _core: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Of whoever stops the engine core, or lets it go on: what the gate says of it changes with it."""
 
     async def measured(self, method: str = "syncline_measure", *args: Any) -> dict[str, str]:
         """What the next request would be sampled from: the weights, and the adapter that is current."""
@@ -95,8 +99,34 @@ class Served:
                 f"policy_version {policy_version} is older than {self.gate.policy_version}, which this engine served"
             )
 
+    async def pause(self, pause: int, mode: str, *, timeout_seconds: float, reuse_kv: bool = False) -> None:
+        """Stops the engine core, as `EngineControl.pause` tells; `pause` has closed the gate. Raises `EngineTimeout`,
+        and `EngineError` where others have resumed it or paused it again meanwhile."""
+        gate = self.gate
+        waits = {"drain": gate.wait_until_empty, "keep": gate.wait_until_freezable, "abort": gate.wait_until_submitted}
+        await waits[mode](timeout_seconds=timeout_seconds)
+        await _within(timeout_seconds, self._core.acquire(), "end another pause, or go on,")
+        try:
+            gate.need(pause)
+            await _within(timeout_seconds, compat.pause(self.engine, mode, reuse_kv=reuse_kv), "stop sampling")
+            if mode != "keep":
+                await gate.wait_until_empty(timeout_seconds=timeout_seconds)
+            gate.freeze(pause)
+        finally:
+            self._core.release()
+        self.is_measured = False
+
+    async def go_on(self, pause: int) -> None:
+        """Samples what it holds. Raises `EngineError` when another pause has begun since."""
+        async with self._core:
+            self.gate.need(pause)
+            self.gate.is_still = False
+            await self.engine.resume_generation()
+            self.gate.open(pause)
+
     async def resume(self, expected: Receipt) -> None:
         """Samples, if it holds exactly what is expected; raises `EngineError` otherwise."""
+        pause = self.gate.num_pauses
         if self.torn:
             raise EngineError(f"the weights are of no version; publish one instead of resuming: {self.torn}")
         if self.held != expected:
@@ -104,10 +134,9 @@ class Served:
                 f"asked to resume version {expected.policy_version} digest {expected.digest[:12]}, this engine holds "
                 f"version {self.held.policy_version} digest {self.held.digest[:12]}; publish instead of resuming"
             )
-        if not self.gate.is_open:
+        if self.gate.is_still or not self.gate.is_open:
             await self._refuse_unproved()
-            await self.engine.resume_generation()
-            self.gate.open()
+            await self.go_on(pause)
 
     async def _refuse_unproved(self) -> None:
         """Raises `EngineError` when the weights are no longer those of the version they were named with."""
@@ -150,3 +179,10 @@ class Served:
         if resume:
             await self.resume(expected)
         return self.receipt()
+
+
+async def _within(timeout_seconds: float, answer: Awaitable[object], what: str) -> None:
+    try:
+        await asyncio.wait_for(answer, timeout_seconds)
+    except TimeoutError as error:
+        raise EngineTimeout(f"the engine core did not {what} in {timeout_seconds:g} s") from error

@@ -104,9 +104,9 @@ async def _serve(
         await served.remeasure()
         if start.policy_version >= 0:
             await compat.name_weights(engine, start.policy_version)
-            served.gate.close()
+            pause = served.gate.close()
             await compat.pause(engine, "abort")
-            served.gate.freeze()
+            served.gate.freeze(pause)
         weights = (weight_routes, broadcast_routes, adapter_routes, by_hand_routes, bridge_routes)
         routes = (sampling_routes, generate_routes, pause_routes, *weights)
         add_routes(app, *(router(served) for router in routes))

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -11,10 +10,9 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from syncline.bridges.receipt import model_digest
-from syncline.engines.vllm import compat
 from syncline.engines.vllm.routes import Body, Route
 from syncline.engines.vllm.served import Restart, Served
-from syncline.errors import EngineError, EngineTimeout
+from syncline.errors import EngineError
 from syncline.protocols import Receipt
 
 
@@ -66,19 +64,8 @@ def pause_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/pause")
     async def pause(body: PauseBody) -> dict[str, Any]:
-        served.gate.close()
-        wait = {
-            "drain": served.gate.wait_until_empty,
-            "keep": served.gate.wait_until_freezable,
-            "abort": served.gate.wait_until_submitted,
-        }[body.mode]
-        await wait(timeout_seconds=body.timeout_seconds)
-        pausing = compat.pause(served.engine, body.mode, reuse_kv=body.reuse_kv)
-        await _within(body.timeout_seconds, pausing, "stop sampling")
-        if body.mode != "keep":
-            await served.gate.wait_until_empty(timeout_seconds=body.timeout_seconds)
-        served.gate.freeze()
-        served.is_measured = False
+        pause = served.gate.close()
+        await served.pause(pause, body.mode, timeout_seconds=body.timeout_seconds, reuse_kv=body.reuse_kv)
         return {**served.receipt(), "generation": served.generation}
 
     @router.post("/syncline/resume")
@@ -123,10 +110,3 @@ def weight_routes(served: Served) -> APIRouter:
         return served.receipt()
 
     return router
-
-
-async def _within(timeout_seconds: float, answer: Awaitable[None], what: str) -> None:
-    try:
-        await asyncio.wait_for(answer, timeout_seconds)
-    except TimeoutError as error:
-        raise EngineTimeout(f"the engine core did not {what} in {timeout_seconds:g} s") from error
