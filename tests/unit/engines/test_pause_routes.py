@@ -4,6 +4,7 @@ and whoever was overtaken is told so."""
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastapi import FastAPI
 from test_served import Engine
 
 from syncline.engines.vllm import bridge_routes
+from syncline.engines.vllm.broadcast_routes import broadcast_routes
 from syncline.engines.vllm.gate import Gate
 from syncline.engines.vllm.served import Served
 from syncline.engines.vllm.weight_routes import pause_routes, weight_routes
@@ -21,13 +23,14 @@ KEEP, ABORT = ({"mode": mode, "timeout_seconds": 5} for mode in ("keep", "abort"
 
 
 class Core(Engine):
-    """As much of vLLM as pauses ask for, too: it stops when it is told to, as soon as `answers`."""
+    """As much of vLLM as pauses ask for, too: it stops when it is told to, once it `answers`; so do its `workers`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.is_stopped = False
-        self.answers = asyncio.Event()
+        self.answers, self.workers = asyncio.Event(), asyncio.Event()
         self.answers.set()
+        self.workers.set()
         self.engine_core = SimpleNamespace(pause_scheduler_async=self.stop, outputs_queue=None)
         self.output_processor = SimpleNamespace(request_states={}, has_unfinished_requests=lambda: False)
         self.model_config = SimpleNamespace(is_multimodal_model=False)
@@ -36,6 +39,13 @@ class Core(Engine):
     async def stop(self, *, mode: str, clear_cache: bool) -> None:
         await self.answers.wait()
         self.is_stopped = True
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
+        await self.workers.wait()
+        if method in ("syncline_receive", "syncline_leave"):
+            self.calls.append(method)
+            return [{"value": None}] * 2
+        return await super().collective_rpc(method, args)
 
     async def resume_generation(self) -> None:
         self.is_stopped = False
@@ -60,8 +70,10 @@ class Scene:
         return asked
 
     async def resume(self) -> httpx.Response:
-        held = self.served.held
-        return await self.ask("/syncline/resume", expected={"policy_version": 3, "digest": held.digest})
+        return await self.ask("/syncline/resume", expected=self.expected(3))
+
+    def expected(self, policy_version: int) -> dict[str, Any]:
+        return asdict(self.engine.held(policy_version))
 
     async def request(self) -> None:
         async with self.gate.request("a") as visit:
@@ -83,7 +95,7 @@ async def settled() -> None:
 async def scene_with_a_request() -> AsyncIterator[Scene]:
     served, app = Served(Core(), Gate(3), {}), FastAPI()
     await served.remeasure()
-    for router in (pause_routes, weight_routes, bridge_routes.bridge_routes):
+    for router in (pause_routes, weight_routes, broadcast_routes, bridge_routes.bridge_routes):
         app.include_router(router(served))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine") as http:
         scene = Scene(http, served)
@@ -167,5 +179,80 @@ def test_what_comes_while_the_core_stops_waits_for_it(twice: bool) -> None:
         assert [(await pause).status_code for pause in pausing] == [409, 200][-len(pausing) :]
         assert (await resuming).is_success
         assert scene.state() == "samples"
+
+    play(story)
+
+
+RECEIVE = {"generation": "g", "timeout_seconds": 5}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/syncline/adopt", {}), ("/syncline/broadcast/receive", RECEIVE)],
+    ids=["adopt", "receive"],
+)
+def test_a_proof_that_comes_after_its_learner_gave_up_samples_nothing(path: str, body: dict[str, Any]) -> None:
+    """At its deadline the learner raises and pauses every engine; nobody cancels what the engine was doing."""
+
+    async def story(scene: Scene) -> None:
+        scene.ends.set()
+        assert (await scene.ask("/syncline/pause", **KEEP)).is_success
+        scene.engine.workers.clear()
+        late = await scene.begin(path, expected=scene.expected(4), resume=True, **body)
+        assert (await scene.ask("/syncline/pause", **ABORT)).is_success
+        scene.engine.workers.set()
+        answer = await late
+        assert answer.status_code == 409
+        assert "has been paused again meanwhile" in answer.text
+        assert (scene.state(), scene.gate.policy_version) == ("paused", 3), "what was not proved in time has no version"
+
+    play(story)
+
+
+@pytest.mark.parametrize("group", ["g", "the next learner's"])
+def test_a_broadcast_that_breaks_off_leaves_its_own_group_alone(group: str) -> None:
+    async def story(scene: Scene) -> None:
+        scene.ends.set()
+        assert (await scene.ask("/syncline/pause", **KEEP)).is_success
+        scene.engine.workers.clear()
+        late = await scene.begin("/syncline/broadcast/receive", expected=scene.expected(4), resume=True, **RECEIVE)
+        assert (await scene.ask("/syncline/pause", **ABORT)).is_success
+        scene.served.generation = group
+        scene.engine.workers.set()
+        await late
+        assert scene.served.generation == ("" if group == "g" else group)
+        assert ("syncline_leave" in scene.engine.calls) == (group == "g")
+
+    play(story)
+
+
+def test_a_late_resume_samples_nothing() -> None:
+    async def story(scene: Scene) -> None:
+        scene.ends.set()
+        assert (await scene.ask("/syncline/pause", **KEEP)).is_success
+        scene.engine.workers.clear()
+        late = await scene.begin("/syncline/resume", expected=scene.expected(3))
+        assert (await scene.ask("/syncline/pause", **ABORT)).is_success
+        scene.engine.workers.set()
+        assert ((await late).status_code, scene.state()) == (409, "paused")
+
+    play(story)
+
+
+def test_what_was_measured_before_a_pause_proves_nothing_after_it() -> None:
+    """The late answer to one who gave up must not pass for a proof of what a step has written since."""
+
+    async def story(scene: Scene) -> None:
+        scene.ends.set()
+        assert (await scene.ask("/syncline/pause", **KEEP)).is_success
+        scene.engine.workers.clear()
+        late = await scene.begin("/syncline/resume", expected=scene.expected(3))
+        assert (await scene.ask("/syncline/pause", **ABORT)).is_success
+        scene.engine.workers.set()
+        await late
+        scene.engine.models[0]["w"].data.add_(1)
+        again = await scene.ask("/syncline/resume", expected=asdict(scene.served.held))
+        assert (again.status_code, scene.state()) == (409, "paused")
+        assert "have changed since" in again.text
 
     play(story)

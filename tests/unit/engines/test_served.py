@@ -73,20 +73,19 @@ def test_pieces_are_asked_for_once(served: Served) -> None:
 def test_weights_that_are_what_was_published_are_named_and_resumed(served: Served) -> None:
     served.engine.models[1]["w"].data.add_(1)
     expected = served.engine.held(4)
-    asyncio.run(served.remeasure())
-    answer = asyncio.run(served.name(expected, resume=True))
+    answer = asyncio.run(served.name(expected, pause=1, resume=True))
     assert (answer["policy_version"], answer["digest"], answer["paused"]) == (4, expected.digest, False)
     assert served.engine.calls[-1] == "resume"
 
 
 def test_other_weights_get_no_version_and_cannot_be_resumed(served: Served) -> None:
-    answer = asyncio.run(served.name(Receipt(4, "0" * 64), resume=True))
+    answer = asyncio.run(served.name(Receipt(4, "0" * 64), pause=1, resume=True))
     assert (answer["policy_version"], answer["paused"]) == (-1, True)
     assert served.parameters["w"].startswith("float32[4, 6]:"), "it can still be said what differs"
     with pytest.raises(EngineError, match=r"of no version; publish one .*: .*version 4, which was published"):
         asyncio.run(served.resume(served.held))
     assert "resume" not in served.engine.calls
-    asyncio.run(served.name(served.engine.held(4)))
+    asyncio.run(served.name(served.engine.held(4), pause=1))
     asyncio.run(served.resume(served.engine.held(4)))
     assert served.gate.is_open
 
@@ -99,7 +98,7 @@ def test_it_is_not_resumed_as_what_it_is_not(served: Served, changes: dict[str, 
 
 
 def test_weights_written_after_they_were_measured_are_not_sampled_from(served: Served) -> None:
-    served.is_measured = False
+    served.gate.freeze(served.gate.close())
     served.engine.models[0]["w"].data.add_(1)
     with pytest.raises(EngineError, match="have changed since they were named version 3"):
         asyncio.run(served.resume(served.held))

@@ -52,15 +52,16 @@ def broadcast_routes(served: Served) -> APIRouter:
         try:
             return await _receive(served, body)
         except (EngineError, SyncError):
-            served.generation = ""
-            await served.each_rank("syncline_leave")
+            if served.generation == body.generation:  # a late fault leaves the next learner's group alone
+                served.generation = ""
+                await served.each_rank("syncline_leave")
             raise
 
     return router
 
 
 async def _receive(served: Served, body: ReceiveBody) -> dict[str, Any]:
-    served.need_paused("a broadcast")
+    pause = served.need_paused("a broadcast")
     served.refuse_backwards(body.expected.policy_version)
     served.tear(f"a broadcast of version {body.expected.policy_version} broke off")
     try:
@@ -70,6 +71,5 @@ async def _receive(served: Served, body: ReceiveBody) -> dict[str, Any]:
         log.error("%s", served.torn)
         raise
     started = time.perf_counter()
-    await served.remeasure()
-    receipt = await served.name(body.expected, resume=body.resume)
+    receipt = await served.name(body.expected, pause=pause, resume=body.resume)
     return {**receipt, "prove_seconds": time.perf_counter() - started}

@@ -36,8 +36,8 @@ class Served:
     parameters: dict[str, str] = field(default_factory=dict)
     digest: str = ""
     """Of `parameters`, which `hold` sets."""
-    is_measured: bool = False
-    """`parameters` tells what the engine holds now; not so once it was paused, when somebody may write the weights."""
+    measured_in: int | None = None
+    """The pause when `parameters` were measured: after a later one has begun, somebody may have written the weights."""
     handed: dict[str, str] = field(default_factory=dict)
     """Digests of what was loaded and then repacked, by checkpoint name."""
     restart_from: Restart | None = None
@@ -78,9 +78,9 @@ class Served:
             raise SyncError("\n".join(faults))
         return [answer["value"] for answer in answers]
 
-    async def remeasure(self, method: str = "syncline_measure", *args: Any) -> None:
-        self.hold(await self.measured(method, *args))
-        self.is_measured = True
+    async def remeasure(self) -> None:
+        self.measured_in = self.gate.num_pauses
+        self.hold(await self.measured())
 
     def hold(self, parameters: dict[str, str]) -> None:
         self.parameters, self.digest = parameters, model_digest(parameters)
@@ -114,7 +114,6 @@ class Served:
             gate.freeze(pause)
         finally:
             self._core.release()
-        self.is_measured = False
 
     async def go_on(self, pause: int) -> None:
         """Samples what it holds. Raises `EngineError` when another pause has begun since."""
@@ -125,7 +124,7 @@ class Served:
             self.gate.open(pause)
 
     async def resume(self, expected: Receipt) -> None:
-        """Samples, if it holds exactly what is expected; raises `EngineError` otherwise."""
+        """Samples, if it holds exactly what is expected; raises `EngineError` otherwise, and when paused meanwhile."""
         pause = self.gate.num_pauses
         if self.torn:
             raise EngineError(f"the weights are of no version; publish one instead of resuming: {self.torn}")
@@ -140,14 +139,15 @@ class Served:
 
     async def _refuse_unproved(self) -> None:
         """Raises `EngineError` when the weights are no longer those of the version they were named with."""
-        if self.is_measured:
+        pause = self.gate.num_pauses
+        if self.measured_in == pause:
             return
         if await self.measured() != self.parameters:
             raise EngineError(
                 f"the weights have changed since they were named version {self.gate.policy_version}; publish a new "
                 "version instead of resuming"
             )
-        self.is_measured = True
+        self.measured_in = pause
 
     def tear(self, why: str) -> None:
         """Until they are named anew the weights have no version, and no digest that anybody measured."""
@@ -162,19 +162,30 @@ class Served:
     def receipt(self) -> dict[str, Any]:
         return {**asdict(self.held), "paused": not self.gate.is_open}
 
-    def need_paused(self, action: str) -> None:
+    def need_paused(self, action: str) -> int:
+        """Returns the pause's number."""
         if not self.gate.is_still:
             raise EngineError(f"{action} needs a paused engine, and requests may be sampling; pause it first")
+        return self.gate.num_pauses
 
-    async def name(self, expected: Receipt, *, resume: bool = False) -> dict[str, Any]:
-        """What was measured last is a new version, if it is what was expected; otherwise it is of none, and cannot be
-        resumed."""
+    async def name(self, expected: Receipt, *measure: Any, pause: int, resume: bool = False) -> dict[str, Any]:
+        """Measures (`measure`: otherwise than `measured` does by itself). What it then holds is a new version, if it is
+        what was expected; otherwise it is of none, and cannot be resumed. Once `pause` is over nobody waits for the
+        answer any more: raises `EngineError`, and names nothing."""
+        parameters = await self.measured(*measure)
+        proved = model_digest(parameters) == expected.digest
+        if proved:
+            await compat.name_weights(self.engine, expected.policy_version)
+        sampled = await compat.sampled_tokens(self.engine) if proved else {}
+        self.need_paused("naming weights")
+        self.gate.need(pause)
         self.refuse_backwards(expected.policy_version)
-        if self.digest != expected.digest:
+        self.hold(parameters)
+        self.measured_in = pause
+        if not proved:
             self.torn = f"the weights are not those of version {expected.policy_version}, which was published"
             return self.receipt()
-        await compat.name_weights(self.engine, expected.policy_version)
-        self.gate.name(expected.policy_version, await compat.sampled_tokens(self.engine))
+        self.gate.name(expected.policy_version, sampled)
         self.torn = None
         if resume:
             await self.resume(expected)

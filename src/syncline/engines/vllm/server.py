@@ -101,12 +101,12 @@ async def _serve(
         if served.num_stages > 1:
             await served.each_rank("syncline_stage_inputs")
         served.handed = (await served.each_rank("syncline_handed"))[0]
-        await served.remeasure()
         if start.policy_version >= 0:
             await compat.name_weights(engine, start.policy_version)
             pause = served.gate.close()
             await compat.pause(engine, "abort")
             served.gate.freeze(pause)
+        await served.remeasure()
         weights = (weight_routes, broadcast_routes, adapter_routes, by_hand_routes, bridge_routes)
         routes = (sampling_routes, generate_routes, pause_routes, *weights)
         add_routes(app, *(router(served) for router in routes))

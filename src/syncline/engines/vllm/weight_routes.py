@@ -88,19 +88,17 @@ def weight_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/reload")
     async def reload(body: ReloadBody) -> dict[str, Any]:
-        served.need_paused("reload")
+        pause = served.need_paused("reload")
         if served.adapters.num_slots:
             raise EngineError("an engine that serves adapters keeps its base; set bridge.name to lora or shared")
         served.refuse_backwards(body.expected.policy_version)
-        await served.remeasure("syncline_reload", body.path)
-        return await served.name(body.expected)
+        return await served.name(body.expected, "syncline_reload", body.path, pause=pause)
 
     @router.post("/syncline/adopt")
     async def adopt(body: AdoptBody) -> dict[str, Any]:
-        served.need_paused("adopt")
+        pause = served.need_paused("adopt")
         served.refuse_backwards(body.expected.policy_version)
-        await served.remeasure()
-        return await served.name(body.expected, resume=body.resume)
+        return await served.name(body.expected, pause=pause, resume=body.resume)
 
     @router.post("/syncline/restart", status_code=HTTPStatus.ACCEPTED)
     async def restart(body: RestartBody) -> dict[str, Any]:
