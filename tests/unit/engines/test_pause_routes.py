@@ -45,6 +45,9 @@ class Core(Engine):
         if method in ("syncline_receive", "syncline_leave"):
             self.calls.append(method)
             return [{"value": None}] * 2
+        if method == "syncline_reload":
+            self.models[0]["w"].data.add_(1)
+            raise RuntimeError("the second rank's file breaks off")
         return await super().collective_rpc(method, args)
 
     async def resume_generation(self) -> None:
@@ -59,10 +62,10 @@ class Scene:
         self._http = http
         self.ends = asyncio.Event()
 
-    async def ask(self, path: str, **body: Any) -> httpx.Response:
+    async def ask(self, path: str, /, **body: Any) -> httpx.Response:
         return await self._http.post(path, json=body)
 
-    async def begin(self, path: str, **body: Any) -> asyncio.Task[httpx.Response]:
+    async def begin(self, path: str, /, **body: Any) -> asyncio.Task[httpx.Response]:
         """Asks, and goes on when the answer waits for something else."""
         asked = asyncio.create_task(self.ask(path, **body))
         await settled()
@@ -254,5 +257,21 @@ def test_what_was_measured_before_a_pause_proves_nothing_after_it() -> None:
         again = await scene.ask("/syncline/resume", expected=asdict(scene.served.held))
         assert (again.status_code, scene.state()) == (409, "paused")
         assert "have changed since" in again.text
+
+    play(story)
+
+
+def test_a_reload_that_breaks_off_leaves_weights_of_no_version() -> None:
+    async def story(scene: Scene) -> None:
+        scene.ends.set()
+        assert (await scene.ask("/syncline/pause", **KEEP)).is_success
+        before = scene.expected(3)
+        with pytest.raises(RuntimeError, match="breaks off"):
+            await scene.ask("/syncline/reload", path="version-4", expected=scene.expected(4))
+        held = scene.served.held
+        assert held.policy_version == -1 and held.digest != before["digest"]
+        answer = await scene.ask("/syncline/resume", expected=before)
+        assert (answer.status_code, scene.state()) == (409, "paused")
+        assert "of no version; publish one instead of resuming: a reload of version 4 broke off" in answer.text
 
     play(story)

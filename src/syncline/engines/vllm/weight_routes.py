@@ -92,6 +92,7 @@ def weight_routes(served: Served) -> APIRouter:
         if served.adapters.num_slots:
             raise EngineError("an engine that serves adapters keeps its base; set bridge.name to lora or shared")
         served.refuse_backwards(body.expected.policy_version)
+        served.tear(f"a reload of version {body.expected.policy_version} broke off")
         return await served.name(body.expected, "syncline_reload", body.path, pause=pause)
 
     @router.post("/syncline/adopt")
