@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 def connect_engines(
     config: RunConfig, urls: Sequence[str], bridge_config: str | None, *, device: "torch.device", ranks: "Ranks"
 ) -> list["EngineController"]:
-    """The engine that a bridge file names, if one is asked for, then those at `urls`. Nobody is spoken to yet."""
+    """The engine that a bridge file names, if one is asked for, then those at `urls`. Nobody is spoken to yet. Once they
+    are up (`await_servers`) nothing asked of them outlasts `bridge.timeout_seconds`."""
     from syncline.bridges.bridge_file import find_bridge_file
     from syncline.engines.client import EngineController
     from syncline.engines.found import FoundEngine
 
-    timeout = config.engine.start_timeout_seconds
+    patience, timeout = config.engine.start_timeout_seconds, config.bridge.timeout_seconds
     found: list[EngineController] = []
     if bridge_config:
         if config.bridge.name != "shared":
             raise ConfigError([f"bridge.name: {config.bridge.name!r} takes no --bridge-config; set it to shared"])
         file = ranks.together(
             lambda: find_bridge_file(
-                bridge_config, model=config.model.path, device=device, rank=ranks.rank, patience_seconds=timeout
+                bridge_config, model=config.model.path, device=device, rank=ranks.rank, patience_seconds=patience
             )
         )
         found = [FoundEngine(file, start_timeout_seconds=timeout)]

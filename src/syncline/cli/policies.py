@@ -17,7 +17,6 @@ from syncline.errors import SyncError
 from syncline.offline.stage import Notes, Stage, finished, run_stage, weights_digest
 
 if TYPE_CHECKING:
-    from syncline.engines.client import EngineController
     from syncline.protocols import Receipt
 
 POLICY_FILE = "policy.json"
@@ -92,25 +91,21 @@ class Policies:
         from peft import PeftModel
 
         from syncline.bridges.ranks import ONE_RANK
-        from syncline.cli.bridge import build_bridge
+        from syncline.cli.bridge import build_bridge, connect_engines
         from syncline.learner.model import assets_folder, learner_device, load_model
 
         run = self._run()
         plain = run.model.model_copy(update={"lora": None})
-        base = load_model(plain, device=learner_device(run.learner.device))
+        device = learner_device(run.learner.device)
+        base = load_model(plain, device=device)
         model = PeftModel.from_pretrained(base, str(adapter))
         with ExitStack() as stack:
-            engines = [self._controller(stack, url) for url in urls]
+            engines = connect_engines(run, urls, None, device=device, ranks=ONE_RANK)
+            for engine in engines:
+                stack.callback(engine.close)
             bridge = build_bridge(run, engines, assets_folder(str(self._model_path)), ranks=ONE_RANK)
             stack.callback(bridge.close)
             bridge.attach(model)
             report = bridge.publish(model, policy_version=version)
         costs = {"num_bytes": report.num_bytes, "seconds": report.seconds, "pause_seconds": report.pause_seconds}
         return asdict(report.receipt) | costs
-
-    def _controller(self, stack: ExitStack, url: str) -> "EngineController":
-        from syncline.engines.client import EngineController
-
-        engine = EngineController(url, start_timeout_seconds=self._config.engine.start_timeout_seconds)
-        stack.callback(engine.close)
-        return engine
