@@ -4,9 +4,9 @@
     python benchmarks/loop_overhead.py --groups 8 --rollouts 8 --max-tokens 64 --steps 20
 
 The trajectory server and the environment worker are a run's own, each a process; this process is the learner up to
-packed micro-batches and acknowledges at once. The engine is a stand-in that answers all of a step's requests at the same
-moment, with what a real one would say. The table tells, from that moment on, when the median step had each part done;
-and the processor time each process took for it. Ratios mean something on any machine.
+packed micro-batches, and acknowledges at once. The engine is a stand-in that answers all of a step's requests at the
+same moment, with what a real one would say. The table tells, from that moment on, when the median step had each part
+done, and the processor time each process took for it. Ratios mean something on any machine.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import httpx
 from even_tokens import EvenTokens
 from trajectories import cpu_seconds, wait_until_ready
 
@@ -180,7 +179,7 @@ class Bench:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             names = ("engine", "trajectories")
-            ports = stack.enter_context(lease_ports({name: ("127.0.0.1", 0) for name in names}))
+            ports = stack.enter_context(lease_ports(dict.fromkeys(names, ("127.0.0.1", 0))))
             (folder / "run.yaml").write_text(json.dumps(self._fields(folder)))
             serve = ["-m", "syncline", "trajectories", str(folder / "run.yaml"), "--port", str(ports["trajectories"])]
             server = stack.enter_context(running("trajectories", serve, folder))
@@ -188,7 +187,9 @@ class Bench:
             wait_until_ready(url, server, folder / "trajectories")
             own = [__file__, *sys.argv[1:], "--engine-port", str(ports["engine"])]
             own += ["--trajectories-port", str(ports["trajectories"]), "--role"]
-            processes = {name: stack.enter_context(running(name, [*own, name], folder)) for name in ("engine", "worker")}
+            processes = {
+                name: stack.enter_context(running(name, [*own, name], folder)) for name in ("engine", "worker")
+            }
             self._learn(url, {"server": server, **processes})
             for process in processes.values():
                 process.terminate()
