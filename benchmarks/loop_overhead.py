@@ -52,7 +52,7 @@ ROWS = (
     ("put", "worker has the last group ready"),
     ("accepted", "last group on disk, worker told so"),
     ("fetched", "learner has the batch"),
-    ("packed", "micro-batches made"),
+    ("packed", "first micro-batch made"),
     ("acknowledged", "server told that they were used"),
     ("asked", "engine has all requests of the next step"),
 )
@@ -221,7 +221,10 @@ class Bench:
                 staleness(groups, policy_version=step)
                 budget = 16 * (args.prompt_tokens + args.max_tokens)
                 advantages = group_advantages(groups, "group")
-                pack(groups, advantages, token_budget=budget, loss=Loss(), max_completion_tokens=args.max_tokens)
+                batches = pack(
+                    groups, advantages, token_budget=budget, loss=Loss(), max_completion_tokens=args.max_tokens
+                )
+                _ = batches[0]
                 self._note("packed", step)
                 source.acknowledge(groups, step=step + 1, policy_version=step + 1)
                 self._note("acknowledged", step)

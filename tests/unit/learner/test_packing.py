@@ -147,7 +147,7 @@ def test_any_budget_holds_the_same_tokens_with_the_same_weights(masks: list[str]
     rollouts = [rollout(sample(100 * i, mask)) for i, mask in enumerate(masks)]
     loss = Loss.model_validate({"name": name})
 
-    def contents(batches: list[PackedBatch]) -> list[tuple[float, ...]]:
+    def contents(batches: Sequence[PackedBatch]) -> list[tuple[float, ...]]:
         columns = ("labels", "sampler_logprobs", "advantages", "loss_weights")
         return sorted(row for b in batches for row in zip(*(getattr(b, c).tolist() for c in columns), strict=True))
 
