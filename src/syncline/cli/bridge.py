@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def connect_engines(
     config: RunConfig, urls: Sequence[str], bridge_config: str | None, *, device: "torch.device", ranks: "Ranks"
 ) -> list["EngineController"]:
-    """The engine that a bridge file names, if one is asked for, then those at `urls`. Nobody is spoken to yet. Once they
-    are up (`await_servers`) nothing asked of them outlasts `bridge.timeout_seconds`."""
+    """The engine that a bridge file names, if one is asked for, then those at `urls`. Nobody is spoken to yet. What
+    is asked of them, once they are up, has `bridge.timeout_seconds`."""
     from syncline.bridges.bridge_file import find_bridge_file
     from syncline.engines.client import EngineController
     from syncline.engines.found import FoundEngine
