@@ -120,6 +120,8 @@ class EnvironmentWorker:
                 await self._give_back(permit, UNUSED)
             else:
                 await self._failed(permit, f"the group was not finished in {wait_seconds:g} s")
+        elif sampling.cancelled():  # by the environment: the worker's own cancellation ends the wait above
+            await self._failed(permit, "CancelledError: the environment cancelled its own task")
         elif error := sampling.exception():
             log.debug("task %d of %s", permit.task_index, self._name, exc_info=error)
             await self._failed(permit, f"{type(error).__name__}: {error}")

@@ -112,7 +112,10 @@ class TrajectorySink:
     async def put(self, group: RolloutGroup, permit: Permit) -> None:
         what = f"group {group.group_id!r} of {group.environment!r}"
         path = f"/groups?permit_id={permit.permit_id}"
-        await self._post(path, await asyncio.to_thread(wire.encode_group, group), what)
+        answer = await self._post(path, await asyncio.to_thread(wire.encode_group, group), what)
+        if wire.decode(wire.PutAnswer, answer.content).outcome == "expired":
+            log.warning("%s came after its permit's time (lease_seconds): task %d is sampled again",
+                        what, permit.task_index)  # fmt: skip
         self._release(permit)
 
     async def give_back(self, permit: Permit, reason: str) -> None:

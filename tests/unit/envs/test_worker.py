@@ -127,6 +127,41 @@ def test_aborted_group_is_sampled_again_and_is_no_failure():
     assert [reason for _, reason in sink.given_back] == [UNUSED] * 20
 
 
+def test_an_environment_that_cancels_itself_fails_that_task_alone():
+    async def cancelled_once(index: int) -> None:
+        if index == 1 and not seen:
+            seen.append(index)
+            inner = asyncio.create_task(asyncio.Event().wait())
+            inner.cancel()
+            await inner
+
+    seen: list[int] = []
+    sink = Watched(max_permits=3)
+    asyncio.run(run_until(worker(Scripted(cancelled_once), sink), lambda: len(sink.groups) == 3))
+    assert [(permit.task_index, reason) for permit, reason in sink.given_back] == [
+        (1, "CancelledError: the environment cancelled its own task")
+    ]
+
+
+def test_a_worker_that_is_cancelled_ends():
+    async def forever(index: int) -> None:
+        begun.append(index)
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        running = asyncio.create_task(worker(Scripted(forever), sink).run(asyncio.Event()))
+        while len(begun) < 4:
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(running, 20)
+
+    begun: list[int] = []
+    sink = Watched(max_permits=4)
+    asyncio.run(scenario())
+    assert [reason for _, reason in sink.given_back] == [UNUSED] * 4
+
+
 def test_stop_gives_back_what_is_in_flight():
     async def forever(index: int) -> None:
         begun.append(index)
