@@ -11,7 +11,7 @@ from syncline.envs import worker as module
 from syncline.envs.rendering import ChatPolicy
 from syncline.envs.tasks.arithmetic import Arithmetic
 from syncline.envs.worker import FAILED_ROUNDS, UNUSED, EnvironmentWorker
-from syncline.errors import EngineError, SynclineError, TrajectoryError
+from syncline.errors import EngineError, EngineGone, EngineTimeout, SynclineError, TrajectoryError
 from syncline.protocols import Permit
 from syncline.testing import FakeGenerate, InMemoryTrajectories
 from syncline.types import Completion, FinishReason, Rollout, RolloutGroup, RolloutStatus, SamplingParams
@@ -98,6 +98,23 @@ def test_failed_group_goes_back_with_the_reason_and_is_attempted_again():
     asyncio.run(run_until(worker(Arithmetic(), sink, chat(respond)), lambda: len(sink.groups) == 6))
     assert sorted(reason for _, reason in sink.given_back) == ["EngineError: engine broke off", "KeyError: 'x'"]
     assert sorted(group.task_index for group in sink.groups) == list(range(6))
+
+
+@pytest.mark.parametrize("fault", [EngineGone("it broke off"), EngineTimeout("no engine took the request")])
+def test_an_engines_fault_is_none_of_its_tasks_but_ends_a_worker_that_meets_nothing_else(fault: EngineError):
+    failures: list[EngineError] = [fault] * 2
+
+    def respond(*_: object) -> Completion:
+        if failures:
+            raise failures.pop()
+        return completion("7")
+
+    sink = Watched(max_permits=6)
+    asyncio.run(run_until(worker(Arithmetic(), sink, chat(respond)), lambda: len(sink.groups) == 6))
+    assert [reason for _, reason in sink.given_back] == [UNUSED] * 2
+    failures += [fault] * 20
+    with pytest.raises(SynclineError, match=f"8 groups failed in a row, the last one: .*{fault}"):
+        asyncio.run(run_until(worker(Arithmetic(), Watched(), chat(respond)), lambda: False))
 
 
 def test_group_past_its_time_goes_back():
