@@ -59,12 +59,14 @@ class EnginePool:
         """Raises `EngineTimeout` with what every engine said when none has answered in time."""
         deadline = time.monotonic() + self._timeout_seconds
         length = min(self._mean_length or sampling.max_tokens, sampling.max_tokens)
+        said: dict[EngineClient, EngineError] = {}
         while True:
+            if time.monotonic() > deadline:
+                said = {client: fault for client, (_, fault) in self._resting.items()} | said
+                faults = "\n".join(map(str, said.values()))
+                raise EngineTimeout(f"no engine answered the request in {self._timeout_seconds:g} s:\n{faults}")
             client = self._next()
             if client is None:
-                if time.monotonic() > deadline:
-                    faults = "\n".join(str(fault) for _, fault in self._resting.values())
-                    raise EngineTimeout(f"no engine took the request in {self._timeout_seconds:g} s:\n{faults}")
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             try:
@@ -80,6 +82,7 @@ class EnginePool:
                 if isinstance(fault, EngineGone) and len(self._clients) == 1:
                     raise
                 self._rest(client, fault)
+                said[client] = fault
                 continue
             self._learn(client, found)
             return found

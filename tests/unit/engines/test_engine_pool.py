@@ -57,6 +57,26 @@ def play(scenario: Callable[[], object]) -> object:
     return asyncio.run(scenario())  # type: ignore[arg-type]
 
 
+class Clock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The pool's time, which its sleeps let pass."""
+
+    async def sleep(seconds: float) -> None:
+        clock.now += seconds
+        await real(0)
+
+    clock, real = Clock(), asyncio.sleep
+    monkeypatch.setattr(pool_module, "time", clock)
+    monkeypatch.setattr(pool_module.asyncio, "sleep", sleep)
+    return clock
+
+
 def test_each_request_goes_to_the_engine_with_the_fewest_tokens_to_come() -> None:
     async def scenario() -> tuple[Sequence[int], Sequence[int]]:
         first, second = Engine("http://a"), Engine("http://b")
@@ -128,12 +148,32 @@ def test_the_only_engine_that_broke_off_is_not_waited_for() -> None:
 
 
 def test_no_engine_at_all_is_told_with_what_each_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "RETRY_SECONDS", 0.0)
-
     async def scenario() -> None:
         first, second = Engine("http://a", NotReady("a starts")), Engine("http://b", EngineGone("b broke off"))
-        [task] = await asked(pool_of(first, second, timeout_seconds=0.0), (1, 1))
-        with pytest.raises(EngineTimeout, match=r"no engine took the request in 0 s:\na starts\nb broke off"):
+        [task] = await asked(pool_of(first, second, timeout_seconds=0.5), (1, 1))
+        with pytest.raises(EngineTimeout, match=r"no engine answered the request in 0.5 s:\na starts\nb broke off"):
             await task
 
+    pass_time(monkeypatch)
     play(scenario)
+
+
+def test_attempts_that_take_their_time_to_break_off_end_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crashing(Engine):
+        """Crashes, comes back, crashes ..."""
+
+        async def attempt(self, *args, **options):
+            clock.now += pool_module.REST_SECONDS + 0.1
+            return await super().attempt(*args, **options)
+
+    async def scenario() -> int:
+        first, second = (Crashing(url, *(EngineGone(f"{url} crashed") for _ in range(9))) for url in ("a", "b"))
+        first.answer.set()
+        second.answer.set()
+        [task] = await asked(pool_of(first, second, timeout_seconds=4.0), (1, 1))
+        with pytest.raises(EngineTimeout, match=r"in 4 s:\na crashed\nb crashed"):
+            await task
+        return len(first.prompts + second.prompts)
+
+    clock = pass_time(monkeypatch)
+    assert play(scenario) == 4
