@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ from fastapi import APIRouter, FastAPI
 from vllm.logprobs import create_sample_logprobs
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from syncline.engines.vllm.gate import Gate
+from syncline.engines.vllm import sampling_routes as sampling_module
+from syncline.engines.vllm.gate import Gate, Visit
 from syncline.engines.vllm.generate_routes import generate_routes
 from syncline.engines.vllm.sampling_routes import sampling_routes
 from syncline.engines.vllm.served import Served
@@ -44,9 +46,10 @@ def asked(
     *,
     path: str = "/syncline/generate",
     body: dict[str, Any] = BODY,
+    gate: Gate | None = None,
 ) -> httpx.Response:
     app = FastAPI()
-    app.include_router(routes(Served(engine, Gate(3), {})))
+    app.include_router(routes(Served(engine, gate or Gate(3), {})))
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine") as client:
@@ -70,6 +73,28 @@ def test_the_answer_is_the_sampled_tokens_with_their_logprobs_and_versions() -> 
         ]
     }
     assert (engine.params.logprobs, engine.params.detokenize, engine.params.temperature) == (0, False, 0.5)
+
+
+class Late(Gate):
+    """Opens after some turns of the loop."""
+
+    @asynccontextmanager
+    async def request(self, request_id: str, *, can_freeze: bool = True) -> AsyncIterator[Visit]:
+        for _ in range(9):
+            await asyncio.sleep(0)
+        async with super().request(request_id, can_freeze=can_freeze) as visit:
+            yield visit
+
+
+def test_only_a_request_for_training_is_sent_on_from_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may go to another engine; the learner may have lost this one, and then nobody opens the gate."""
+    monkeypatch.setattr(sampling_module, "GATE_SECONDS", 0.0)
+    gate, engine = Late(3), Engine([7], [7])
+    sent_on = asked(engine, body=BODY | {"needs_version": True}, gate=gate)
+    assert (sent_on.status_code, sent_on.headers["retry-after"]) == (503, "0")
+    assert "the engine is paused" in sent_on.json()["error"]
+    assert (gate.num_inside, engine.params) == (0, None)
+    assert asked(engine, gate=gate).status_code == 200
 
 
 class Dead(Engine):
