@@ -70,6 +70,7 @@ def learn(config: RunConfig, url: str, hangs_at: int | None) -> None:
         with (
             patch.object(verb, "build_bridge", lambda *_, **__: nowhere),
             patch.object(verb, "_gate", lambda *_: nowhere),
+            patch.object(verb, "await_servers", lambda *_: None),
             verb.assemble(config, ranks, device=device, engines=[], trajectories_url=url) as parts,
         ):
             train(config, parts)

@@ -31,6 +31,10 @@ class ConfigError(SynclineError):
         self.faults = faults
         super().__init__("\n".join(faults))
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
+        """Ranks tell each other of it; what `Exception` would pickle is the text."""
+        return ConfigError, (self.faults,)
+
     def renamed(self, names: dict[str, str]) -> "ConfigError":
         """The same faults in the names the user gave the values: field → option of the program that asked for them."""
         field = rf"(?<![\w.])({'|'.join(map(re.escape, names))})(?!\w|\.\w)"

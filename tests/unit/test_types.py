@@ -44,6 +44,7 @@ def test_a_completion_becomes_a_sample_with_its_spans_moved_behind_the_prompt() 
         ({"token_ids": ()}, "token_ids must not be empty"),
         ({"logprobs": (0.0,)}, "5 token_ids but 1 logprobs"),
         ({"logprobs": (0.0, math.nan, -0.25, 0.0, -1.0)}, r"logprobs\[1\] must be finite"),
+        ({"logprobs": (0.0, 0.0, math.inf, 0.0, -math.inf)}, r"logprobs\[2\] must be finite"),
         ({"loss_mask": (True, True, True, False, True)}, r"loss_mask\[0\] must be false"),
         ({"token_ids": (1, 2, -3, 4, 5)}, "token_ids must be >= 0"),
         ({"versions": (VersionSpan(3, 1, 3),)}, "sampled tokens from 3 on have no version span"),
@@ -57,6 +58,11 @@ def test_a_faulty_sample_is_refused_by_field(fields: dict, message: str) -> None
     assert sample().num_sampled == 3
     with pytest.raises(ValueError, match=message):
         sample(**fields)
+
+
+def test_finite_logprobs_are_taken_though_their_sum_is_not() -> None:
+    huge = (0.0, 0.0, -1.5e308, 0.0, -1.5e308)
+    assert sample(logprobs=huge).logprobs == huge
 
 
 @pytest.mark.parametrize(

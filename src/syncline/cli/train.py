@@ -132,6 +132,8 @@ def assemble(
     if config.observe.training_log and ranks.is_first:
         training_log = TrainingLog(config, [engine.url for engine in engines])
     torch.manual_seed(config.run.seed)
+    if config.learner.num_threads:
+        torch.set_num_threads(max(1, config.learner.num_threads // ranks.world_size))
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to sum in one order
         torch.use_deterministic_algorithms(True)

@@ -72,11 +72,17 @@ def _loss(config: RunConfig) -> Iterator[str]:
             f"learner.loss.importance.level: {loss.importance.level!r} would correct twice, because "
             "learner.loss.old_logprobs = 'sampler' already divides by the sampler's probabilities; set it to none"
         )
-    if config.run.max_staleness and loss.importance.level == "none" and loss.old_logprobs == "learner":
+    if loss.importance.level == "none" and loss.old_logprobs == "learner":
+        yield from _uncorrected(config)
+
+
+def _uncorrected(config: RunConfig) -> Iterator[str]:
+    age = config.bridge.interval * (config.run.max_staleness + 1) - 1
+    if age:
         yield (
-            f"learner.loss.importance.level: 'none' trains on tokens up to run.max_staleness = "
-            f"{config.run.max_staleness} versions old as if they were new; set it to token, or "
-            "learner.loss.old_logprobs to sampler"
+            f"learner.loss.importance.level: 'none' trains on tokens up to {age} steps old as if they were new "
+            f"(run.max_staleness = {config.run.max_staleness}, bridge.interval = {config.bridge.interval}); set it to "
+            "token, or learner.loss.old_logprobs to sampler"
         )
 
 
@@ -324,7 +330,7 @@ def _adapter(config: RunConfig) -> Iterator[str]:
     targets = (lora.target_modules,) if isinstance(lora.target_modules, str) else lora.target_modules
     for target in targets:
         if target.rsplit(".", 1)[-1] in _NOT_LINEAR:
-            yield f"model.lora.target_modules: {target!r} is not served as an adapter; leave it out, or use restart"
+            yield f"model.lora.target_modules: {target!r} is not served as an adapter; leave it out"
     if lora.dora:
         yield (
             "model.lora.dora: true gives rows magnitudes, which an engine cannot serve beside its base as bridge.name "

@@ -249,6 +249,7 @@ class Learner(Section):
     """Ranks that see other tokens each, and keep a part of every parameter, gradient and moment (FSDP). As above; more
     than `devices` names when torchrun starts them on several hosts."""
     num_threads: NonNegativeInt = 0
+    """CPU threads of all ranks together; 0 shares the machine's cores with the engine."""
     token_budget: PositiveInt = 8192
     """Tokens of a micro-batch; peak memory follows it, not the group."""
     logprob_chunk_tokens: PositiveInt = 1024

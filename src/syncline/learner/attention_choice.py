@@ -17,6 +17,7 @@ from torch import Tensor
 
 from syncline.errors import ConfigError
 from syncline.learner.attention import ATTENTION, WRITTEN_OUT, packed_attention, register_attention
+from syncline.learner.vision import FAMILIES
 
 log = logging.getLogger("syncline.attention")
 
@@ -45,6 +46,8 @@ _HAVE_SINKS = ("gpt_oss",)
 """Model types whose attention has learned sinks."""
 _EXACT = ("eager", "flex_attention")
 """Names of transformers that compute sinks as they are written."""
+_MASKED = ("sdpa", "eager", "flex_attention")
+"""Names of transformers whose masks tell packed sequences apart by positions that are one number each."""
 
 
 def choose_attention(asked: str, config: Any, *, device: torch.device, dtype: torch.dtype) -> str:
@@ -70,6 +73,10 @@ def _chosen(asked: str, config: Any, device: torch.device, dtype: torch.dtype, *
         fault = f"{asked!r} needs a GPU and model.dtype bfloat16, not {device} and {dtype}; set it to auto"
         raise ConfigError([f"learner.attention: {fault}"])
     if not ours:
+        if asked in _MASKED and (family := FAMILIES.get(config.model_type)) and family.rotates:
+            whose = f"{config.model_type}, whose positions are three numbers"
+            fault = f"{asked!r} lets packed sequences of {whose}, see each other"
+            raise ConfigError([f"learner.attention: {fault}; set it to auto"])
         if tried and (fault := _hub_fault(asked, config, device, dtype)):
             raise ConfigError([f"learner.attention: {asked!r} cannot be used here: {fault}; set it to auto"])
         log.info("attention: %s", asked)

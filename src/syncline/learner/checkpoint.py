@@ -8,6 +8,7 @@ resume from. Weights are whole in it, and of the rest is known which piece of wh
 ranks can resume.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -93,7 +95,7 @@ class Checkpoints:
             own = _shards_of_state(optimizer, model)
             optimizer.load_state_dict(read_pieces(own, path, "optimizer"))
             _set_random_state(load_file(path / "rng.safetensors"), self.ranks)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path}: cannot be resumed from: {error}; remove it to fall back to an older one"
             ) from error
@@ -137,7 +139,8 @@ class Checkpoints:
     def _complete(self) -> list[Path]:
         """Oldest first; a `.partial` folder is none."""
         prefix = self.name.partition("{")[0]
-        return sorted((p for p in self.folder.glob(f"{prefix}*") if p.name[len(prefix) :].isdigit()), key=self._step)
+        named = (p for p in self.folder.glob(f"{glob.escape(prefix)}*") if p.name[len(prefix) :].isdigit())
+        return sorted(named, key=self._step)
 
     def _step(self, path: Path) -> int:
         return int(path.name.removeprefix(self.name.partition("{")[0]))

@@ -28,13 +28,7 @@ LossOf = Callable[[Tensor, slice], Tensor]
 
 
 def token_logprobs(
-    hidden: Tensor,
-    head: nn.Module,
-    labels: Tensor,
-    *,
-    temperature: float,
-    chunk: int,
-    softcap: float | None = None,
+    hidden: Tensor, head: nn.Module, labels: Tensor, *, temperature: float, chunk: int, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """`hidden` [N, H] and `labels` [N] to logprobs [N] float32, differentiable, and entropy [N] float32 in nats, which
     is not.

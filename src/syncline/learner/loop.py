@@ -16,12 +16,13 @@ from syncline.config import RunConfig
 from syncline.errors import CheckpointError
 from syncline.learner.advantages import group_advantages, reward_metrics
 from syncline.learner.checkpoint import Checkpoints, TrainState
+from syncline.learner.model import vocabulary_size
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.parity import ParityGate
 from syncline.learner.step import Step
 from syncline.learner.stopping import Stopped, StopRequest
 from syncline.learner.telemetry import log_step, staleness, timings
-from syncline.learner.versions import refuse_unproved
+from syncline.learner.versions import refuse_unknown_tokens, refuse_unproved
 from syncline.observe.metrics import Metrics
 from syncline.protocols import MetricSink, RolloutSource, SyncReport, WeightBridge
 
@@ -59,6 +60,7 @@ def train(config: RunConfig, parts: Parts) -> TrainState:
         with _saved_when_stopped(config, parts, state, synced.receipt.digest):
             groups = parts.source.next_batch(config.run.groups_per_step)
         refuse_unproved(groups, proved=state.policy_version)
+        refuse_unknown_tokens(groups, vocabulary_size=vocabulary_size(model))
         sampled = time.perf_counter()
         report.update(staleness(groups, policy_version=state.policy_version))
         advantages = group_advantages(groups, config.learner.loss.scale_advantages)

@@ -138,10 +138,23 @@ def add_lora(model: nn.Module, lora: Lora, *, targets: str | list[str] | None = 
         linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         fault = f"model.lora.target_modules: {targets!r} matches no layer; there are {', '.join(sorted(linear))}"
         raise ConfigError([fault]) from error
+    _refuse_unpublishable(causal_lm(model))
     names = [name for name, _ in trainable_parameters(peft_model)]
     more = f" … (+{len(names) - 20} more)" if len(names) > 20 else ""
     log.info("Trainable LoRA parameters (%d): %s%s", len(names), ", ".join(names[:20]), more)
     return peft_model
+
+
+def _refuse_unpublishable(lm: Any) -> None:
+    """An adapter of an end that no checkpoint could say: it would be trained, and what is published would lack it."""
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    for end, refused, why in (
+        (embedding, True, "is the input embedding, whose adapter is not merged"),
+        (head, head.weight is embedding.weight, "is the embedding's weight too, of which an engine has one"),
+    ):
+        if refused and hasattr(end, "lora_A"):
+            name = next(name for name, module in lm.named_modules() if module is end).rpartition(".")[2]
+            raise ConfigError([f"model.lora.target_modules: {name!r} {why}; leave it out"])
 
 
 def refuse_unknown_logits(config: Any) -> None:
@@ -155,6 +168,10 @@ def refuse_unknown_logits(config: Any) -> None:
 def causal_lm(model: nn.Module) -> Any:
     """The Hugging Face model inside, with or without an adapter around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    return causal_lm(model).config.get_text_config().vocab_size
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -268,7 +285,16 @@ class Scorer:
 
     @torch.no_grad()
     def score_without_grad(self, model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-        return self.score(model, batch)[0]
+        """The log-probabilities alone, without an adapter's dropout: the engine samples without, and the random numbers
+        are those of training."""
+        noisy = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
+        for module in noisy:
+            module.eval()
+        try:
+            return self.score(model, batch)[0]
+        finally:
+            for module in noisy:
+                module.train()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import heapq
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class Share:
 ALL = Share()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Sequence:
     """A sample on its way into a micro-batch. `where` names it to people."""
 
@@ -104,7 +105,7 @@ class _Sequence:
     advantage: float = 0.0
     loss_weight: float = 0.0
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Index of the last sampled token: the number of tokens the model must read to predict it."""
         mask = self.sample.loss_mask
@@ -121,7 +122,7 @@ def pack(
     token_budget: int,
     max_completion_tokens: int,
     share: Share = ALL,
-) -> list[PackedBatch]:
+) -> Sequence[PackedBatch]:
     """Micro-batches of at most `token_budget` tokens, on the CPU; the same input gives the same batches.
 
     As many for every share, about as long, with about as many tokens in all; idle ones where there is nothing to do.
@@ -148,16 +149,29 @@ def pack(
         for j, sample in enumerate(rollout.samples)
         if sample.num_sampled
     ]
-    return [_collate(members) if members else _idle() for members in _microbatches(sequences, token_budget, share)]
+    return _Collated(_microbatches(sequences, token_budget, share))
 
 
-def pack_samples(samples: Sequence[TrainingSample], *, token_budget: int) -> list[PackedBatch]:
+def pack_samples(samples: Sequence[TrainingSample], *, token_budget: int) -> Sequence[PackedBatch]:
     """The same packing for scoring alone: advantages and loss weights are 0.
 
     Samples without a sampled token are left out.
     """
     sequences = [_Sequence(sample, f"sample {i}") for i, sample in enumerate(samples) if sample.num_sampled]
-    return [_collate(members) for members in _microbatches(sequences, token_budget, ALL)]
+    return _Collated(_microbatches(sequences, token_budget, ALL))
+
+
+class _Collated(Sequence[PackedBatch]):
+    """Each micro-batch is made when it is asked for: all but the first while the GPU computes the one before."""
+
+    def __init__(self, members: list[list[_Sequence]]) -> None:
+        self._members = members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _collate(self._members[index]) if self._members[index] else _idle()
 
 
 def _idle() -> PackedBatch:

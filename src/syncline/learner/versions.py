@@ -1,4 +1,5 @@
-"""The last door before the loss: no token is trained on whose weights engine and learner have not proved alike.
+"""The last door before the loss: no token is trained on whose weights engine and learner have not proved alike, and
+none that the model does not know.
 
 A `publish` returns only with a proof, versions grow by one, and a checkpoint holds none but proved ones. So what is
 proved is every version up to the one published last; a token of a later one was sampled by an engine that nobody
@@ -8,7 +9,7 @@ synced, or by a life of the run that was lost. (That every sampled token has a v
 
 from collections.abc import Iterable
 
-from syncline.errors import SyncError
+from syncline.errors import SyncError, TrainingError
 from syncline.types import RolloutGroup
 
 
@@ -21,4 +22,16 @@ def refuse_unproved(groups: Iterable[RolloutGroup], *, proved: int) -> None:
                 f"group {group.group_id!r} of {group.environment} holds tokens of policy version {newest}, and the "
                 f"last whose weights engine and learner proved alike is {proved}; none of it is trained on. An engine "
                 "that this run does not sync must not be sampled from: give its environment this run's --engine-url"
+            )
+
+
+def refuse_unknown_tokens(groups: Iterable[RolloutGroup], *, vocabulary_size: int) -> None:
+    """Raises `TrainingError` naming the first group with a token that the model has no row for. A GPU would read beyond
+    the embedding, and a sequence's last token, which is only predicted, would be learned as another."""
+    for group in groups:
+        largest = max((max(sample.token_ids) for rollout in group.rollouts for sample in rollout.samples), default=0)
+        if largest >= vocabulary_size:
+            raise TrainingError(
+                f"group {group.group_id!r} of {group.environment} holds token {largest}, and the model knows those "
+                f"below {vocabulary_size}; tokenise with the model's own tokenizer"
             )

@@ -30,11 +30,13 @@ from syncline.trajectory.prometheus import add_metrics_route
 from syncline.trajectory.queue import PutOutcome, Refused, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import queue_status, why_no_permit, why_waiting
-from syncline.trajectory.store import StoreFull, TrajectoryStore, pack
+from syncline.trajectory.store import StoreFull, TrajectoryStore, pack, unpack
 from syncline.trajectory.tickets import Ticket
 from syncline.trajectory.turns import Turns
 
 RETRY_AFTER_SECONDS = 1
+ANSWERS_A_BATCH = 4
+"""To a learner that reads what is ready before its batch is whole: so much of a batch, at least, in each."""
 
 log = logging.getLogger(__name__)
 
@@ -150,13 +152,19 @@ def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
 
     @app.post("/lease", **takes(wire.LeaseRequest))
     async def lease(request: Request, body: Annotated[wire.LeaseRequest, _body(wire.LeaseRequest)]) -> Response:
-        def action(queue: TrajectoryQueue) -> list[bytes]:
+        def action(queue: TrajectoryQueue) -> tuple[list[Ticket], list[bytes], list[str]] | None:
             tickets = queue.lease(body.num_groups, learner=body.learner, lease_id=body.lease_id)
-            return [as_rollout_group(t, body) for t, body in zip(tickets, store.payloads(tickets), strict=True)]
+            leased = [ticket.group_id or "" for ticket in tickets]
+            if body.read is not None:
+                tickets = [t for t in tickets or queue.ready()[: body.num_groups] if t.group_id not in body.read]
+            is_worth_it = leased or len(tickets) * ANSWERS_A_BATCH >= body.num_groups
+            return (tickets, store.payloads(tickets), leased) if is_worth_it else None
 
         found = await turns.poll(action, timeout_seconds=body.timeout_seconds, request=request)
-        why = "" if found else await turns.take(lambda queue: _why_waiting(queue, store, body.num_groups))
-        return _json(wire.lease_body(found, why))
+        if found is None:
+            why = await turns.take(lambda queue: _why_waiting(queue, store, body.num_groups))
+            return _json(wire.lease_body([], why))
+        return _json(await asyncio.to_thread(_lease_body, *found))
 
     @app.post("/acknowledge", **takes(wire.AcknowledgeRequest))
     async def acknowledge(body: Annotated[wire.AcknowledgeRequest, _body(wire.AcknowledgeRequest)]) -> dict[str, Any]:
@@ -167,6 +175,11 @@ def _add_learner_routes(app: FastAPI, store: TrajectoryStore) -> None:
     async def commit(body: Annotated[wire.CommitRequest, _body(wire.CommitRequest)]) -> dict[str, Any]:
         await turns.take(lambda queue: queue.commit(**body.model_dump()))
         return {}
+
+
+def _lease_body(tickets: list[Ticket], packed: list[bytes], leased: list[str]) -> bytes:
+    groups = [as_rollout_group(ticket, unpack(body)) for ticket, body in zip(tickets, packed, strict=True)]
+    return wire.lease_body(groups, "", leased=leased)
 
 
 def _why_waiting(queue: TrajectoryQueue, store: TrajectoryStore, num_groups: int) -> str:

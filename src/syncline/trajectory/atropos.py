@@ -107,7 +107,7 @@ class AtroposWire:
             return batch
         self.sending.add(batch.batch_id)
         bodies = self.store.payloads(batch.tickets)
-        return batch.batch_id, [as_scored_data(t, body) for t, body in zip(batch.tickets, bodies, strict=True)]
+        return batch.batch_id, [as_scored_data(t, unpack(body)) for t, body in zip(batch.tickets, bodies, strict=True)]
 
     async def sent(self, batch_id: str, *, whole: bool) -> None:
         try:

@@ -9,6 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import httpx
 
@@ -19,6 +20,8 @@ from syncline.types import RolloutGroup
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 20.0
+PUTS_AT_ONCE = 4
+"""Groups on their way, which keeps the server busy; with many, httpx looks through all of its connections for each."""
 _ANSWER_SECONDS = 30.0
 _COUNTERS = ("stale", "rewound", "failed", "abandoned", "expired_permits", "replaced", "unreplaced")
 
@@ -78,6 +81,7 @@ class TrajectorySink:
         )
         self._held: dict[str, set[str]] = {}
         self._asking = asyncio.Lock()
+        self._putting = asyncio.Semaphore(PUTS_AT_ONCE)
 
     async def __aenter__(self) -> "TrajectorySink":
         return self
@@ -90,15 +94,10 @@ class TrajectorySink:
         async with self._asking:
             deadline = self._clock() + timeout_seconds
             while True:
-                remaining = max(0.0, deadline - self._clock())
+                wait = min(max(0.0, deadline - self._clock()), POLL_SECONDS)
                 held = self._held.setdefault(environment, set())
-                body = wire.PermitsRequest(
-                    environment=environment,
-                    worker=self._worker,
-                    num_permits=num_permits,
-                    held=tuple(sorted(held)),
-                    timeout_seconds=min(remaining, POLL_SECONDS),
-                )
+                ask: dict[str, Any] = {"environment": environment, "worker": self._worker, "num_permits": num_permits}
+                body = wire.PermitsRequest(**ask, held=tuple(sorted(held)), timeout_seconds=wait)
                 answer = await self._post("/permits", body.model_dump_json(), f"permits for {environment!r}")
                 if answer.status_code == 200:
                     permits = list(wire.decode(wire.PermitsAnswer, answer.content).permits)
@@ -112,10 +111,11 @@ class TrajectorySink:
     async def put(self, group: RolloutGroup, permit: Permit) -> None:
         what = f"group {group.group_id!r} of {group.environment!r}"
         path = f"/groups?permit_id={permit.permit_id}"
-        answer = await self._post(path, await asyncio.to_thread(wire.encode_group, group), what)
+        async with self._putting:
+            answer = await self._post(path, await asyncio.to_thread(wire.encode_group, group), what)
         if wire.decode(wire.PutAnswer, answer.content).outcome == "expired":
-            log.warning("%s came after its permit's time (lease_seconds): task %d is sampled again",
-                        what, permit.task_index)  # fmt: skip
+            late = "%s came after its permit's time (lease_seconds): task %d is sampled again"
+            log.warning(late, what, permit.task_index)
         self._release(permit)
 
     async def give_back(self, permit: Permit, reason: str) -> None:
@@ -174,23 +174,22 @@ class TrajectorySource:
 
     def start(self, *, policy_version: int, step: int) -> None:
         body = wire.StartRequest(learner=self._learner, policy_version=policy_version, step=step, terms=self._terms)
-        self._post("/start", body, f"start after step {step}")
+        self._ask("/start", body, f"start after step {step}")
 
     def next_batch(self, num_groups: int) -> list[RolloutGroup]:
+        """Reads groups while the others are still sampled, so that few are left to read once the batch is whole."""
         deadline = self._clock() + self._wait_timeout_seconds
-        lease_id = uuid.uuid4().hex
+        lease_id, read = uuid.uuid4().hex, dict[str, RolloutGroup]()
         while True:
-            remaining = max(0.0, deadline - self._clock())
+            wait, num_read = min(max(0.0, deadline - self._clock()), POLL_SECONDS), len(read)
             body = wire.LeaseRequest(
-                learner=self._learner,
-                lease_id=lease_id,
-                num_groups=num_groups,
-                timeout_seconds=min(remaining, POLL_SECONDS),
+                learner=self._learner, lease_id=lease_id, num_groups=num_groups, timeout_seconds=wait, read=tuple(read)
             )
-            answer = wire.decode(wire.LeaseAnswer, self._post("/lease", body, f"a batch of {num_groups}").content)
-            if answer.groups:
-                return list(answer.groups)
-            if self._clock() >= deadline:
+            answer = wire.decode(wire.LeaseAnswer, self._ask("/lease", body, f"a batch of {num_groups}").content)
+            read |= {group.group_id: group for group in answer.groups}
+            if answer.leased:
+                return [read[group_id] for group_id in answer.leased]
+            if len(read) == num_read and self._clock() >= deadline:
                 raise TrajectoryError(
                     f"trajectory server {self._url}: no batch of {num_groups} groups within "
                     f"{self._wait_timeout_seconds:g} s (trajectory.wait_timeout_seconds): {answer.why_waiting}"
@@ -199,27 +198,25 @@ class TrajectorySource:
     def acknowledge(self, groups: Sequence[RolloutGroup], *, step: int, policy_version: int) -> None:
         ids = tuple(group.group_id for group in groups)
         body = wire.AcknowledgeRequest(learner=self._learner, group_ids=ids, step=step, policy_version=policy_version)
-        self._post("/acknowledge", body, f"acknowledging step {step}")
+        self._ask("/acknowledge", body, f"acknowledging step {step}")
 
     def commit(self, *, step: int) -> None:
-        self._post("/commit", wire.CommitRequest(learner=self._learner, step=step), f"committing step {step}")
+        self._ask("/commit", wire.CommitRequest(learner=self._learner, step=step), f"committing step {step}")
 
     def metrics(self) -> dict[str, float]:
         """Groups waiting, and what the run has dropped or handed out again so far."""
-        status = self._request("GET", "/status", None, "status").json()
+        status = self._ask("/status", None, "status").json()
         counters = status["counters"]
         return {"queue/length": status["num_queued"]} | {f"queue/{name}": counters[name] for name in _COUNTERS}
 
-    def _post(self, path: str, body: wire.WireMessage, what: str) -> httpx.Response:
-        return self._request("POST", path, body, what)
-
-    def _request(self, method: str, path: str, body: wire.WireMessage | None, what: str) -> httpx.Response:
+    def _ask(self, path: str, body: wire.WireMessage | None, what: str) -> httpx.Response:
         what = f"trajectory server {self._url}: {what}"
         patience = Patience(what, retry_seconds=self._retry_seconds, clock=self._clock)
         while True:
             try:
-                content = None if body is None else body.model_dump_json()
-                outcome: httpx.Response | httpx.TransportError = self._http.request(method, path, content=content)
+                outcome: httpx.Response | httpx.TransportError = (
+                    self._http.post(path, content=body.model_dump_json()) if body else self._http.get(path)
+                )
             except httpx.TransportError as error:
                 outcome = error
             pause = patience.pause(outcome)

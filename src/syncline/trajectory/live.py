@@ -10,15 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Response
 
-from syncline.observe.files import (
-    ENGINE_FILE,
-    PROCESSES_FILE,
-    NotALine,
-    Piece,
-    lines_after,
-    lines_before,
-    read_object,
-)
+from syncline.observe.files import ENGINE_FILE, PROCESSES_FILE, NotALine, Piece, lines_after, lines_before, read_object
 from syncline.observe.sinks import METRICS_FILE, ROLLOUTS_FILE
 from syncline.observe.summary import SUMMARY_FILE
 from syncline.trajectory import atropos_run

@@ -147,9 +147,9 @@ class TrajectoryStore:
         self._db.execute("INSERT OR IGNORE INTO payloads VALUES (?, ?)", (permit_id, packed))
 
     def payloads(self, tickets: Iterable[Ticket]) -> list[bytes]:
-        """The groups of these tickets as JSON, each as its wire wrote it. Call inside `transaction`."""
+        """The groups of these tickets, as `pack` made them. Call inside `transaction`."""
         query = "SELECT body FROM payloads WHERE permit_id = ?"
-        return [unpack(self._db.execute(query, (t.permit_id,)).fetchone()[0]) for t in tickets]
+        return [self._db.execute(query, (t.permit_id,)).fetchone()[0] for t in tickets]
 
     def _pragma(self, name: str) -> int:
         return self._db.execute(f"PRAGMA {name}").fetchone()[0]

@@ -90,8 +90,5 @@ class Tenants:
             )
         )
         self._runs[name] = build_app(
-            store,
-            host=self._trajectory.host,
-            max_request_bytes=self._trajectory.max_request_bytes,
-            token=self._token,
+            store, host=self._trajectory.host, max_request_bytes=self._trajectory.max_request_bytes, token=self._token
         )

@@ -4,6 +4,7 @@ Unknown keys, numbers in quotes, NaN and infinities are faults; so is whatever a
 refuses when built. A fault is a `Malformed` naming the path of the field.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, NewType, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -83,11 +84,16 @@ class LeaseRequest(WireMessage):
     """Chosen by the learner: asking again under the same name answers with the same groups."""
     num_groups: Positive
     timeout_seconds: PollSeconds
+    read: tuple[Name, ...] | None = None
+    """Groups it has read before they were leased, and is not sent again; `None`: it wants the batch in one answer."""
 
 
 class LeaseAnswer(WireMessage):
     groups: tuple[RolloutGroup, ...]
-    """`num_groups` of them, or none."""
+    """Without `read`, `num_groups` of them, or none. With it, those not read yet: of the lease, or of what is ready for
+    one that is not whole."""
+    leased: tuple[Name, ...] = ()
+    """All of the lease; none, while fewer than `num_groups` are ready."""
     why_waiting: str = ""
 
 
@@ -135,9 +141,10 @@ def decode(model: type[M], body: bytes) -> M:
         raise Malformed(explain(model.__name__, error)) from error
 
 
-def lease_body(groups: list[bytes], why_waiting: str) -> bytes:
+def lease_body(groups: Sequence[bytes], why_waiting: str, *, leased: Sequence[str] = ()) -> bytes:
     """A `LeaseAnswer` from groups that are JSON already: stored bytes are not parsed again."""
-    empty = LeaseAnswer(groups=(), why_waiting=why_waiting).model_dump_json(exclude={"groups"}).encode()
+    answer = LeaseAnswer(groups=(), leased=tuple(leased), why_waiting=why_waiting)
+    empty = answer.model_dump_json(exclude={"groups"}).encode()
     return b'{"groups":[' + b",".join(groups) + b"]," + empty[1:]
 
 

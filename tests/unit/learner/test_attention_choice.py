@@ -31,6 +31,15 @@ def test_a_gpu_kernel_on_a_cpu_is_refused_by_name(asked: str) -> None:
         choose_attention(asked, CONFIG, device=CPU, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("asked", ["sdpa", "eager", "flex_attention"])
+def test_masks_made_of_positions_are_not_for_families_that_rotate_in_three(asked: str) -> None:
+    """Of the three numbers a token transformers makes one causal mask over all packed sequences."""
+    rotates = SimpleNamespace(**vars(CONFIG) | {"model_type": "qwen2_vl"})
+    with pytest.raises(ConfigError, match=rf"learner.attention: '{asked}' lets packed sequences.* set it to auto"):
+        choose_attention(asked, rotates, device=CPU, dtype=torch.float32)
+    assert choose_attention(asked, CONFIG, device=CPU, dtype=torch.float32) == asked
+
+
 def leaking(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
     """Sees across the borders."""
     whole = torch.tensor([0, query.shape[2]], dtype=torch.int32)

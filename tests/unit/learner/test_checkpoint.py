@@ -112,6 +112,28 @@ def test_only_the_newest_are_kept(model_path: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000010", "step-000011"]
 
 
+def test_a_name_may_have_any_characters(model_path: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 1, model_path, name="s[1]*?-{step:06d}")
+    trained = Trained(model_path, steps=1)
+    for step in (1, 2):
+        checkpoints.save(TrainState(step, step), trained.model, trained.optimizer, digest="")
+    assert checkpoints.newest_step() == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["s[1]*?-000002"]
+
+
+@pytest.mark.parametrize("file", ["model", "optimizer", "rng"])
+def test_a_file_that_was_cut_off_is_a_checkpoint_that_cannot_be_resumed_from(
+    model_path: Path, tmp_path: Path, file: str
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, model_path)
+    trained = Trained(model_path, steps=1)
+    path = checkpoints.save(TrainState(1, 1), trained.model, trained.optimizer, digest="")
+    whole = (path / f"{file}.safetensors").read_bytes()
+    (path / f"{file}.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="cannot be re"):
+        checkpoints.load(path, trained.model, trained.optimizer)
+
+
 @pytest.mark.parametrize("fault", ["another shape", "no optimizer", "cut state"])
 def test_what_does_not_fit_is_named(model_path: Path, tmp_path: Path, fault: str) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, model_path)

@@ -1,7 +1,7 @@
 """The loop on fakes: what it does in which order, and a resume that is equal to the bit."""
 
 import itertools
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ from real_engine import make_tiny_model, run_values
 
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.config import RunConfig, resolve
-from syncline.errors import SyncError
+from syncline.config.schema import Lora, Parity
+from syncline.errors import SyncError, TrainingError
 from syncline.learner.checkpoint import Checkpoints
 from syncline.learner.loop import Parts, train
 from syncline.learner.model import Scorer, load_model, trainable_parameters
 from syncline.learner.optim import SplitMasterAdamW
-from syncline.learner.parity import ParityReport
+from syncline.learner.parity import ParityGate
 from syncline.learner.step import Step
 from syncline.learner.stopping import Stopped
 from syncline.learner.versions import refuse_unproved
 from syncline.protocols import Receipt, SyncReport
-from syncline.testing import InMemoryTrajectories, ListMetricSink, make_group
+from syncline.testing import FakeGenerate, InMemoryTrajectories, ListMetricSink, make_group
 from syncline.trajectory.ledger import QueueLimits
 from syncline.trajectory.queue import TrajectoryQueue
 from syncline.trajectory.shares import Ask
@@ -70,9 +71,16 @@ class RecordingTrajectories(InMemoryTrajectories):
         self.events.append("commit")
 
 
-class AgreeingGate:
-    def check(self, model: Any, *, device: torch.device) -> ParityReport:
-        return ParityReport(0.0, 0.0, 0.0, 1)
+ANSWER = Completion((20, 21), (-3.0, -3.0), (VersionSpan(0, 0, 2),), FinishReason.STOP)
+GATE = ParityGate(
+    config=Parity(max_mean_abs_diff=1e9, max_k3_kl=1e9),
+    connect=lambda: nullcontext(FakeGenerate(lambda *_: ANSWER)),
+    encode=lambda _: (5, 6, 7),
+    temperature=1.0,
+    scorer=Scorer(1.0, 64),
+    token_budget=64,
+)
+"""Scores as a run's does, and lets all pass."""
 
 
 def group(index: int, *, policy_version: int = 0) -> RolloutGroup:
@@ -93,8 +101,11 @@ def model_path(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def config_of(model_path: Path, folder: Path, *, num_steps: int, max_staleness: int = 0) -> RunConfig:
+def config_of(
+    model_path: Path, folder: Path, *, num_steps: int, max_staleness: int = 0, lora: Lora | None = None
+) -> RunConfig:
     values = run_values(model_path, folder)
+    values["model"]["lora"] = lora and lora.model_dump()
     values["run"] |= {"num_steps": num_steps, "groups_per_step": GROUPS_PER_STEP, "max_staleness": max_staleness}
     values["learner"] = {
         "token_budget": 128,
@@ -106,6 +117,7 @@ def config_of(model_path: Path, folder: Path, *, num_steps: int, max_staleness: 
 
 
 def parts_of(config: RunConfig, *, first_group: int, events: list[str]) -> Parts:
+    torch.manual_seed(0)
     model = load_model(config.model, device=CPU)
     source = RecordingTrajectories(events)
     for index in range(first_group, GROUPS_PER_STEP * config.run.num_steps):
@@ -125,7 +137,7 @@ def parts_of(config: RunConfig, *, first_group: int, events: list[str]) -> Parts
         source=source,
         sink=ListMetricSink(),
         checkpoints=Checkpoints(Path(config.run.dir) / "checkpoints", 2, Path(config.model.path)),
-        gate=AgreeingGate(),  # type: ignore[arg-type]
+        gate=GATE,
         device=CPU,
     )
 
@@ -164,14 +176,15 @@ def test_versions_are_published_at_their_interval_and_after_the_last_step(model_
     assert {name: state.policy_version for name, state in held.items()} == {"step-000003": 1, "step-000005": 2}
 
 
-def test_a_resumed_run_takes_the_very_same_steps(model_path: Path, tmp_path: Path) -> None:
-    whole = config_of(model_path, tmp_path / "whole", num_steps=6)
+@pytest.mark.parametrize("lora", [None, Lora(rank=4, dropout=0.3)], ids=["full", "an adapter with dropout"])
+def test_a_resumed_run_takes_the_very_same_steps(model_path: Path, tmp_path: Path, lora: Lora | None) -> None:
+    whole = config_of(model_path, tmp_path / "whole", num_steps=6, lora=lora)
     uninterrupted = parts_of(whole, first_group=0, events=[])
     train(whole, uninterrupted)
 
-    half = config_of(model_path, tmp_path / "halves", num_steps=3)
+    half = config_of(model_path, tmp_path / "halves", num_steps=3, lora=lora)
     train(half, parts_of(half, first_group=0, events=[]))
-    rest = config_of(model_path, tmp_path / "halves", num_steps=6)
+    rest = config_of(model_path, tmp_path / "halves", num_steps=6, lora=lora)
     resumed = parts_of(rest, first_group=3 * GROUPS_PER_STEP, events=[])
     train(rest, resumed)
 
@@ -296,6 +309,21 @@ class AsynchronousBridge(RecordingBridge):
         assert self.source is not None
         self.source.served = policy_version
         return super().publish(model, policy_version=policy_version)
+
+
+def test_a_token_that_the_model_does_not_know_stops_the_run_before_the_loss(model_path: Path, tmp_path: Path) -> None:
+    """As the last one of its sequence it is only predicted, and no embedding would have noticed."""
+    config = config_of(model_path, tmp_path, num_steps=1)
+    parts = parts_of(config, first_group=GROUPS_PER_STEP, events=[])
+    completion = Completion((20, 70), (-3.0, -3.0), (VersionSpan(0, 0, 2),), FinishReason.STOP)
+    rollout = Rollout((TrainingSample.from_completion((5, 6), completion),), 1.0, RolloutStatus.COMPLETED)
+    parts.source._held += [  # type: ignore[attr-defined]
+        _held(replace(group(index), rollouts=(rollout, *group(index).rollouts))) for index in range(GROUPS_PER_STEP)
+    ]
+    before = [parameter.detach().clone() for parameter in parts.model.parameters()]
+    with pytest.raises(TrainingError, match=r"group 'group-0' of made-up holds token 70, .* below 70"):
+        train(config, parts)
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The gradient of many micro-batches is the gradient of one, for every loss; a per-micro-batch mean would not be."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -69,7 +69,7 @@ def groups() -> tuple[RolloutGroup, ...]:
     return (*built, RolloutGroup("group-3", "task", 3, (two, cut, failed)))
 
 
-def batches(loss: Loss, token_budget: int) -> list[PackedBatch]:
+def batches(loss: Loss, token_budget: int) -> Sequence[PackedBatch]:
     advantages = group_advantages(groups(), loss.scale_advantages)
     return pack(groups(), advantages, loss=loss, token_budget=token_budget, max_completion_tokens=16)
 
@@ -98,7 +98,7 @@ def backward(batch: PackedBatch, loss: Loss) -> None:
     weighted_loss(token_loss, batch.loss_weights, importance_weights=weights, kl=kl, kl_coef=loss.kl_coef).backward()
 
 
-def gradient(microbatches: list[PackedBatch], loss: Loss) -> torch.Tensor:
+def gradient(microbatches: Sequence[PackedBatch], loss: Loss) -> torch.Tensor:
     model().zero_grad()
     for batch in microbatches:
         backward(batch, loss)

@@ -66,6 +66,40 @@ def test_targets_that_match_nothing_are_an_error_listing_what_exists(model_path:
         load(model_path, lora=Lora(target_modules=("wrong_proj",)))
 
 
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [("lm_head", "the embedding's"), ("embed_tokens", "input embedding")],
+    ids=["head", "embedding"],
+)
+def test_what_no_publish_could_say_is_not_adapted(model_path: Path, target: str, reason: str) -> None:
+    """The engine has one tensor for both ends of a tied model: a head of its own would never reach it."""
+    with pytest.raises(ConfigError, match=rf"target_modules: '{target}'.*{reason}.*leave it out"):
+        load(model_path, lora=Lora(target_modules=("q_proj", target)))
+
+
+def test_an_adapted_head_that_is_not_tied_is_published(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "untied", tied=False)
+    model = load(path, lora=Lora(rank=4, target_modules=("lm_head",)))
+    for _, parameter in trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    published = dict(checkpoint_parameters(model))["lm_head.weight"]
+    assert not torch.equal(published, dict(checkpoint_parameters(load(path)))["lm_head.weight"])
+
+
+def test_a_score_without_gradients_is_the_engines_without_dropout(model_path: Path) -> None:
+    """The parity gate's: noise would be taken for another policy, and a resumed run would draw what another did not."""
+    model = load(model_path, lora=Lora(rank=4, dropout=0.3))
+    for _, parameter in trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    completion = Completion((20, 21, 22), (-3.0,) * 3, (VersionSpan(0, 0, 3),), FinishReason.STOP)
+    [batch] = pack_samples([TrainingSample.from_completion((5, 6, 7), completion)], token_budget=64)
+    scorer, drawn = Scorer(1.0, 64), torch.get_rng_state()
+    scored = scorer.score_without_grad(model, batch)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not torch.equal(scorer.score(model, batch)[0], scored), "training keeps its dropout"
+    torch.testing.assert_close(scorer.score(model.eval(), batch)[0], scored)
+
+
 def test_a_path_without_a_model_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path"):
         load(tmp_path)

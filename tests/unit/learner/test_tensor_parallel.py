@@ -1,5 +1,6 @@
 """A model split over ranks is the model: every value and every gradient, through packing, attention and logprobs."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def save(config: PreTrainedConfig, folder: Path) -> str:
     return str(folder)
 
 
-def batches() -> list[PackedBatch]:
+def batches() -> Sequence[PackedBatch]:
     """Uneven sequences in more than one micro-batch; tokens from both ends of the vocabulary, the padding token too."""
     samples = []
     for i, (prompt, sampled) in enumerate([(3, 9), (5, 1), (2, 14), (4, 4), (3, 4)]):

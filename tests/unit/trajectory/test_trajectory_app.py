@@ -12,7 +12,7 @@ from syncline.protocols import Permit
 from syncline.testing import make_group
 from syncline.trajectory import guard, wire
 from syncline.trajectory.app import build_app
-from syncline.trajectory.client import TrajectorySink, TrajectorySource
+from syncline.trajectory.client import PUTS_AT_ONCE, TrajectorySink, TrajectorySource
 from syncline.trajectory.ledger import QueueLimits
 from syncline.trajectory.store import TrajectoryStore
 
@@ -40,10 +40,9 @@ class Server:
         body = wire.encode_group(make_group("math", permit["task_index"], **group))
         return await self.http.post(f"/groups?permit_id={permit['permit_id']}", content=body, headers=JSON)
 
-    async def lease(self, num_groups, *, timeout_seconds=0.0, lease_id="lease"):
-        return await self.post(
-            "/lease", learner="L", lease_id=lease_id, num_groups=num_groups, timeout_seconds=timeout_seconds
-        )
+    async def lease(self, num_groups, *, timeout_seconds=0.0, lease_id="lease", read=None):
+        body = {"num_groups": num_groups, "timeout_seconds": timeout_seconds, "read": read}
+        return await self.post("/lease", learner="L", lease_id=lease_id, **body)
 
 
 @pytest.fixture
@@ -272,6 +271,27 @@ def test_long_polls_are_woken_by_what_they_wait_for(serve):
     serve(scenario)
 
 
+def test_a_learner_reads_what_is_ready_before_its_batch_is_whole(serve):
+    async def scenario(server):
+        async def ask(*read):
+            answer = wire.decode(wire.LeaseAnswer, (await server.lease(2, read=read)).content)
+            return [group.group_id for group in answer.groups], answer.leased, bool(answer.why_waiting)
+
+        await server.start()
+        first, second = (await server.permits(2)).json()["permits"]
+        assert await ask() == ([], (), True)
+        await server.put(first)
+        assert await ask() == (["math-0"], (), False)
+        assert await ask("math-0") == ([], (), True)
+        assert (await server.http.get("/status")).json()["num_leased"] == 0
+        await server.put(second)
+        assert await ask("math-0") == (["math-1"], ("math-0", "math-1"), False)
+        assert await ask("math-1") == (["math-0"], ("math-0", "math-1"), False)
+        assert (await server.http.get("/status")).json()["num_leased"] == 2
+
+    serve(scenario)
+
+
 def test_a_lease_that_waits_in_vain_says_who_owes(serve):
     async def scenario(server):
         await server.start()
@@ -349,7 +369,7 @@ def test_a_server_that_is_away_is_tried_again_ever_more_slowly_then_named(caplog
 
 def test_a_lease_whose_answer_was_lost_is_asked_for_under_the_same_name():
     asked = []
-    body = wire.lease_body([wire.encode_group(make_group("math", 0))], "")
+    body = wire.lease_body([wire.encode_group(make_group("math", 0))], "", leased=["math-0"])
 
     def answer(request):
         asked.append(json.loads(request.content)["lease_id"])
@@ -363,6 +383,40 @@ def test_a_lease_whose_answer_was_lost_is_asked_for_under_the_same_name():
     assert len(set(asked)) == 1
     client.next_batch(1)
     assert asked[3] != asked[0]
+
+
+def test_a_batch_is_read_as_it_comes_and_is_in_the_order_of_the_lease():
+    groups = [make_group("math", i) for i in range(3)]
+    told = [(groups[2:], ()), (groups[:1], ()), (groups[1:2], ("math-1", "math-2"))]
+    asked = []
+
+    def answer(request):
+        asked.append(json.loads(request.content)["read"])
+        some, leased = told[len(asked) - 1]
+        return httpx.Response(200, content=wire.lease_body([*map(wire.encode_group, some)], "", leased=leased))
+
+    assert source(answer, Time()).next_batch(2) == groups[1:]
+    assert asked == [[], ["math-2"], ["math-2", "math-0"]]
+
+
+def test_few_groups_are_on_their_way_at_once():
+    async def scenario():
+        now, most = 0, 0
+
+        async def answer(request):
+            nonlocal now, most
+            now += 1
+            most = max(most, now)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            now -= 1
+            return httpx.Response(200, json={"outcome": "accepted"})
+
+        client = sink(answer, Time())
+        await asyncio.gather(*(client.put(make_group("math", i), Permit(str(i), i)) for i in range(12)))
+        return most
+
+    assert asyncio.run(scenario()) <= PUTS_AT_ONCE
 
 
 def test_a_refusal_is_not_repeated():

@@ -14,7 +14,7 @@ from syncline.trajectory.ledger import QueueLimits
 from syncline.trajectory.queue import PutOutcome, Refused
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import queue_status
-from syncline.trajectory.store import TrajectoryStore, pack
+from syncline.trajectory.store import TrajectoryStore, pack, unpack
 from syncline.trajectory.tickets import TicketState
 
 LIMITS = QueueLimits(groups_per_step=2, rollouts_per_group=2, max_staleness=1, lease_seconds=100.0)
@@ -51,7 +51,8 @@ def start(store, *, policy_version=0, step=0):
 
 def lease(store, num_groups, lease_id="lease"):
     with store.transaction() as queue:
-        return store.payloads(queue.lease(num_groups, learner="L", lease_id=lease_id))
+        packed = store.payloads(queue.lease(num_groups, learner="L", lease_id=lease_id))
+    return [unpack(body) for body in packed]
 
 
 def acknowledge(store, task_indices, step):
