@@ -86,7 +86,8 @@ class RolloutSink(Protocol):
         ...
 
     async def put(self, group: RolloutGroup, permit: Permit) -> None:
-        """Returns once the group is stored durably. Putting the same permit twice stores one group."""
+        """Returns once the group is stored durably. Putting the same permit twice stores one group, and putting one
+        that has expired none: its task was handed out again."""
         ...
 
     async def give_back(self, permit: Permit, reason: str) -> None:

@@ -73,7 +73,7 @@ class Origin:
 def process_start(pid: int) -> int | None:
     """When the process started, in clock ticks since the boot; `None` when there is none, or only its corpse."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in "ZX" else int(fields[19])

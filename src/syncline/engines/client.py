@@ -38,6 +38,10 @@ class NotReady(EngineError):
     """The engine is starting, restarting, or has no policy version yet: nothing was sampled, so anybody else may."""
 
 
+class AtGate(NotReady):
+    """Its engine is paused, and kept the request waiting for some seconds: it may be asked again at once."""
+
+
 class EngineClient:
     """`Generate` over HTTP. Use as an async context manager.
 
@@ -107,7 +111,8 @@ class EngineClient:
         url = f"{self.url.rstrip('/')}{path}"
         try:
             async with self._http.post(url, data=to_json(body)) as response:
-                status, content = response.status, await response.read()
+                status, may_return = response.status, response.headers.get("Retry-After") == "0"
+                content = await response.read()
         except _STARTING as error:
             raise NotReady(f"engine {self.url} was not ready for {path}: {error}") from error
         except TimeoutError as error:
@@ -115,7 +120,8 @@ class EngineClient:
         except aiohttp.ClientError as error:
             raise EngineGone(f"engine {self.url} broke off {path}: {error!r}") from error
         if status == httpx.codes.SERVICE_UNAVAILABLE:
-            raise NotReady(f"engine {self.url} was not ready for {path}: {content[:500].decode(errors='replace')}")
+            told = f"engine {self.url} was not ready for {path}: {content[:500].decode(errors='replace')}"
+            raise AtGate(told) if may_return else NotReady(told)
         return _json(url, status, content)
 
 

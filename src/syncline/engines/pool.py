@@ -2,7 +2,9 @@
 
 What an engine still has to do is estimated from its running requests: their prompts, and for each completion the mean
 length of those answered so far. A request that an engine did not answer (it is starting, has no published policy, or
-died) goes to another: nothing of it was used. Such an engine rests for a moment before it is asked again.
+died) goes to another: nothing of it was used. Such an engine rests for a moment before it is asked again. A paused one
+keeps requests at its gate for some seconds, then sends them on; from then on one at a time asks whether it samples.
+Where every engine rests, as in a long publish, the others wait at those gates too, spread by their tokens as ever.
 """
 
 import asyncio
@@ -11,11 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 
-from syncline.engines.client import RETRY_SECONDS, EngineClient, NotReady
+from syncline.engines.client import RETRY_SECONDS, AtGate, EngineClient, NotReady
 from syncline.errors import EngineError, EngineGone, EngineTimeout
 from syncline.types import Completion, ImageRef, SamplingParams
 
 REST_SECONDS = 1.0
+GATE_REST_SECONDS = 5.0
+"""Of a paused engine: about as long as it keeps the one that asks."""
 _MEMORY = 0.02
 """Share of the newest completion in the mean length."""
 
@@ -59,12 +63,14 @@ class EnginePool:
         """Raises `EngineTimeout` with what every engine said when none has answered in time."""
         deadline = time.monotonic() + self._timeout_seconds
         length = min(self._mean_length or sampling.max_tokens, sampling.max_tokens)
+        said: dict[EngineClient, EngineError] = {}
         while True:
+            if time.monotonic() > deadline:
+                said = {client: fault for client, (_, fault) in self._resting.items()} | said
+                faults = "\n".join(map(str, said.values()))
+                raise EngineTimeout(f"no engine answered the request in {self._timeout_seconds:g} s:\n{faults}")
             client = self._next()
             if client is None:
-                if time.monotonic() > deadline:
-                    faults = "\n".join(str(fault) for _, fault in self._resting.values())
-                    raise EngineTimeout(f"no engine took the request in {self._timeout_seconds:g} s:\n{faults}")
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             try:
@@ -76,10 +82,11 @@ class EnginePool:
                         images=images,
                         needs_version=self._needs_version,
                     )
-            except (NotReady, EngineGone) as fault:
-                if isinstance(fault, EngineGone) and len(self._clients) == 1:
+            except (NotReady, EngineGone, EngineTimeout) as fault:
+                if not isinstance(fault, NotReady) and len(self._clients) == 1:
                     raise
                 self._rest(client, fault)
+                said[client] = fault
                 continue
             self._learn(client, found)
             return found
@@ -87,7 +94,11 @@ class EnginePool:
     def _next(self) -> EngineClient | None:
         now = time.monotonic()
         awake = [one for one in self._clients if one not in self._resting or self._resting[one][0] <= now]
-        return min(awake, key=lambda one: self._tokens[one], default=None)
+        at_gate = [one for one, (_, fault) in self._resting.items() if isinstance(fault, AtGate)]
+        chosen = min(awake or at_gate, key=lambda one: self._tokens[one], default=None)
+        if chosen in at_gate:
+            self._rest(chosen, self._resting[chosen][1])
+        return chosen
 
     @contextmanager
     def _counted(self, client: EngineClient, num_tokens: float) -> Iterator[None]:
@@ -98,9 +109,11 @@ class EnginePool:
             self._tokens[client] -= num_tokens
 
     def _rest(self, client: EngineClient, fault: EngineError) -> None:
+        is_paused = isinstance(fault, AtGate)
         if client not in self._resting:
-            log.warning("%s; requests go elsewhere until it answers", fault)
-        self._resting[client] = (time.monotonic() + REST_SECONDS, fault)
+            level = logging.INFO if is_paused else logging.WARNING
+            log.log(level, "%s; requests go elsewhere until it answers", fault)
+        self._resting[client] = (time.monotonic() + (GATE_REST_SECONDS if is_paused else REST_SECONDS), fault)
 
     def _learn(self, client: EngineClient, found: Sequence[Completion]) -> None:
         if self._resting.pop(client, None):

@@ -12,7 +12,7 @@ import logging
 import signal
 from dataclasses import dataclass, field
 
-from syncline.errors import SynclineError
+from syncline.errors import EngineGone, EngineTimeout, SynclineError
 from syncline.protocols import Environment, Permit, Policy, RolloutSink
 from syncline.types import RolloutGroup, RolloutStatus
 
@@ -120,9 +120,12 @@ class EnvironmentWorker:
                 await self._give_back(permit, UNUSED)
             else:
                 await self._failed(permit, f"the group was not finished in {wait_seconds:g} s")
+        elif sampling.cancelled():  # by the environment: the worker's own cancellation ends the wait above
+            await self._failed(permit, "CancelledError: the environment cancelled its own task")
         elif error := sampling.exception():
             log.debug("task %d of %s", permit.task_index, self._name, exc_info=error)
-            await self._failed(permit, f"{type(error).__name__}: {error}")
+            its_own = not isinstance(error, EngineGone | EngineTimeout)
+            await self._failed(permit, f"{type(error).__name__}: {error}", its_own=its_own)
         else:
             await self._put(sampling.result(), permit)
 
@@ -147,9 +150,10 @@ class EnvironmentWorker:
         else:
             self._count_failure(next((r.error for r in group.rollouts if r.error), "no rollout has a reward"))
 
-    async def _failed(self, permit: Permit, reason: str) -> None:
+    async def _failed(self, permit: Permit, reason: str, *, its_own: bool = True) -> None:
+        """A fault that is not the task's own, but the engine's, does not count against the task."""
         log.warning("%s: task %d failed: %s", self._name, permit.task_index, reason)
-        await self._give_back(permit, reason)
+        await self._give_back(permit, reason if its_own else UNUSED)
         self._count_failure(reason)
 
     async def _give_back(self, permit: Permit, reason: str) -> None:

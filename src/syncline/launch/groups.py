@@ -30,12 +30,12 @@ class Stat:
 
 
 def process_stat(pid: int) -> Stat | None:
-    """`None` when there is no such process."""
+    """`None` when there is no such process, or it is hidden from us, which ours never are."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+        content = Path(f"/proc/{pid}/stat").read_bytes()  # of its name the kernel keeps 15 bytes, cut anywhere
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
-    after_name = text.rpartition(")")[2].split()
+    after_name = content.rpartition(b")")[2].decode().split()
     return Stat(pid, group=int(after_name[2]), zombie=after_name[0] in "ZX", start_time=int(after_name[19]))
 
 

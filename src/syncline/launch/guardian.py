@@ -7,6 +7,7 @@ new run gets the folder before all of that is over.
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from syncline.launch.groups import stop_group
@@ -19,8 +20,9 @@ def main() -> None:
     processes = Path(sys.argv[1])
     if sys.stdin.buffer.read() == DONE:
         return
-    for process in reversed(json.loads(processes.read_text())["processes"]):
-        stop_group(process["pid"], process["start_time"], grace_seconds=GRACE_SECONDS)
+    with ExitStack() as stops:  # in reverse, each even if another could not be stopped
+        for process in json.loads(processes.read_text())["processes"]:
+            stops.callback(stop_group, process["pid"], process["start_time"], grace_seconds=GRACE_SECONDS)
 
 
 if __name__ == "__main__":

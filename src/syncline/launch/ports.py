@@ -114,7 +114,7 @@ def port_holder(port: int) -> str:
         try:
             held = {os.readlink(fd) for fd in (process / "fd").iterdir()}
             if held & inodes:
-                return f"pid {process.name} ({(process / 'comm').read_text().strip()})"
+                return f"pid {process.name} ({(process / 'comm').read_text(errors='replace').strip()})"
         except OSError:  # it ended while we looked, or belongs to another user
             continue
     return "another process"

@@ -224,11 +224,13 @@ class Supervisor:
         self._refresh()
 
     def _stop_all(self) -> None:
-        """In reverse order of start. Another Ctrl-C while this waits cuts every grace short."""
+        """In reverse order of start, each even if another could not be. Another Ctrl-C while this waits cuts every
+        grace short."""
         self._over.set()
         signals = self._num_signals
-        for name in reversed(list(self._children)):
-            self._stop(name, hurry=lambda: self._num_signals > signals)
+        with ExitStack() as stops:
+            for name in self._children:
+                stops.callback(self._stop, name, hurry=lambda: self._num_signals > signals)
 
     def _show_news(self) -> None:
         for line in self._logs.poll():

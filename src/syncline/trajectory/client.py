@@ -112,7 +112,10 @@ class TrajectorySink:
         what = f"group {group.group_id!r} of {group.environment!r}"
         path = f"/groups?permit_id={permit.permit_id}"
         async with self._putting:
-            await self._post(path, await asyncio.to_thread(wire.encode_group, group), what)
+            answer = await self._post(path, await asyncio.to_thread(wire.encode_group, group), what)
+        if wire.decode(wire.PutAnswer, answer.content).outcome == "expired":
+            late = "%s came after its permit's time (lease_seconds): task %d is sampled again"
+            log.warning(late, what, permit.task_index)
         self._release(permit)
 
     async def give_back(self, permit: Permit, reason: str) -> None:

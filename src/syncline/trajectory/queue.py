@@ -29,6 +29,9 @@ class Refused(TrajectoryError):
 class PutOutcome(StrEnum):
     """What became of a group. Only a group `ACCEPTED` (now or before) or `UNREPLACED` is stored."""
 
+    EXPIRED = "expired"
+    """It came after its permit's time, and its task is another permit's."""
+
     ACCEPTED = "accepted"
     UNREPLACED = "unreplaced"
     """The first that was accepted though its rewards are all equal: no more of this step's are replaced."""
@@ -126,6 +129,8 @@ class TrajectoryQueue:
         ticket = self._ticket(permit_id)
         if ticket.group_id == group.group_id:
             return _OUTCOMES.get(ticket.state, PutOutcome.ACCEPTED)
+        if ticket.state is TicketState.EXPIRED:
+            return PutOutcome.EXPIRED
         self._check_put(group, ticket)
         ticket.group_id, ticket.num_rollouts = group.group_id, len(group.rollouts)
         ticket.oldest, ticket.newest = group.oldest_policy_version, group.newest_policy_version

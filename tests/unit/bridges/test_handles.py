@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from syncline.bridges.handles import (
+    Origin,
     export_views,
     fingerprint,
     fingerprint_of,
@@ -132,3 +134,9 @@ def test_a_learner_of_whole_parameters_refuses_an_engine_of_several_ranks() -> N
         SyncError, match=r"2 tensor-parallel ranks and the learner 1; set learner\.tensor_parallel_size"
     ):
         bridge.attach(model)
+
+
+def test_the_start_of_a_process_whose_name_is_cut_inside_a_character(cut_name: None) -> None:
+    with pytest.raises(UnicodeDecodeError):
+        Path("/proc/self/stat").read_text()
+    assert process_start(os.getpid()) == Origin.here(CPU).started

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from real_engine import free_port
 
-from syncline.engines.client import EngineClient, EngineController
+from syncline.engines.client import AtGate, EngineClient, EngineController, NotReady
 from syncline.errors import ConfigError, EngineError, EngineGone, EngineTimeout
 from syncline.observe.images import image_ref
 from syncline.types import Completion, FinishReason, SamplingParams, VersionSpan
@@ -25,6 +25,8 @@ class Canned(BaseHTTPRequestHandler):
         answers = self.server.answers  # type: ignore[attr-defined]
         status, body = answers.pop(0) if len(answers) > 1 else answers[0]
         self.send_response(status)
+        if isinstance(body, dict) and "paused" in body:
+            self.send_header("Retry-After", "0")
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
 
@@ -175,3 +177,17 @@ def test_so_many_are_asked_at_once_and_no_more() -> None:
         server.shutdown()
         server.server_close()
     assert most == allowed
+
+
+@pytest.mark.parametrize(("told", "kind"), [({"error": "starting"}, NotReady), ({"paused": "for 5 s"}, AtGate)])
+def test_a_request_that_was_kept_at_a_gate_is_told_from_one_that_was_not(
+    canned: ThreadingHTTPServer, told: dict[str, str], kind: type[NotReady]
+) -> None:
+    async def attempt() -> None:
+        async with EngineClient(url_of(canned), timeout_seconds=5) as client:
+            await client.attempt((1, 2), SamplingParams(4), needs_version=True)
+
+    canned.answers = [(503, told)]  # type: ignore[attr-defined]
+    with pytest.raises(NotReady, match=next(iter(told.values()))) as refused:
+        asyncio.run(attempt())
+    assert refused.type is kind

@@ -11,7 +11,7 @@ from syncline.envs import worker as module
 from syncline.envs.rendering import ChatPolicy
 from syncline.envs.tasks.arithmetic import Arithmetic
 from syncline.envs.worker import FAILED_ROUNDS, UNUSED, EnvironmentWorker
-from syncline.errors import EngineError, SynclineError, TrajectoryError
+from syncline.errors import EngineError, EngineGone, EngineTimeout, SynclineError, TrajectoryError
 from syncline.protocols import Permit
 from syncline.testing import FakeGenerate, InMemoryTrajectories
 from syncline.types import Completion, FinishReason, Rollout, RolloutGroup, RolloutStatus, SamplingParams
@@ -100,6 +100,23 @@ def test_failed_group_goes_back_with_the_reason_and_is_attempted_again():
     assert sorted(group.task_index for group in sink.groups) == list(range(6))
 
 
+@pytest.mark.parametrize("fault", [EngineGone("it broke off"), EngineTimeout("no engine took the request")])
+def test_an_engines_fault_is_none_of_its_tasks_but_ends_a_worker_that_meets_nothing_else(fault: EngineError):
+    failures: list[EngineError] = [fault] * 2
+
+    def respond(*_: object) -> Completion:
+        if failures:
+            raise failures.pop()
+        return completion("7")
+
+    sink = Watched(max_permits=6)
+    asyncio.run(run_until(worker(Arithmetic(), sink, chat(respond)), lambda: len(sink.groups) == 6))
+    assert [reason for _, reason in sink.given_back] == [UNUSED] * 2
+    failures += [fault] * 20
+    with pytest.raises(SynclineError, match=f"8 groups failed in a row, the last one: .*{fault}"):
+        asyncio.run(run_until(worker(Arithmetic(), Watched(), chat(respond)), lambda: False))
+
+
 def test_group_past_its_time_goes_back():
     async def late_once(index: int) -> None:
         if index == 1 and not seen:
@@ -125,6 +142,41 @@ def test_aborted_group_is_sampled_again_and_is_no_failure():
     sink = Watched(max_permits=4)
     asyncio.run(run_until(worker(Arithmetic(), sink, chat(respond)), lambda: len(sink.groups) == 4))
     assert [reason for _, reason in sink.given_back] == [UNUSED] * 20
+
+
+def test_an_environment_that_cancels_itself_fails_that_task_alone():
+    async def cancelled_once(index: int) -> None:
+        if index == 1 and not seen:
+            seen.append(index)
+            inner = asyncio.create_task(asyncio.Event().wait())
+            inner.cancel()
+            await inner
+
+    seen: list[int] = []
+    sink = Watched(max_permits=3)
+    asyncio.run(run_until(worker(Scripted(cancelled_once), sink), lambda: len(sink.groups) == 3))
+    assert [(permit.task_index, reason) for permit, reason in sink.given_back] == [
+        (1, "CancelledError: the environment cancelled its own task")
+    ]
+
+
+def test_a_worker_that_is_cancelled_ends():
+    async def forever(index: int) -> None:
+        begun.append(index)
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        running = asyncio.create_task(worker(Scripted(forever), sink).run(asyncio.Event()))
+        while len(begun) < 4:
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(running, 20)
+
+    begun: list[int] = []
+    sink = Watched(max_permits=4)
+    asyncio.run(scenario())
+    assert [reason for _, reason in sink.given_back] == [UNUSED] * 4
 
 
 def test_stop_gives_back_what_is_in_flight():

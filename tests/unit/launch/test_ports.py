@@ -87,3 +87,17 @@ def test_an_unheld_port_has_no_named_holder() -> None:
     with socket.socket() as bound:
         bound.bind((HOST, 0))
         assert port_holder(bound.getsockname()[1]) == "another process"
+
+
+def test_a_holder_whose_name_is_cut_inside_a_character_is_named() -> None:
+    code = (
+        "import socket, sys\n"
+        "open('/proc/self/comm', 'wb').write('тренировка'.encode())\n"
+        "held = socket.create_server(('127.0.0.1', 0)); print(held.getsockname()[1], flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert port_holder(int(holder.stdout.readline())) == f"pid {holder.pid} (трениро\ufffd)"
+        assert holder.stdin is not None
+        holder.stdin.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from syncline.errors import EngineTimeout, ProcessDied
+from syncline.launch.child import Child
 from syncline.launch.groups import live_members, process_stat
 from syncline.launch.plan import Kind, Pool, ProcessSpec, Ready
 from syncline.launch.supervisor import Interrupted, Supervisor
@@ -229,6 +230,23 @@ def test_a_stranger_lives_on(tmp_path: Path) -> None:
             watched.run()
         assert stranger.poll() is None
         stranger.kill()
+
+
+def test_a_process_that_cannot_be_stopped_keeps_no_other_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(child: Child, **options) -> list[int]:
+        stopped = real(child, **options)
+        if child.spec.name == "env":
+            raise OSError("the kernel told us nothing of env")
+        return stopped
+
+    real = Child.stop
+    monkeypatch.setattr(Child, "stop", stop)
+    names = ["engine", "env"]
+    watched = Watched([*(spec(tmp_path, name, SLEEP) for name in names), job(tmp_path, "learner", SLEEP)], tmp_path)
+    when(lambda: logged(tmp_path, "learner", "up"), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(OSError, match="nothing of env"):
+        watched.run()
+    watched.assert_nothing_left(["engine", "env", "learner"])
 
 
 SUPERVISED = """

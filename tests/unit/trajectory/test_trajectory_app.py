@@ -424,12 +424,33 @@ def test_a_refusal_is_not_repeated():
 
     def answer(request):
         calls.append(request)
-        return httpx.Response(409, json={"error": "permit 'p' is expired"})
+        return httpx.Response(409, json={"error": "permit 'p' is used up"})
 
     permit = Permit("p", 0)
-    with pytest.raises(TrajectoryError, match=r"group 'math-0' of 'math': refused \(409\): permit 'p' is expired"):
+    with pytest.raises(TrajectoryError, match=r"group 'math-0' of 'math': refused \(409\): permit 'p' is used up"):
         asyncio.run(sink(answer, Time()).put(make_group("math", 0), permit))
     assert len(calls) == 1
+
+
+def test_a_group_that_comes_after_its_permits_time_is_told_of_and_the_task_goes_out_again(serve, caplog):
+    async def late(server):
+        await server.start()
+        transport = httpx.ASGITransport(server.app)
+        async with TrajectorySink("http://127.0.0.1", transport=transport) as sink:
+            [permit, _] = await sink.permits("math", 2, timeout_seconds=0.0)
+            await server.app.state.turns.take(lambda queue: expire(queue, permit.permit_id))
+            await sink.put(make_group("math", permit.task_index), permit)
+            [again] = await sink.permits("math", 2, timeout_seconds=0.0)
+            assert (again.task_index, again.permit_id == permit.permit_id) == (permit.task_index, False)
+            await sink.put(make_group("math", permit.task_index), again)
+
+    def expire(queue, permit_id):
+        queue.ledger._deadlines[permit_id] = 0.0
+        queue.expire()
+
+    serve(late)
+    [told] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == "group 'math-0' of 'math' came after its permit's time (lease_seconds): task 0 is sampled again"
 
 
 def test_a_batch_that_does_not_come_is_an_error_that_says_who_owes():

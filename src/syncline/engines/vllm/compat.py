@@ -72,6 +72,13 @@ def server_parts() -> ServerParts:
     )
 
 
+def core_died() -> type[Exception]:
+    """What vLLM raises in every request once its engine core has died."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return EngineDeadError
+
+
 def gpu_bytes() -> int:
     """Of the first GPU that this process sees; asks the driver, so that nothing is allocated there."""
     from vllm.platforms import current_platform

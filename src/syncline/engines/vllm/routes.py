@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 
+from syncline.engines.vllm import compat
 from syncline.errors import EngineError, EngineGone, EngineTimeout, SyncError
 
 
@@ -17,16 +18,20 @@ class Body(BaseModel):
 
 
 class Route(APIRoute):
-    """Answers our own errors: by the time we get vLLM's app, its error handlers may be fixed."""
+    """Answers our own errors: by the time we get vLLM's app, its error handlers may be fixed. To a core that died, too,
+    vLLM's answer is 500, as to a bad request; 503 sends whoever asks elsewhere until this process has ended."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+        handle, core_died = super().get_route_handler(), compat.core_died()
 
         async def answer(request: Request) -> Response:
             try:
                 return await handle(request)
             except (EngineError, SyncError) as error:
                 return JSONResponse({"error": str(error)}, status_code=_status(error))
+            except core_died as error:
+                told = f"the engine core died: {error}"
+                return JSONResponse({"error": told}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
 
         return answer
 

@@ -1,6 +1,7 @@
 """Sampling, tokens in and tokens out, with the policy version of every token; and how the engine is.
 
-`generate` passes the gate (`gate.py`), so it waits while weights move.
+`generate` passes the gate (`gate.py`), so it waits while weights move: for training not longer than `GATE_SECONDS`, as
+the learner may have lost an engine that it told to pause, and then nobody opens the gate before the next publish.
 """
 
 import asyncio
@@ -8,6 +9,7 @@ import base64
 import binascii
 import io
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
@@ -25,6 +27,7 @@ from syncline.errors import EngineError
 from syncline.types import SamplingParams
 
 HEALTH_TIMEOUT_SECONDS = 5.0
+GATE_SECONDS = 5.0
 
 
 class GenerateBody(Body):
@@ -34,7 +37,7 @@ class GenerateBody(Body):
     images: tuple[str, ...] = ()
     """Image files in base64; each has one placeholder among the tokens."""
     needs_version: bool = False
-    """Answer 503, and sample nothing, while no published policy is held."""
+    """Answer 503, and sample nothing, while no published policy is held, or after `GATE_SECONDS` at the closed gate."""
 
 
 def sampling_routes(served: Served) -> APIRouter:
@@ -56,7 +59,14 @@ def sampling_routes(served: Served) -> APIRouter:
             fault = served.torn or "no policy version was published to this engine yet"
             return JSONResponse({"error": fault}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
         can_freeze = compat.can_freeze(seed=body.sampling.seed)
-        async with served.gate.request(f"syncline-{uuid4().hex}", can_freeze=can_freeze) as visit:
+        async with AsyncExitStack() as inside:
+            try:
+                async with asyncio.timeout(GATE_SECONDS if body.needs_version else None):
+                    asked = served.gate.request(f"syncline-{uuid4().hex}", can_freeze=can_freeze)
+                    visit = await inside.enter_async_context(asked)
+            except TimeoutError:
+                told = {"error": f"the engine is paused, {GATE_SECONDS:g} s after the request came"}
+                return JSONResponse(told, HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "0"})
             with served.adapters.running() as adapter:
                 if adapter is not None and adapter is served.adapters.by_hand:
                     visit.entered_under = UNPUBLISHED
