@@ -4,14 +4,13 @@ import pickle
 
 import pytest
 
+from syncline import errors
 from syncline.errors import ConfigError, SynclineError
 
-
-def kinds(kind: type[SynclineError] = SynclineError) -> list[type[SynclineError]]:
-    return [kind, *(found for below in kind.__subclasses__() for found in kinds(below))]
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SynclineError)]
 
 
-@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_an_error_says_the_same_on_every_rank(kind: type[SynclineError]) -> None:
     raised = (
         ConfigError(["run.dir: is missing", "model.path: is missing"]) if kind is ConfigError else kind("it failed")
