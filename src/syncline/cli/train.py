@@ -105,6 +105,17 @@ def _longest_wait(config: RunConfig) -> float:
     return max(*waits, config.engine.request_timeout_seconds) + 60
 
 
+def _set_up_torch(config: RunConfig, ranks: "Ranks") -> None:
+    import torch
+
+    torch.manual_seed(config.run.seed)
+    if config.learner.num_threads:
+        torch.set_num_threads(max(1, config.learner.num_threads // ranks.world_size))
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to sum in one order
+        torch.use_deterministic_algorithms(True)
+
+
 @contextmanager
 def assemble(
     config: RunConfig,
@@ -131,12 +142,7 @@ def assemble(
     training_log = None
     if config.observe.training_log and ranks.is_first:
         training_log = TrainingLog(config, [engine.url for engine in engines])
-    torch.manual_seed(config.run.seed)
-    if config.learner.num_threads:
-        torch.set_num_threads(max(1, config.learner.num_threads // ranks.world_size))
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to sum in one order
-        torch.use_deterministic_algorithms(True)
+    _set_up_torch(config, ranks)
     model = load_model(config.model, device=device, running=config.learner, ranks=ranks)
     if config.learner.gradients == "float32":
         accumulate_fp32(model)

@@ -162,7 +162,7 @@ def pack_samples(samples: Sequence[TrainingSample], *, token_budget: int) -> Seq
 
 
 class _Collated(Sequence[PackedBatch]):
-    """Each micro-batch is made when it is asked for: all but the first while the GPU computes the one before."""
+    """Each micro-batch is made when it is asked for, so the first does not wait for the others."""
 
     def __init__(self, members: list[list[_Sequence]]) -> None:
         self._members = members

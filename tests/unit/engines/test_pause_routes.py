@@ -229,15 +229,21 @@ def test_a_broadcast_that_breaks_off_leaves_its_own_group_alone(group: str) -> N
     play(story)
 
 
+async def overtaken_resume(scene: Scene) -> httpx.Response:
+    """Its workers still measure when the learner gives up and pauses again."""
+    scene.ends.set()
+    assert (await scene.ask("/syncline/pause", **KEEP)).is_success
+    scene.engine.workers.clear()
+    late = await scene.begin("/syncline/resume", expected=scene.expected(3))
+    assert (await scene.ask("/syncline/pause", **ABORT)).is_success
+    scene.engine.workers.set()
+    return await late
+
+
 def test_a_late_resume_samples_nothing() -> None:
     async def story(scene: Scene) -> None:
-        scene.ends.set()
-        assert (await scene.ask("/syncline/pause", **KEEP)).is_success
-        scene.engine.workers.clear()
-        late = await scene.begin("/syncline/resume", expected=scene.expected(3))
-        assert (await scene.ask("/syncline/pause", **ABORT)).is_success
-        scene.engine.workers.set()
-        assert ((await late).status_code, scene.state()) == (409, "paused")
+        late = await overtaken_resume(scene)
+        assert (late.status_code, scene.state()) == (409, "paused")
 
     play(story)
 
@@ -246,13 +252,7 @@ def test_what_was_measured_before_a_pause_proves_nothing_after_it() -> None:
     """The late answer to one who gave up must not pass for a proof of what a step has written since."""
 
     async def story(scene: Scene) -> None:
-        scene.ends.set()
-        assert (await scene.ask("/syncline/pause", **KEEP)).is_success
-        scene.engine.workers.clear()
-        late = await scene.begin("/syncline/resume", expected=scene.expected(3))
-        assert (await scene.ask("/syncline/pause", **ABORT)).is_success
-        scene.engine.workers.set()
-        await late
+        await overtaken_resume(scene)
         scene.engine.models[0]["w"].data.add_(1)
         again = await scene.ask("/syncline/resume", expected=asdict(scene.served.held))
         assert (again.status_code, scene.state()) == (409, "paused")
