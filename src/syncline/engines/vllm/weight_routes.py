@@ -34,10 +34,6 @@ class RestartBody(Body):
     policy_version: int = Field(ge=0)
 
 
-class ExportBody(Body):
-    fused: bool = False
-
-
 class ResumeBody(Body):
     expected: Receipt
 
@@ -66,18 +62,15 @@ def pause_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/pause")
     async def pause(body: PauseBody) -> dict[str, Any]:
-        await served.gate.close()
-        wait = {
-            "drain": served.gate.wait_until_empty,
-            "keep": served.gate.wait_until_freezable,
-            "abort": served.gate.wait_until_submitted,
-        }[body.mode]
-        await wait(timeout_seconds=body.timeout_seconds)
+        gate = served.gate
+        await gate.close()
+        waits = {"drain": gate.wait_until_empty, "keep": gate.wait_until_freezable, "abort": gate.wait_until_submitted}
+        await waits[body.mode](timeout_seconds=body.timeout_seconds)
         pausing = compat.pause(served.engine, body.mode, reuse_kv=body.reuse_kv)
         await _within(body.timeout_seconds, pausing, "stop sampling")
         if body.mode != "keep":
-            await served.gate.wait_until_empty(timeout_seconds=body.timeout_seconds)
-        served.gate.freeze()
+            await gate.wait_until_empty(timeout_seconds=body.timeout_seconds)
+        gate.freeze()
         served.is_measured = False
         return {**served.receipt(), "generation": served.generation}
 
@@ -94,10 +87,10 @@ def weight_routes(served: Served) -> APIRouter:
     router = APIRouter(route_class=Route)
 
     @router.post("/syncline/export")
-    async def export(body: ExportBody) -> list[dict[str, Any]]:
+    async def export() -> list[dict[str, Any]]:
         if not served.shares:
             raise EngineError("this engine was not started to share its weights; set bridge.name to shared")
-        return await served.each_rank("syncline_export", body.fused)
+        return await served.each_rank("syncline_export")
 
     @router.post("/syncline/reload")
     async def reload(body: ReloadBody) -> dict[str, Any]:
