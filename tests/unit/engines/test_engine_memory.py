@@ -49,7 +49,7 @@ def test_engines_of_one_copy_start_at_once_and_are_told_too(
 def test_an_engine_that_attaches_is_not_to_be_measured_by_one_that_takes_itself_for_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ConfigError, match="engine.num_replicas: 1, and --attach-to starts another"):
+    with pytest.raises(ConfigError, match=r"engine\.num_replicas: 1, and --attach-to starts another"):
         options(monkeypatch, "shared", attach_to=OWNER)
     told = options(monkeypatch, "shared", attach_to=OWNER, extra={"kv_cache_memory_bytes": 7})
     assert told["kv-cache-memory-bytes"] == "7"
