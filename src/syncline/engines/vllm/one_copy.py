@@ -36,7 +36,7 @@ def owning(port: int) -> Iterator[None]:
     try:
         yield
     finally:
-        rmtree(folder)
+        rmtree(folder, ignore_errors=True)
 
 
 def tell(model: Any, *, port: int, rank: int) -> None:
