@@ -7,7 +7,8 @@ What `trl_step.py` has TRL do is `--groups 32 --max-tokens 512 --prompt-tokens 1
 `--bridge shared`, and `--replicas 2` for two engines on one copy of the weights.
 
 Runs `syncline run` as a user would and prints a table of its own metrics; the first two steps (compilation, caches)
-are left out of the means. Absolute times mean something on a GPU only.
+are left out of the means. Absolute times mean something on a GPU only. With `--limit-gb 80` all processes together have
+80 GB of the GPU, whatever it has; the table says what was in use at most.
 """
 
 import argparse
@@ -19,10 +20,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import gpus
 import within_deadline
 import yaml
 
 from syncline.bench.shapes import SHAPES, make_model
+from syncline.launch.plan import Machine
 
 WARM_UP_STEPS = 2
 ROWS = (
@@ -50,6 +53,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "syncline-main-loop")
     parser.add_argument("--deadline", type=float, default=900.0, help="seconds until the table of what is known then")
+    parser.add_argument("--limit-gb", type=float, help="of the first GPU, for all processes together")
     parser.add_argument("--json", type=Path, help="write the means there too")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="fields set over the benchmark's own")
     args = parser.parse_args()
@@ -63,15 +67,19 @@ def main() -> int:
     command = [sys.executable, "-m", "syncline", "run", str(file), *args.overrides, "--overwrite"]
     metrics = run_dir / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    with subprocess.Popen(command, env=environment, start_new_session=True) as run:
+    with (
+        gpus.limited_to(args.limit_gb) as held,
+        gpus.watched(Machine.here().gpus, "memory.used") as used,
+        subprocess.Popen(command, env=environment, start_new_session=True) as run,
+    ):
         why = within_deadline.wait(run, until=started + args.deadline)
-    if run.returncode and not why:
-        return run.returncode
+    failed = 0 if why else run.returncode
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    steps = [json.loads(line) for line in lines][WARM_UP_STEPS:]
+    steps = [json.loads(line) for line in lines if line.endswith("}")][WARM_UP_STEPS:]
     if not steps:
-        print(f"no step to count: {why}, and {len(lines)} steps were done", file=sys.stderr)
-        return 1
+        ended = why or f"exit code {failed}"
+        print(f"no step to count: {ended}, and {len(lines)} steps were done", file=sys.stderr)
+        return failed or 1
     means = {key: sum(step[key] for step in steps) / len(steps) for _, key in ROWS}
     tokens = sum(step["tokens/sampled"] for step in steps) / len(steps)
     print(
@@ -82,11 +90,13 @@ def main() -> int:
         print(f"{title:<24}{means[key]:9.3f} s  {100 * means[key] / means['time/step_seconds']:5.1f} %")
     print(f"{'sampled':<24}{tokens / means['time/wait_seconds']:9.0f} tokens/s")
     print(f"{'trained':<24}{tokens / means['time/learn_seconds']:9.0f} tokens/s")
+    if used:
+        print(f"{'GPU memory in use':<24}{(max(used) * 2**20 - held) / 1e9:9.1f} GB at most")
     print(f"{'parity, first step':<24}{json.dumps({k: v for k, v in steps[-1].items() if k.startswith('parity')})}")
     print(f"{'reward':<24}{steps[0]['reward']:.3f} -> {steps[-1]['reward']:.3f}")
     if args.json:
         args.json.write_text(json.dumps({"shape": args.shape, "bridge": args.bridge, "tokens": tokens} | means))
-    return 0
+    return failed
 
 
 def engine(args: argparse.Namespace) -> dict:

@@ -13,17 +13,16 @@ prompts, same sampling, same limits. Starting engines and loading models is not 
 import argparse
 import asyncio
 import json
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from gpus import watched
 
 from syncline.bench.shapes import SHAPES, make_model
 from syncline.cli.collect import collect_stage, engines
@@ -188,29 +187,14 @@ def collected(config: OfflineConfig, urls: tuple[str, ...]) -> tuple[Measured, f
     return ours, facts["slots_busy"]
 
 
-@contextmanager
-def watched_gpu(config: OfflineConfig) -> Iterator[list[float]]:
-    """Samples of `utilization.gpu`, 5 a second over the engines' GPUs, in the list when the body has ended."""
-    samples: list[float] = []
+def watched_gpu(config: OfflineConfig) -> AbstractContextManager[list[float]]:
+    """How busy the engines' GPUs are, in percent."""
     gpus = Machine.here().gpus
-    if not gpus or not shutil.which("nvidia-smi"):
-        yield samples
-        return
-    watched = ",".join(gpus[i] for i in config.engine.devices)
-    query = ("--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms=200")
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(("nvidia-smi", "-i", watched, *query), stdout=told)
-        try:
-            yield samples
-        finally:
-            process.kill()
-            process.wait()
-        told.seek(0)
-        samples += [float(line) / 100 for line in told.read().splitlines() if line.strip().isdigit()]
+    return watched([gpus[i] for i in config.engine.devices] if gpus else [], "utilization.gpu")
 
 
-def mean(samples: list[float]) -> float | None:
-    return fmean(samples) if samples else None
+def mean(percents: list[float]) -> float | None:
+    return fmean(percents) / 100 if percents else None
 
 
 def table(found: list[Measured]) -> list[str]:

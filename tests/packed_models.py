@@ -98,7 +98,8 @@ SETTINGS: dict[str, tuple[Callable[[Tensor], dict[str, Tensor]], dict]] = {
 def make_packed_model(folder: Path, name: str, *, seed: int = 0, tied: bool = True) -> Path:
     """`make_tiny_model`'s with every projection packed by the format `name`."""
     pack, settings = SETTINGS[name]
-    make_tiny_model(folder, seed=seed, tied=tied)
+    # of 256, keys and values are whole blocks of FP8 each; vLLM has no places for the scales of less
+    make_tiny_model(folder, seed=seed, tied=tied, hidden_size=256 if name == "fp8" else 128)
     stored = {}
     for key, tensor in load_file(folder / "model.safetensors").items():
         layer, _, leaf = key.rpartition(".")

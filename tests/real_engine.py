@@ -34,7 +34,7 @@ def make_tiny_model(folder: Path, *, seed: int = 0, hidden_size: int = 128, tied
         intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=hidden_size // 32,
-        num_key_value_heads=2,
+        num_key_value_heads=max(2, hidden_size // 64),
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         eos_token_id=1,

@@ -63,7 +63,7 @@ def test_files_reach_the_engine_too_and_are_an_adapter_peft_loads(side: Side) ->
     from peft import PeftModel
 
     bridge = attached(side, adapter_transfer="files")
-    report = side.step(bridge, scale=0.2)
+    report = side.step(bridge, scale=0.05)
     assert report.receipt == side.engine.receipt()
     assert side.mismatch() < TOLERANCE
     base = AutoModelForCausalLM.from_pretrained(side.model_path, dtype=DTYPE)
@@ -80,7 +80,7 @@ def test_the_prefix_cache_never_serves_the_keys_of_another_version(side: Side) -
     for version in (side.next_version(), side.next_version(), side.next_version()):
         with torch.no_grad():
             for parameter in (p for p in side.model.parameters() if p.requires_grad):
-                parameter.add_(torch.randn_like(parameter) * 0.15)
+                parameter.add_(torch.randn_like(parameter) * 0.05)
         bridge.publish(side.model, policy_version=version)
         assert side.mismatch(prompts=(LONG_PROMPT,) * 2) < TOLERANCE
         seen.append(side.sample(prompts=(LONG_PROMPT,))[0])
@@ -111,14 +111,14 @@ class Between:
 
 
 def test_a_wrong_adapter_is_never_sampled_from(side: Side) -> None:
-    side.step(attached(side), scale=0.1)
+    side.step(attached(side), scale=0.05)
     served = side.engine.receipt()
     tampered = attached(side, Between(side.engine, side.folder), adapter_transfer="files")  # type: ignore[arg-type]
     with pytest.raises(SyncError, match=r"(?s)loaded another adapter.*layers\.0\.mlp\.up_proj\.lora_B\.weight"):
-        side.step(tampered, scale=0.1)
+        side.step(tampered, scale=0.05)
     assert httpx.get(f"{side.engine.url}/health", timeout=10).json()["paused"] is True  # type: ignore[attr-defined]
     assert side.engine.receipt() == served
-    side.step(attached(side), scale=0.1)
+    side.step(attached(side), scale=0.05)
     assert side.mismatch() < TOLERANCE
 
 
@@ -168,7 +168,7 @@ def test_an_adapter_loaded_by_hand_is_sampled_from_without_a_version(side: Side,
     other = side.load(side.model_path)
     with torch.no_grad():
         for parameter in (p for p in other.parameters() if p.requires_grad):
-            parameter.add_(torch.randn_like(parameter) * 0.15)
+            parameter.add_(torch.randn_like(parameter) * 0.05)
     other.save_pretrained(tmp_path / "mine")
     answer = post(side, "/lora/load", adapter_path=str(tmp_path / "mine")).json()
     assert answer["adapter_config"]["r"] == LORA["rank"]

@@ -52,33 +52,33 @@ NAMED = {
 def test_one_ranks_slot_is_spoilt(side: Side, spoilt: Path, fault: str) -> None:
     """More often than there are slots: what one rank could not prove no rank keeps."""
     bridge = attached(side)
-    side.step(bridge, scale=0.1)
+    side.step(bridge, scale=0.05)
     served = side.engine.receipt()
     spoilt.write_text(fault)
     for _ in range(3):
         with pytest.raises((SyncError, EngineError), match=NAMED[fault]):
-            side.step(bridge, scale=0.1)
+            side.step(bridge, scale=0.05)
         assert side.engine.receipt() == served
     assert side.engine.health()["paused"] is True
     spoilt.unlink()
-    side.step(bridge, scale=0.1)
+    side.step(bridge, scale=0.05)
     assert side.mismatch() < TOLERANCE
 
 
 def test_a_slot_that_is_spoilt_under_a_paused_engine_is_not_sampled_from(side: Side, spoilt: Path) -> None:
     bridge = attached(side)
-    side.step(bridge, scale=0.1)
+    side.step(bridge, scale=0.05)
     side.engine.pause(mode="abort", timeout_seconds=30)
     spoilt.write_text("part")
     with pytest.raises(EngineError, match=r"answered 409.*publish a new version instead"):
         side.resume()
     spoilt.unlink()
-    side.step(bridge, scale=0.1)
+    side.step(bridge, scale=0.05)
     assert side.mismatch() < TOLERANCE
 
 
 def test_files_reach_every_rank(side: Side) -> None:
-    report = side.step(attached(side, adapter_transfer="files"), scale=0.2)
+    report = side.step(attached(side, adapter_transfer="files"), scale=0.05)
     assert report.receipt == side.engine.receipt()
     assert side.mismatch() < TOLERANCE
 
@@ -89,7 +89,7 @@ def test_an_adapter_loaded_by_hand_is_sampled_from_on_every_rank(side: Side, tmp
     other = side.load(side.model_path)
     with torch.no_grad():
         for parameter in (p for p in other.parameters() if p.requires_grad):
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+            parameter.add_(torch.randn_like(parameter) * 0.05)
     other.save_pretrained(tmp_path / "mine")
     assert post(side, "/lora/load", adapter_path=str(tmp_path / "mine")).is_success
     assert side.engine.receipt().policy_version == -1

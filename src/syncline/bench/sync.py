@@ -32,8 +32,8 @@ WARM_UP = 3
 WARM_UP_SECONDS = 1.0
 STEADY_SECONDS = 2.0
 """Of undisturbed requests."""
-TURNS = 6
-"""Of each engine whose decoding is compared; the first ones warm up."""
+TURNS = 12
+"""Of each engine whose decoding is compared."""
 BETWEEN_SECONDS = 0.3
 """From one publish to the next while requests run."""
 ADAPTED_TOKENS, BETWEEN_ADAPTERS_SECONDS = 64, 1.0
@@ -122,9 +122,11 @@ class Busy:
 
     reports: list[SyncReport] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
-    """Of every stream at every publish: its longest wait for a token, less its usual one."""
+    """Of every watched request that ran at a publish: its longest wait for a token then, less the usual one."""
     decode: float = 0.0
-    """Tokens a second over the time of the publishes."""
+    """Tokens a second of all requests over the time of the publishes."""
+    tokens_a_piece: float = 0.0
+    """Of the streams that are watched: above 1, the server could not follow them."""
 
 
 @dataclass(slots=True)
@@ -140,9 +142,9 @@ class Result:
     """Publishes while nothing runs."""
     busy: dict[FrozenKv, Busy] = field(default_factory=dict)
     decode_shared: list[float] = field(default_factory=list)
-    """Tokens a second with the learner attached, between publishes; one a turn. Measured for `shared` alone."""
+    """Tokens a second with the learner attached, after the publishes; one a turn. Measured for `shared` alone."""
     decode_unshared: list[float] = field(default_factory=list)
-    """... of an engine beside it that shares nothing, in the turns between."""
+    """... of an engine beside it that shares nothing, in the turns just before or after."""
     weights_bytes: int = 0
     engine_bytes: int | None = None
     """Device memory the engine took; `None` on a CPU."""
@@ -176,7 +178,10 @@ def measure(case: Case, build_bridge: BuildBridge, engines: Sequence[Started], t
             tell(result)
         if engines[1:]:
             urls = [one.answering() for one in engines]
-            result.decode_shared, result.decode_unshared = decode_in_turns(urls, case.num_requests, turns=TURNS)
+            for shared, unshared in decode_in_turns(urls, case.num_requests, turns=TURNS):
+                result.decode_shared.append(shared)
+                result.decode_unshared.append(unshared)
+                tell(result)
     return result
 
 
@@ -208,7 +213,7 @@ def _publishes(
                 windows.append((window[0], window[1]))
                 tell(result)
                 time.sleep(between)
-    busy.decode = load.tokens_per_second(*during)
+    busy.decode, busy.tokens_a_piece = load.tokens_per_second(*during), load.tokens_a_piece()
     busy.pauses = [pause for window in windows for pause in load.pauses(*window)]
     if publish.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -68,9 +68,10 @@ def _detail(result: Result) -> list[str]:
         )
     if result.decode_shared and result.decode_unshared:
         shared, unshared = median(result.decode_shared), median(result.decode_unshared)
+        times = [mine / other for mine, other in zip(result.decode_shared, result.decode_unshared, strict=True)]
         lines.append(
-            f"    decode {shared:.0f} tok/s while shared, {unshared:.0f} of an engine that shares nothing, in turns "
-            f"({shared / unshared:.3f} x)"
+            f"    decode {shared:.0f} tok/s while shared, {unshared:.0f} of an engine that shares nothing: "
+            f"{median(times):.3f} x, {min(times):.3f} to {max(times):.3f} in {len(times)} pairs of turns"
         )
     held = {"engine": result.engine_bytes, "learner": result.learner_bytes}
     if known := [f"{name} {num_bytes / 1e9:.2f} GB" for name, num_bytes in held.items() if num_bytes is not None]:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--model", type=Path, help="a model folder")
     parser.add_argument("--bridge", action="append", choices=BRIDGES, help="default: all this machine can run")
     parser.add_argument("--publishes", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=64, help="streams that run during the publishes")
+    parser.add_argument("--requests", type=int, default=64, help="that run during the publishes")
     parser.add_argument("--lora-rank", type=int, default=32, help="of the lora bridge's adapter")
     parser.add_argument("--changed", type=float, default=1.0, help="share of values a publish changes; below 1: sparse")
     parser.add_argument("--kv-cache-gib", type=float, help="of each engine, TRL's too; default: 4, on a CPU 1")
