@@ -197,10 +197,9 @@ class EngineControl(Protocol):
         """Checkpoint name → dtype, shape and digest of each parameter, to name what differs."""
         ...
 
-    def export(self, *, fused: bool = False) -> Sequence[Mapping[str, Any]]:
+    def export(self) -> Sequence[Mapping[str, Any]]:
         """Where the parameters lie in memory another process of this host can open (`bridges.handles`), under their
-        checkpoint names or (`fused`) as the engine names and fuses them: one export a tensor-parallel rank, in rank
-        order. Needs an engine started to share."""
+        checkpoint names: one export a tensor-parallel rank, in rank order. Needs an engine started to share."""
         ...
 
     def reload(self, path: str, *, expected: Receipt, timeout_seconds: float) -> Receipt:

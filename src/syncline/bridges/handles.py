@@ -31,19 +31,9 @@ _MUST_EQUAL = {
 """Field of an `Origin` → what to do where two differ."""
 _START_AGAIN = "start the engine again, and the learner after it"
 _CUDA_FIELDS = (
-    "size",
-    "stride",
-    "offset",
-    "device",
-    "handle",
-    "storage_size_bytes",
-    "storage_offset_bytes",
-    "requires_grad",
-    "ref_counter_handle",
-    "ref_counter_offset",
-    "event_handle",
-    "event_sync_required",
-)
+    "size", "stride", "offset", "device", "handle", "storage_size_bytes", "storage_offset_bytes", "requires_grad",
+    "ref_counter_handle", "ref_counter_offset", "event_handle", "event_sync_required",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +155,7 @@ def _placed(shard: Shard, storage: int) -> dict[str, Any]:
 
 
 def _memory_handle(memory_file: tuple[str, int]) -> dict[str, Any]:
-    path, num_bytes = memory_file
-    return {"path": path, "num_bytes": num_bytes}
+    return {"path": memory_file[0], "num_bytes": memory_file[1]}
 
 
 def _cuda_handle(storage: torch.UntypedStorage, device: torch.device) -> dict[str, Any]:

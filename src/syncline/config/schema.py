@@ -112,9 +112,9 @@ class Engine(Section):
     port: Port = 0
     """0 leases free ports; otherwise replica i listens on port + i."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Of each GPU, for weights and KV cache together, by each engine. Ignored on a CPU. Engines that start at once on
-    one GPU (not with bridge.name = shared) cannot measure what is left, and cache in half of their share;
-    `extra.kv_cache_memory_bytes` says otherwise."""
+    """Of each GPU, for weights and KV cache together, by each engine. Ignored on a CPU. Several on one GPU start
+    at once, cannot measure what is left, and cache in half of their share each; `extra.kv_cache_memory_bytes` says
+    otherwise."""
     kv_cache_bytes: PositiveInt = 256 << 20
     """On a CPU only."""
     max_num_seqs: PositiveInt = 256

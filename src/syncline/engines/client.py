@@ -171,8 +171,8 @@ class EngineController:
         answer = self._post("/syncline/measure", {}, self._start_timeout_seconds)
         return _receipt(answer), answer["parameters"]
 
-    def export(self, *, fused: bool = False) -> Sequence[Mapping[str, Any]]:
-        return self._call("POST", "/syncline/export", {"fused": fused}, self._start_timeout_seconds)
+    def export(self) -> Sequence[Mapping[str, Any]]:
+        return self._call("POST", "/syncline/export", None, self._start_timeout_seconds)
 
     def reload(self, path: str, *, expected: Receipt, timeout_seconds: float) -> Receipt:
         body = {"path": path, "expected": asdict(expected)}

@@ -15,9 +15,8 @@ class FoundEngine(EngineController):
         super().__init__(file.url, start_timeout_seconds=start_timeout_seconds)
         self._file = file
 
-    def export(self, *, fused: bool = False) -> Sequence[Mapping[str, Any]]:
+    def export(self) -> Sequence[Mapping[str, Any]]:
         """Raises `SyncError` when the engine that answers is not the one that wrote the file."""
-        assert not fused, "the file holds checkpoint names"
         origin, remedy = self._file.origin(0), "start the engine again with --bridge-config, and the learner after it"
         answering = {"vllm_version": self.health()["version"], "model": fingerprint(self.parameters())}
         for field, other in answering.items():

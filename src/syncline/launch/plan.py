@@ -173,19 +173,14 @@ class _Planner:
         self._threads = shared_threads(config, machine.num_cores)
 
     def trajectories(self) -> ProcessSpec:
-        port = self._trajectory_port
+        port, health = self._trajectory_port, f"{self._trajectories_url}/health"
         return ProcessSpec(
             name="trajectories",
             argv=self._argv("trajectories", "--port", str(port)),
             kind=Kind.SERVICE,
             log=log_path(self._folder, "trajectories"),
             env=_environment(devices=(), num_threads=1),
-            ready=Ready(
-                f"{self._trajectories_url}/health",
-                TRAJECTORIES_START_SECONDS,
-                TrajectoryError,
-                "see what its log ends with",
-            ),
+            ready=Ready(health, TRAJECTORIES_START_SECONDS, TrajectoryError, "see what its log ends with"),
             ports=(port,),
             ends_with="learner",
         )
@@ -196,11 +191,10 @@ class _Planner:
     def _engine(self, replica: int) -> ProcessSpec:
         """The first is `engine`, the others `engine-1` and so on; with `shared` these attach to the first's weights."""
         port, timeout = self._engine_ports[replica], self._config.engine.start_timeout_seconds
-        server = self._servers[replica]
+        server, own_url = self._servers[replica], self._engine_urls[replica]
         devices = self._seen("engine", server.devices)
-        attached = replica > 0 and self._config.bridge.name == "shared"
         name = _engine_name(replica)
-        options = ["--attach-to", self._engine_urls[0]] if attached else []
+        options = ["--attach-to", self._engine_urls[0]] if replica and self._config.bridge.name == "shared" else []
         threads = max(1, self._threads["engine"] // (server.tensor_parallel_size * num_stages(self._config)))
         return ProcessSpec(
             name=name,
@@ -210,12 +204,9 @@ class _Planner:
             kind=Kind.SERVICE,
             log=log_path(self._folder, name),
             env=_environment(devices=devices, num_threads=threads),
-            ready=Ready(
-                f"{self._engine_urls[replica]}/health", timeout, EngineTimeout, "raise engine.start_timeout_seconds"
-            ),
+            ready=Ready(f"{own_url}/health", timeout, EngineTimeout, "raise engine.start_timeout_seconds"),
             devices=devices,
             ports=(port,),
-            starts_after=(_engine_name(replica - 1),) if attached else (),
             pool=self._pool(),
         )
 

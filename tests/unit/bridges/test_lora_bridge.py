@@ -74,7 +74,7 @@ class FakeEngine:
         about = {"dtype": "float32", "max_rank": 8, "modules": self.modules}
         return about | {"whereabouts": [whereabouts(CPU)]}
 
-    def export(self, *, fused: bool = False) -> list[Mapping[str, Any]]:
+    def export(self) -> list[Mapping[str, Any]]:
         return [{}] * self.num_ranks
 
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 import json
 import os
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ from syncline.config import RunConfig
 from syncline.config.model_folder import MXFP4
 from syncline.config.rules import ENGINE_LORA_RANKS, serves_adapters
 from syncline.config.servers import engines_on_a_gpu, num_stages
-from syncline.engines.client import EngineController
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.packed_experts import refuse_unservable, stored_format
 from syncline.engines.vllm.plugin import ATTACHED, UNPACKED, WITNESSED
+from syncline.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,6 @@ class Start:
 def engine_device(config: RunConfig) -> str:
     """`"cuda"` or `"cpu"`. Raises when CUDA is asked for and absent."""
     import torch
-
-    from syncline.errors import ConfigError
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
     if config.engine.device == "cuda" and found == "cpu":
@@ -95,21 +94,24 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
         values |= {"enable_chunked_prefill": False}
     else:
         values |= {"gpu_memory_utilization": engine.gpu_memory_utilization}
-        if engines_on_a_gpu(config) > 1 and config.bridge.name != "shared":
-            # they start at once, and vLLM, which measures, would take what the others allocate for its own
+        if engines_on_a_gpu(config) > 1:
+            # They start at once, and vLLM, which measures, would take what the others allocate for its own. Told this,
+            # it neither measures nor asserts that nobody freed any meanwhile (0.26 to 0.33). The other half is for
+            # context, graphs, activations and, of `shared` in the owner's alone, weights.
             values |= {"kv_cache_memory_bytes": int(engine.gpu_memory_utilization * compat.gpu_bytes() / 2)}
         if engine.tensor_parallel_size * num_stages(config) == 1:
             # one worker has a process of its own, as several have: it launches a step while the core schedules the next
             values |= {"distributed_executor_backend": "mp"}
     if serves_adapters(config):
         values |= _adapter_options(config)
-    if packing := stored_format(config):
-        if packing == MXFP4:
-            refuse_unservable(config)
-        values |= {} if device == "cpu" else {"load_format": WITNESSED}
-    if start.attach_to:
-        values |= {"load_format": ATTACHED, "model_loader_extra_config": _owned_by(start.attach_to, config)}
+    shares, packing = config.bridge.name == "shared", stored_format(config)
+    if packing == MXFP4:
+        refuse_unservable(config)
+    if device != "cpu" and (packing or shares):
+        values |= {"load_format": WITNESSED}
     values |= engine.extra
+    if shares:
+        values |= _one_copy(config, start, values)
     return [word for name, value in values.items() for word in _option(name, value)]
 
 
@@ -117,20 +119,20 @@ def _adapter_options(config: RunConfig) -> dict[str, Any]:
     """Two slots: the version that is sampled from, and the next beside it. Slots are in the model's own type."""
     lora = config.model.lora
     assert lora is not None
-    options: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "lora_dtype": "auto"}
-    options["max_lora_rank"] = next(rank for rank in ENGINE_LORA_RANKS if rank >= lora.rank)
-    return options
+    rank = next(rank for rank in ENGINE_LORA_RANKS if rank >= lora.rank)
+    return {"enable_lora": True, "max_loras": 2, "lora_dtype": "auto", "max_lora_rank": rank}
 
 
-def _owned_by(url: str, config: RunConfig) -> dict[str, Any]:
-    """Where the parameters of the engine at `url` lie. Waits until it is ready."""
-    timeout_seconds = config.engine.start_timeout_seconds
-    owner = EngineController(url, start_timeout_seconds=timeout_seconds)
-    try:
-        owner.wait_until_ready(timeout_seconds=timeout_seconds)
-        return {"ranks": list(owner.export(fused=True))}
-    finally:
-        owner.close()
+def _one_copy(config: RunConfig, start: Start, values: Mapping[str, Any]) -> dict[str, Any]:
+    """For our loaders: whom to tell where the weights lie, or to ask. Raises `ConfigError` for one that would attach to
+    an engine that is alone by its configuration: on a GPU both would measure what the other allocates."""
+    extra, timeout_seconds = values.get("model_loader_extra_config", {}), config.engine.start_timeout_seconds
+    if start.attach_to is None:
+        return {"model_loader_extra_config": {**extra, "one_copy": {"port": start.port}}}
+    if engines_on_a_gpu(config) == 1 and "kv_cache_memory_bytes" not in values:
+        raise ConfigError(["engine.num_replicas: 1, and --attach-to starts another; set it to how many there are"])
+    asked = {"url": start.attach_to, "timeout_seconds": timeout_seconds}
+    return {"load_format": ATTACHED, "model_loader_extra_config": {**extra, "one_copy": asked}}
 
 
 def engine_dtype(config: RunConfig, device: str) -> str:

@@ -53,23 +53,9 @@ def server_parts() -> ServerParts:
         from vllm.entrypoints.launchers.launcher import serve_http, setup_server
     except ImportError:
         from vllm.entrypoints.launcher import serve_http  # pyright: ignore[reportMissingImports]
-        from vllm.entrypoints.openai.api_server import (
-            build_app,
-            init_app_state,
-            setup_server,
-        )
-        from vllm.entrypoints.openai.cli_args import (  # pyright: ignore[reportMissingImports]
-            make_arg_parser,
-            validate_parsed_serve_args,
-        )
-    return ServerParts(
-        build_app=build_app,
-        init_app_state=init_app_state,
-        serve_http=serve_http,
-        setup_server=setup_server,
-        make_arg_parser=make_arg_parser,
-        validate_args=validate_parsed_serve_args,
-    )
+        from vllm.entrypoints.openai.api_server import build_app, init_app_state, setup_server
+        from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args  # pyright: ignore
+    return ServerParts(build_app, init_app_state, serve_http, setup_server, make_arg_parser, validate_parsed_serve_args)
 
 
 def core_died() -> type[Exception]:

@@ -4,8 +4,9 @@ vLLM's CPU build packs every linear layer's weight into a private oneDNN buffer 
 a later reload then leaves a tied `lm_head` stale, with the right checksums and the wrong logprobs. The loader below
 keeps the weights in checkpoint layout and computes from them, so what is loaded (or written in place) is what is used.
 It also takes MXFP4 experts, which it leaves in their blocks (`plain_experts`); on a GPU a loader of its own only
-digests what is handed to vLLM of those. The last loader reads no checkpoint: it binds the parameters, before anything
-is compiled or captured, to those of another engine on the same device, so that several engines sample from one copy.
+digests what is handed to vLLM of those. Several engines on one device sample from one copy: the owner's loader tells
+where it lies, and the last one below reads no checkpoint, but waits for that and binds the parameters to it, before
+anything is compiled or captured (`one_copy`).
 """
 
 import dataclasses
@@ -14,6 +15,12 @@ import os
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
+
+from syncline.bridges.handles import bind, fingerprint_of, open_views
+from syncline.bridges.receipt import whole
+from syncline.engines.vllm import compat
+from syncline.engines.vllm.one_copy import tell, told
 from syncline.engines.vllm.packed_experts import witnessed
 from syncline.engines.vllm.plain_experts import register_plain_experts
 from syncline.errors import EngineError
@@ -51,17 +58,27 @@ def register() -> None:
     unpacked = _unpacked_loader(witnessing)
     register_model_loader(WITNESSED)(witnessing)
     register_model_loader(UNPACKED)(unpacked)
-    register_model_loader(ATTACHED)(_attached_loader(unpacked))
+    register_model_loader(ATTACHED)(_attached_loader(unpacked if current_platform.is_cpu() else witnessing))
 
 
 def _witnessing_loader() -> type:
+    from vllm.distributed import get_tensor_model_parallel_rank
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     class WitnessingLoader(DefaultModelLoader):
-        """Reads like `auto`; keeps digests of what vLLM will repack."""
+        """Reads like `auto`; keeps digests of what vLLM will repack. `one_copy` of `model_loader_extra_config`: whom to
+        tell where the weights lie, or to ask."""
 
         def __init__(self, load_config: Any) -> None:
-            super().__init__(dataclasses.replace(load_config, load_format="auto"))
+            extra = dict(load_config.model_loader_extra_config)
+            self.one_copy = extra.pop("one_copy", {})
+            super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config=extra))
+
+        def load_model(self, *args: Any, **kwargs: Any) -> Any:
+            model = super().load_model(*args, **kwargs)
+            if "port" in self.one_copy:
+                tell(model, rank=get_tensor_model_parallel_rank(), **self.one_copy)
+            return model
 
         def get_all_weights(self, model_config: Any, model: Any) -> Any:
             weights = super().get_all_weights(model_config, model)
@@ -99,34 +116,20 @@ def _leave_unpacked(model: Any) -> None:
             method.process_weights_after_loading = compute_plainly  # in place of packing them
 
 
-def _attached_loader(unpacked: type) -> type:
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-    from vllm.platforms import current_platform
-
-    on_cpu = current_platform.is_cpu()
-    parent: Any = unpacked if on_cpu else DefaultModelLoader
-
+def _attached_loader(parent: Any) -> type:
     class AttachedLoader(parent):
-        """`model_loader_extra_config` holds the export of each of the owner's ranks (`bridges.handles`), under vLLM's
-        own parameter names."""
-
-        def __init__(self, load_config: Any) -> None:
-            self._ranks = load_config.model_loader_extra_config["ranks"]
-            super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={}))
+        """Waits for what the owner's rank of the same number tells, whose parameters vLLM names alike."""
 
         def load_weights(self, model: Any, model_config: Any) -> None:
             from vllm.distributed import get_tensor_model_parallel_rank
 
-            from syncline.bridges.handles import bind, fingerprint_of, open_views
-            from syncline.bridges.receipt import whole
-            from syncline.engines.vllm import compat
-
-            if on_cpu:
-                _leave_unpacked(model)
             own = {name: whole(parameter) for name, parameter in model.named_parameters()}
             rank, device = get_tensor_model_parallel_rank(), next(iter(own.values())).tensor.device
-            version, fingerprint = compat.vllm_version(), fingerprint_of(own)
-            theirs = open_views(self._ranks[rank], device=device, model=fingerprint, vllm_version=version)
+            if device.type == "cpu":
+                _leave_unpacked(model)
+            exported, version = told(rank=rank, **self.one_copy), compat.vllm_version()
+            theirs = open_views(exported, device=device, model=fingerprint_of(own), vllm_version=version)
             bind(own, theirs, rank=rank)
+            torch.cuda.empty_cache()  # of what they were in until now, which nobody measures (`kv_cache_memory_bytes`)
 
     return AttachedLoader

@@ -12,7 +12,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +29,7 @@ from syncline.engines.vllm.door import engine_behind
 from syncline.engines.vllm.gate import Gate
 from syncline.engines.vllm.gated import GatedEngine
 from syncline.engines.vllm.generate_routes import generate_routes
+from syncline.engines.vllm.one_copy import owning
 from syncline.engines.vllm.plugin import refuse_unregistered
 from syncline.engines.vllm.routes import add_routes
 from syncline.engines.vllm.sampling_routes import sampling_routes
@@ -51,7 +52,7 @@ def serve(
     """Serves until SIGTERM; returns the exit code. `argv` is the command of `syncline` that serves so, for a restart;
     `say` takes the lines for people."""
     refuse_unregistered()
-    device = engine_device(config)
+    device, shares = engine_device(config), config.bridge.name == "shared"
     set_environment(config, device)
     args = parse(config, device, start)
     about = {
@@ -63,9 +64,8 @@ def serve(
     listen_address, sock = compat.server_parts().setup_server(args, reuse_port=False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it here: 40 ms an answer
     try:
-        restart, died = asyncio.run(
-            _serve(args, sock, start, about, run_dir, shares=config.bridge.name == "shared", say=say)
-        )
+        with owning(start.port) if shares and not start.attach_to else nullcontext():
+            restart, died = asyncio.run(_serve(args, sock, start, about, run_dir, shares=shares, say=say))
     finally:
         sock.close()
     if restart is not None:
@@ -94,8 +94,6 @@ async def _serve(
         served = Served(engine, gate, about, shares=shares, adapters=adapters)
         app = parts.build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await parts.init_app_state(GatedEngine(served), app.state, args, await engine.get_supported_tasks())
-        if shares and not start.attach_to:
-            await served.each_rank("syncline_share")
         if start.bridge_config:
             await _write_bridge_file(served, start, args, say)
         if served.num_stages > 1:
@@ -129,7 +127,7 @@ async def _serve(
 async def _write_bridge_file(served: Served, start: Start, args: Namespace, say: Callable[[str], None]) -> None:
     """For a learner that is started apart. Raises `SyncError`."""
     assert start.bridge_config
-    handles = await served.each_rank("syncline_export", False)
+    handles = await served.each_rank("syncline_export")
     path = write_bridge_file(
         start.bridge_config, url=_own_url(args.host, start.port), model=served.about["model"], handles=handles
     )
@@ -181,8 +179,6 @@ def _restarted(argv: list[str], weights: Restart) -> list[str]:
 
 
 def _device_name(device: str) -> str:
-    if device == "cpu":
-        return "cpu"
     import torch
 
-    return torch.cuda.get_device_name(0)
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name(0)

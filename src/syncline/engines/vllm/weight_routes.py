@@ -32,10 +32,6 @@ class RestartBody(Body):
     policy_version: int = Field(ge=0)
 
 
-class ExportBody(Body):
-    fused: bool = False
-
-
 class ResumeBody(Body):
     expected: Receipt
 
@@ -81,10 +77,10 @@ def weight_routes(served: Served) -> APIRouter:
     router = APIRouter(route_class=Route)
 
     @router.post("/syncline/export")
-    async def export(body: ExportBody) -> list[dict[str, Any]]:
+    async def export() -> list[dict[str, Any]]:
         if not served.shares:
             raise EngineError("this engine was not started to share its weights; set bridge.name to shared")
-        return await served.each_rank("syncline_export", body.fused)
+        return await served.each_rank("syncline_export")
 
     @router.post("/syncline/reload")
     async def reload(body: ReloadBody) -> dict[str, Any]:

@@ -4,11 +4,10 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from syncline.bridges.handles import export_views, move_to_memory_file
+from syncline.bridges.handles import export_views
 from syncline.bridges.invitation import Invitation
 from syncline.bridges.manifest import Shard
 from syncline.bridges.measure import Measure
-from syncline.bridges.receipt import whole
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.answer import answer
 from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
@@ -23,7 +22,6 @@ class WorkerExtension(AdapterExtension):
 
     get_model: Any
     rank: int
-    _memory_file: tuple[str, int] | None = None
     _measure: Measure | None = None
     _broadcast: Member | None = None
 
@@ -49,35 +47,25 @@ class WorkerExtension(AdapterExtension):
         self.model_runner.reload_weights(weights_path=path)  # it warns of layers without weights; the digest says more
         return self.syncline_measure()
 
-    def syncline_share(self) -> dict[str, Any]:
-        """Makes the parameters shareable: on a CPU they move, in place, into a memory file. Before anything samples."""
-        if self.device.type == "cpu":
-            self._memory_file = move_to_memory_file(self.get_model().parameters())
-        return {"value": None}
-
-    def syncline_export(self, fused: bool) -> dict[str, Any]:
-        """Where this rank's pieces lie, under their checkpoint names, or (`fused`) as vLLM names and fuses them."""
-        version = compat.vllm_version()
-        return answer(lambda: export_views(self._views(fused), memory_file=self._memory_file, vllm_version=version))
+    def syncline_export(self) -> dict[str, Any]:
+        """Where this rank's pieces lie, under their checkpoint names."""
+        version, memory_file = compat.vllm_version(), getattr(self.get_model(), "syncline_memory_file", None)
+        return answer(lambda: export_views(self._views(), memory_file=memory_file, vllm_version=version))
 
     def _own_measure(self) -> Measure:
         self._measure = self._measure or Measure(checkpoint_views)
         return self._measure
 
-    def _views(self, fused: bool) -> Iterable[tuple[str, Shard]]:
-        model = self.get_model()
-        if fused:  # the names a loader sees: adapters wrap the layers later
-            named = model.named_parameters()
-            return ((name.replace(".base_layer.", "."), whole(parameter)) for name, parameter in named)
-        refuse_copies(model)
-        return checkpoint_views(model)
+    def _views(self) -> Iterable[tuple[str, Shard]]:
+        refuse_copies(self.get_model())
+        return checkpoint_views(self.get_model())
 
     def syncline_join(self, invitation: dict[str, Any], first_rank: int, timeout_seconds: float) -> dict[str, Any]:
         """Leaves the group of an earlier learner and joins this one's. Answers with the digest of the plan."""
         self.syncline_leave()
         member = Member(Invitation.from_wire(invitation), rank=first_rank + self.rank, device=self.device)
         self._broadcast = member
-        return answer(lambda: member.join(self._views(fused=False), timeout_seconds=timeout_seconds))
+        return answer(lambda: member.join(self._views(), timeout_seconds=timeout_seconds))
 
     def syncline_receive(self, generation: str, timeout_seconds: float) -> dict[str, Any]:
         """Takes one version from the learner's group."""
