@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, applies `a.b=c` overrides in order, validates. Raises `ConfigError` with all faults."""
     values = _read(Path(path))
-    if is_ms_swift(values):
+    if is_ms_swift(values) or ("extends" in values and "run" not in values):
         return _load_ms_swift(Path(path), values, overrides)
     _apply_all(values, overrides)
     return resolve(values)
@@ -36,6 +36,8 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 def _load_ms_swift(path: Path, values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     """Overrides of their sections change the file, others what it was translated to. A fault names both paths."""
     values = _with_bases(path, values)
+    if not is_ms_swift(values):
+        raise ConfigError([f"{path}: extends: is for files of ms-swift, and no file here has their section rlhf"])
     own = [override for override in overrides if override.partition(".")[0] in RunConfig.model_fields]
     _apply_all(values, [override for override in overrides if override not in own])
     found = translate(values)
@@ -62,8 +64,11 @@ def _with_bases(path: Path, values: dict[str, Any], seen: tuple[Path, ...] = ())
     if here in seen:
         raise ConfigError([f"{path}: extends: comes back to itself; leave one of {[p.name for p in seen]} out"])
     bases = values.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError([f"{path}: extends: {bases!r} must be a file's name, or a list of them"])
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         other = path.parent / base
         merged = _merged(merged, _with_bases(other, _read(other), (*seen, here)))
     return _merged(merged, values)

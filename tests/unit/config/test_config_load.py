@@ -86,8 +86,8 @@ def test_a_file_that_is_no_yaml_is_refused_by_its_path(file: Path, text: bytes, 
 
 
 def test_mappings_are_merged_as_yaml_merges_them(file: Path) -> None:
-    task = "environments:\n- task: gsm8k\n  args: {deep: &b {<<: &a {x: 1, y: 1}, x: 2}}\n- {task: a, args: {<<: *b, y: 3}}\n"
-    file.write_text(TEXT.replace("environments: [{task: arithmetic}]\n", task))
+    tasks = "[{task: a, args: {deep: &b {<<: &a {x: 1, y: 1}, x: 2}}}, {task: b, args: {<<: *b, y: 3}}]"
+    file.write_text(TEXT.replace("[{task: arithmetic}]", tasks))
     first, second = load(file).environments
     assert (first.args, second.args) == ({"deep": {"x": 2, "y": 1}}, {"x": 2, "y": 3})
 
