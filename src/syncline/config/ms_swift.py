@@ -376,8 +376,8 @@ def _rewards(found: Translation, given: _Given) -> Iterator[str]:
     for i, name in enumerate(functions):
         if not isinstance(name, str) or ":" not in name:
             yield f"rlhf.reward_funcs.{i}: {name!r} is no import path; write module:function, as my_rewards:accuracy"
-    if weights is not None and len(_listed(weights)) != len(functions):
-        yield f"rlhf.reward_weights: {len(_listed(weights))} numbers for {len(functions)} rlhf.reward_funcs; give one each"
+    if weights is not None and (num := len(_listed(weights))) != len(functions):
+        yield f"rlhf.reward_weights: {num} numbers for {len(functions)} rlhf.reward_funcs; give one each"
     if not train:
         yield "custom.train_jsonl: required, but missing; name the JSONL file of the training rows"
     args = {"rewards": functions, "weights": weights, "path": train, "heldout_path": heldout}
