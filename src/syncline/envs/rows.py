@@ -43,9 +43,12 @@ def prompt_row(row: Any, where: str) -> PromptRow:
         if not prompt:
             raise TypeError("no prompt")
         said = prompt if isinstance(prompt, str) else tuple(Message(m["role"], m["content"]) for m in prompt)
-    except (TypeError, KeyError) as error:
-        raise ConfigError([f"{where}: field 'prompt' must be a text or a list of {{role, content}}"]) from error
-    return PromptRow(said, {name: value for name, value in row.items() if name not in _NOT_COLUMNS})
+        made = PromptRow(said, {name: value for name, value in row.items() if name not in _NOT_COLUMNS})
+        made.messages  # noqa: B018  a text is checked as a message is
+    except (TypeError, KeyError, ValueError) as error:
+        fault = f"field 'prompt' must be a text or a list of {{role, content}}: {error}"
+        raise ConfigError([f"{where}: {fault}"]) from error
+    return made
 
 
 class Rows(Generic[T]):

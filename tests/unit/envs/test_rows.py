@@ -22,3 +22,9 @@ def test_only_a_newline_ends_a_row(tmp_path: Path, end: str) -> None:
 def test_a_data_set_without_rows_is_refused_when_it_is_read() -> None:
     with pytest.raises(ConfigError, match="path: has no training rows"):
         Rows[PromptRow]((), lambda: (), build=prompt_row, key=repr, seed=0)
+
+
+@pytest.mark.parametrize("prompt", ["half a \ud83d", [{"role": "user", "content": None}], [{"role": "user"}], "", 3])
+def test_a_prompt_that_is_no_text_is_refused_with_its_row(prompt: object) -> None:
+    with pytest.raises(ConfigError, match=r"x\.jsonl:7: field 'prompt' must be a text or a list"):
+        prompt_row({"prompt": prompt}, "x.jsonl:7")

@@ -79,7 +79,7 @@ def _object(line: str) -> tuple[dict[str, Any] | None, bool]:
 
     try:
         found = json.loads(line, object_pairs_hook=unique)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, or a number longer than Python reads
         return None, False
     return (found if isinstance(found, dict) else None), bool(twice)
 

@@ -75,7 +75,7 @@ def _strict(r: Reading) -> float:
 def _parse(r: Reading) -> float:
     try:
         json.loads(r.lines[1])
-    except (IndexError, json.JSONDecodeError, RecursionError):
+    except (IndexError, ValueError, RecursionError):
         return -1.0
     return 0.0
 
