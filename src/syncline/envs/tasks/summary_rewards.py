@@ -158,7 +158,7 @@ def _excess(names: set[str], category: Category) -> float:
 
 
 def _in_digits(answer: dict[str, Any]) -> bool:
-    said = [entry.get(DISTANCE) for entry in entries(answer) if entry[CATEGORY].strip() == DISTANCE]
+    said = [entry.get(DISTANCE) for entry in entries(answer) if entry[CATEGORY] == DISTANCE]
     return all(isinstance(one, dict) and all(str(key).strip().isdigit() for key in one) for one in said)
 
 
