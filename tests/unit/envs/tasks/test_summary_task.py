@@ -189,6 +189,8 @@ def test_the_environment_shows_the_row_and_weighs_the_parts(rows: Path) -> None:
     [
         ({"images": []}, "field 'images' must be"),
         ({"summary": ""}, "field 'summary' must be"),
+        ({"metadata": [1]}, "field 'metadata' must be an object"),
+        ({"prompt": ["x"]}, "and 'prompt' a text"),
         ({"metadata": {}}, "metadata says no domain"),
         ({"images": ["gone.png"]}, "gone.png: cannot be read"),
     ],
