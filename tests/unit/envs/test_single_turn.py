@@ -147,3 +147,12 @@ def test_a_prompt_or_a_fault_with_half_a_character_can_still_be_sent():
         [rollout], _ = attempt(environment, completion("7"))
         assert rollout.status is RolloutStatus.ERROR and told in (rollout.error or "")
         encode_group(RolloutGroup("g", "e", 0, (rollout,)))
+
+
+@pytest.mark.parametrize("prompt", ["2+2=", Message("user", "2+2="), [{"role": "user", "content": "2+2="}]])
+def test_a_prompt_that_is_no_list_of_messages_is_an_error_that_can_be_sent(prompt: object):
+    environment = Echo()
+    environment.prompt = lambda task: prompt  # type: ignore[method-assign, return-value]
+    [rollout], generate = attempt(environment, completion("7"))
+    assert (rollout.status, rollout.messages, generate.calls) == (RolloutStatus.ERROR, (), [])
+    assert (rollout.error or "").startswith("prompt raised TypeError: prompt() must return a list of messages, got ")
