@@ -198,7 +198,7 @@ def _fields_at(loc: tuple[str | int, ...], schema: type[BaseModel]) -> list[str]
 class _StrictLoader(yaml.SafeLoader):
     """YAML that refuses a key written twice, and reads `1e-6` as the number people mean."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Here a mapping is as it was written: nothing is merged into it yet (`<<: *base`)."""
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
