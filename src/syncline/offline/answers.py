@@ -75,7 +75,8 @@ def normalise_number(answer: str) -> str:
 
 
 def number(answer: str) -> Fraction | None:
-    plain = re.sub(r"[\s,$]", "", answer).replace("−", "-").removesuffix(".")
+    joined = re.sub(r"(?<=\d)\s+(?=\d)", "?", answer)  # `70 000` is no number: what reads texts stops at the space
+    plain = re.sub(r"[\s,$]", "", joined).replace("−", "-").removesuffix(".")
     if len(plain) > MAX_DIGITS or not re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)(/\d+)?", plain):
         return None
     top, _, bottom = plain.partition("/")

@@ -34,6 +34,8 @@ def test_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
         ({"question": " ", "answer": "#### 1"}, "rows.jsonl:2: field 'question' is ' '; it must be a text"),
         ({"question": "a", "answer": 18}, "rows.jsonl:2: field 'answer' is 18; it must be a text"),
         ({"question": "a", "answer": "eighteen"}, "rows.jsonl:2: answer ends in 'eighteen'; it must end in a number"),
+        ({"question": "a", "answer": "#### 70 000"}, "rows.jsonl:2: answer ends in '70 000'; it must end in a number"),
+        ({"question": "a", "answer": "1 2/3"}, "rows.jsonl:2: answer ends in '1 2/3'; it must end in a number"),
         (["a", "1"], "rows.jsonl:2: is no object"),
     ],
 )
