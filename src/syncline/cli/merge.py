@@ -1,7 +1,7 @@
 """`syncline merge --base B --adapter A --out O`: an adapter merged into its base, safetensors, proved by logits."""
 
 import argparse
-from dataclasses import asdict
+import json
 from pathlib import Path
 
 from syncline.config.offline import OfflineConfig
@@ -53,15 +53,17 @@ def model_folder(config: OfflineConfig) -> Path:
     known = asked.model_dump(mode="json", exclude={"adapter"}) | {"dtype": config.model.dtype}
 
     def work(notes: Notes) -> None:
-        found = merge(
-            config.model.path,
-            Path(asked.adapter),
-            notes.folder / MODEL,
-            dtype=config.model.dtype,
-            tolerance=asked.tolerance,
-            any_base_name=asked.any_base_name,
-        )
-        notes.facts |= asdict(found)
+        out = notes.folder / MODEL
+        if not out.exists():  # else it is whole, and an earlier attempt was killed while its files were digested
+            merge(
+                config.model.path,
+                Path(asked.adapter),
+                out,
+                dtype=config.model.dtype,
+                tolerance=asked.tolerance,
+                any_base_name=asked.any_base_name,
+            )
+        notes.facts |= json.loads((out / SUMMARY_FILE).read_text())
 
     done = run_stage(
         Path(config.run.dir), Stage("merge", known, inputs), work, outputs=(f"{MODEL}/{SUMMARY_FILE}", MODEL)
