@@ -92,7 +92,7 @@ def merge(
     write_weights(saved_parameters(adapted), partial, assets=assets_folder(base))
     _copy_tokenizer(adapter, partial)
     found = _logprobs(AutoModelForCausalLM.from_pretrained(partial, **loading).eval(), ids)
-    limit = tolerance or TOLERANCES[model.dtype]
+    limit = TOLERANCES[model.dtype] if tolerance is None else tolerance
     difference, effect = _difference(wanted, found), _difference(wanted, plain)
     summary = Merged(
         base=base,

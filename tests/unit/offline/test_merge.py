@@ -90,6 +90,11 @@ def test_weights_that_do_not_say_what_the_adapter_says_are_not_kept(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tolerance_of_zero_is_one(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"above the tolerance 0 \("):
+        merge(str(base), make_adapter(base, tmp_path / "adapter", dora=True), tmp_path / "out", tolerance=0.0)
+
+
 def test_a_merge_killed_after_its_folder_appeared_is_gone_on_with(base: Path, tmp_path: Path) -> None:
     """Its files are digested then, which takes minutes for a large model."""
     rows = {"name": "sums", "made": {}}
