@@ -25,7 +25,7 @@ from syncline.offline.lines import AppendOnlyLines
 from syncline.offline.marks import GREEDY, SAMPLED, Marked, read_answer, summarise
 from syncline.offline.questions import Question, load_questions
 from syncline.offline.records import Attempt, read_trajectories
-from syncline.offline.replica import EngineReplica
+from syncline.offline.replica import EngineReplica, allow_connections
 from syncline.offline.sampler import Request, Sampler
 from syncline.offline.work import WorkItem
 from syncline.types import SamplingParams
@@ -93,6 +93,7 @@ class _Set:
     async def sample(self, pending: list[Request], lines: AppendOnlyLines, show: Callable[[str], None]) -> None:
         asked, place = self._asked, self._place
         concurrency = min(asked.concurrency, -(-len(pending) // len(place.engine_urls)) or 1)
+        allow_connections(concurrency * len(place.engine_urls), field="eval.concurrency")
         async with AsyncExitStack() as stack:
             replicas = [
                 await stack.enter_async_context(

@@ -77,13 +77,14 @@ class EngineReplica:
         return response.json()
 
 
-def allow_connections(count: int) -> None:
-    """Raises this process's limit of open files, 1,024 on most machines. Raises `ConfigError` where it may not."""
+def allow_connections(count: int, *, field: str) -> None:
+    """Raises this process's limit of open files, 1,024 on most machines. Raises `ConfigError` where it may not.
+    `field` is what asks for so many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         fault = f"{count} connections to all engines, but this process may open {hard} files"
-        raise ConfigError([f"collect.requests_per_engine: {fault}; lower it, or raise `ulimit -Hn`"])
+        raise ConfigError([f"{field}: {fault}; lower it, or raise `ulimit -Hn`"])
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,6 +1,7 @@
 """Evaluations whose answers are there: no engine is asked, and answers of other weights or questions are refused."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ from real_engine import save_tokenizer
 
 from syncline.config.offline import Eval
 from syncline.config.offline_collect import Questions
-from syncline.errors import ConfigError
+from syncline.errors import ConfigError, EngineError
 from syncline.offline.assess import EVALUATION_FILE, answers_file, assess, read_marks
 from syncline.offline.collect import Place
 from syncline.offline.questions import Question
+from syncline.offline.replica import OTHER_FILES
 
 MODEL = "a" * 64
 SUMS = {"3+4=": "7", "5+5=": "10"}
@@ -83,6 +85,19 @@ def test_answers_of_something_else_are_refused(asked: Eval, tmp_path: Path, chan
     with pytest.raises(ConfigError, match=told):
         assess(asked, where, model=MODEL, seed=0)
     assert not (tmp_path / EVALUATION_FILE).exists()
+
+
+def test_as_many_files_may_be_open_as_there_are_requests_in_flight(
+    asked: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the limit, requests without a connection reach their deadline, and the engine is blamed for it."""
+    limits = [(100, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, wanted: limits.append(wanted))
+    hasty = asked.model_copy(update={"lost_after_seconds": 0.01})
+    with pytest.raises(EngineError, match="no engine is left, 2 items are not done"):
+        assess(hasty, place(tmp_path, asked, []), model=MODEL, seed=0)
+    assert limits[-1] == (2 + OTHER_FILES, 4096)
 
 
 def test_a_folder_without_an_evaluation_is_no_baseline(asked: Eval, tmp_path: Path) -> None:
