@@ -126,8 +126,10 @@ def _refuse_foreign(lines: AppendOnlyLines, requests: list[Request], *, model: s
 
 
 def _marked(asked: Eval, folder: Path, own: Questions, questions: tuple[Question, ...]) -> Iterator[Marked]:
-    """In the order of questions, arms and samples: answers lie in the file as they ended."""
-    places = {question.question_id: i for i, question in enumerate(questions)}
+    """In the order of questions, arms and samples: answers lie in the file as they ended. A baseline's may be to other
+    questions too; those come last."""
+    known = {question.question_id: (i, question) for i, question in enumerate(questions)}
     answers = read_trajectories(folder / answers_file(own), Attempt)
-    for one in sorted(answers, key=lambda one: (places[one.question_id], one.arm, one.sample)):
-        yield read_answer(asked, questions[places[one.question_id]], one)
+    placed = [(*known.get(one.question_id, (len(known), Question(one.question, one.gold))), one) for one in answers]
+    for _, question, one in sorted(placed, key=lambda own: (own[0], own[2].question_id, own[2].arm, own[2].sample)):
+        yield read_answer(asked, question, one)

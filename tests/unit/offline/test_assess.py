@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from real_engine import save_tokenizer
 
-from syncline.config.offline import Eval
+from syncline.cli.assess import comparisons
+from syncline.config.offline import Eval, OfflineConfig, OfflineRun
 from syncline.config.offline_collect import Questions
 from syncline.errors import ConfigError, EngineError
 from syncline.offline.assess import EVALUATION_FILE, answers_file, assess, read_marks
@@ -85,6 +86,23 @@ def test_answers_of_something_else_are_refused(asked: Eval, tmp_path: Path, chan
     with pytest.raises(ConfigError, match=told):
         assess(asked, where, model=MODEL, seed=0)
     assert not (tmp_path / EVALUATION_FILE).exists()
+
+
+def test_a_baseline_of_other_questions_is_compared_on_those_in_both_or_refused(asked: Eval, tmp_path: Path) -> None:
+    config = OfflineConfig.model_construct(eval=asked, run=OfflineRun(dir="any"))
+    both = [attempt("3+4=", "7"), attempt("5+5=", "11")]
+    for folder in (before := tmp_path / "before", after := tmp_path / "after"):
+        folder.mkdir()
+        assess(asked, place(folder, asked, both), model=MODEL, seed=0)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "3+4=", "answer": "7"}) + "\n")
+    assess(asked, place(after, asked, both[:1]), model=MODEL, seed=0)
+    found = comparisons(config, before, after)["sums"]
+    assert (found["num_questions"], found["num_left_out"], found["accuracy_before"]) == (1, 1, 1.0)
+    rows.write_text(json.dumps({"question": "5+5=", "answer": "10"}) + "\n")
+    with pytest.raises(ConfigError, match=r"before and .*after have no question of the set 'sums' in common"):
+        (before / answers_file(asked.sets[0])).write_text(json.dumps(both[1]) + "\n")
+        comparisons(config, before, after)
 
 
 def test_as_many_files_may_be_open_as_there_are_requests_in_flight(
