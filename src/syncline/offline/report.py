@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from syncline.config.offline import load_offline
+from syncline.envs.estimators import wilson
 from syncline.errors import ConfigError
 from syncline.observe.curves import Curve, curve_png
 from syncline.observe.files import read_lines, read_object, write_atomically
@@ -66,7 +67,7 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
         "Truncated",
         "lm-eval flexible",
     )
-    first, last = (summary["evaluations"][i]["sets"] for i in (0, -1))
+    last = summary["evaluations"][-1]["sets"]
     rows = []
     for name, found in summary["comparisons"].items():
         greedy = last[name]["greedy"]
@@ -75,8 +76,8 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
             (
                 name,
                 number(found["num_questions"]),
-                _with_interval(first[name]["greedy"]),
-                _with_interval(greedy),
+                _with_interval(found["accuracy_before"], found["num_questions"]),
+                _with_interval(found["accuracy_after"], found["num_questions"]),
                 number(found["fixed"]),
                 number(found["broken"]),
                 f"{found['p']:.3g}",
@@ -95,9 +96,9 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
     return _table(head, rows) + f"<p>{escape(told)}<code>{escape(summary['evaluations'][-1]['model'])}</code>.</p>"
 
 
-def _with_interval(greedy: Mapping[str, Any]) -> str:
-    low, high = greedy["interval"]
-    return f"{greedy['accuracy']:.4f} [{low:.4f}, {high:.4f}]"
+def _with_interval(accuracy: float, num_questions: int) -> str:
+    low, high = wilson(accuracy * num_questions, num_questions)
+    return f"{accuracy:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _accuracy_pictures(summary: Mapping[str, Any]) -> Iterator[bytes | None]:
