@@ -135,7 +135,7 @@ def _arguments(config: Dpo, task: Task, folder: Path, *, device: torch.device) -
     """Everything that TRL's versions have had other defaults for is said. One log line a step."""
     from trl import DPOConfig  # pyright: ignore[reportPrivateImportUsage]
 
-    return DPOConfig(
+    arguments = DPOConfig(
         output_dir=str(folder / CHECKPOINTS),
         loss_type=list(config.losses),
         loss_weights=list(config.losses.values()),
@@ -161,6 +161,9 @@ def _arguments(config: Dpo, task: Task, folder: Path, *, device: torch.device) -
         report_to="none",
         disable_tqdm=True,
     )
+    if device.type == "cuda":
+        arguments._n_gpu = 1  # else the trainer spreads over all that it sees, and engines' GPUs are among them
+    return arguments
 
 
 def _refuse_without_trl() -> None:
