@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from syncline.cli.merge import model_folder
+    from syncline.launch.plan import see_only
     from syncline.observe.logs import set_up_logging
     from syncline.offline.pairs import HELDOUT_FILE, PAIRS_FILE
     from syncline.offline.stage import latest
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     pairs, heldout = given = args.pairs, args.heldout
     if missing := [f"--pairs, --heldout: {path} is no file" for path in given if path and not path.is_file()]:
         raise ConfigError(missing)
+    see_only("dpo.devices", config.dpo.devices, device=config.dpo.device)
     if pairs is None:
         folder = latest(Path(config.run.dir), "pairs").folder
         pairs, heldout = folder / PAIRS_FILE, heldout or folder / HELDOUT_FILE

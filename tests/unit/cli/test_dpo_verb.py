@@ -1,6 +1,7 @@
 """`syncline dpo`: files that are not there are named, and what its result depends on makes another stage."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def test_what_is_not_there_is_named(option: str, file: str, tmp_path: Path, caps
     assert main(["dpo", file, *(word for pair in given.items() for word in pair)]) == 2
     assert "mistyped" in capsys.readouterr().err
     assert not list(tmp_path.glob("run/dpo-*"))
+
+
+def test_it_trains_on_the_gpu_that_is_named(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert main(["dpo", file, "dpo.devices=[1]", "--pairs", str(tmp_path / "pairs.jsonl")]) == 0
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 def test_another_chat_template_is_another_stage(
