@@ -3,6 +3,7 @@
 As strict as a run's configuration: frozen, unknown keys refused, all faults reported together.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -183,6 +184,10 @@ def _sets(config: OfflineConfig) -> Iterator[str]:
     for i, own in enumerate(config.eval.sets):
         if own.name in names[:i]:
             yield f"eval.sets.{i}.name: {own.name!r} is taken by eval.sets.{names.index(own.name)}; give it another"
+    try:
+        re.compile(config.eval.format)
+    except re.error as error:
+        yield f"eval.format: {config.eval.format!r} is no regular expression ({error}); mend it, or escape what it quotes"
     for section in ("collect", "eval"):
         if "{question}" not in (prompt := getattr(config, section).prompt):
             yield f"{section}.prompt: {prompt!r} has no {{question}} to fill in; add it"

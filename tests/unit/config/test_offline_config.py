@@ -44,6 +44,7 @@ def write(folder: Path, **changes: Any) -> Path:
         ({"eval__sets": [{"name": "a"}]}, "eval.sets.0: has no source; give exactly one of path, hub and made"),
         ({"eval__sets": [{"name": "a", "path": "x", "hub": "y"}]}, "eval.sets.0: has path and hub"),
         ({"eval__sets": [{"name": "a", "made": {}}] * 2}, "eval.sets.1.name: 'a' is taken by eval.sets.0"),
+        ({"eval__format": "Answer: ("}, "eval.format: 'Answer: (' is no regular expression"),
         ({"eval__prompt": "solve"}, "eval.prompt: 'solve' has no {question} to fill in"),
         ({"eval__max_tokens": 4096}, "eval.max_tokens: 4096 leaves no room for a prompt in model.max_length = 2048"),
     ],
