@@ -79,7 +79,8 @@ def comparisons(config: OfflineConfig, before: Path, after: Path) -> dict[str, A
     for own, *both in zip(config.eval.sets, read[before], read[after], strict=True):
         asked, again = ({one.question_id for one in marks if one.arm == GREEDY} for marks in both)
         if asked.isdisjoint(again):
-            raise ConfigError([f"eval.baseline: {before} and {after} have no question of the set {own.name!r} in common"])
+            where = f"{before} and {after} have no question of the set {own.name!r} in common"
+            raise ConfigError([f"eval.baseline: {where}; give the folder of an evaluation of the same set"])
     return {own.name: compare(a, b) for own, a, b in zip(config.eval.sets, read[before], read[after], strict=True)}
 
 

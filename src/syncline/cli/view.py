@@ -1,6 +1,7 @@
 """`syncline view FILE`: one page of the groups in a file of `syncline process`, or in a run's `rollouts.jsonl`."""
 
 import argparse
+import io
 import json
 import math
 from pathlib import Path
@@ -25,7 +26,7 @@ def write_page(file: Path, out: Path, *, limit: int) -> Path:
     from syncline.observe.page import write_rollouts_page
 
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = [*io.StringIO(file.read_text(encoding="utf-8"))]  # no `splitlines`: a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file}: cannot be read ({error}); give a file of JSON lines"]) from error
     return write_rollouts_page([_group(line, f"{file}:{n}") for n, line in enumerate(lines, 1)], out, limit=limit)

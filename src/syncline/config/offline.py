@@ -187,7 +187,7 @@ def _sets(config: OfflineConfig) -> Iterator[str]:
     try:
         re.compile(config.eval.format)
     except re.error as error:
-        yield f"eval.format: {config.eval.format!r} is no regular expression ({error}); mend it, or escape what it quotes"
+        yield f"eval.format: {config.eval.format!r} is no regular expression ({error}); mend it"
     for section in ("collect", "eval"):
         if "{question}" not in (prompt := getattr(config, section).prompt):
             yield f"{section}.prompt: {prompt!r} has no {{question}} to fill in; add it"

@@ -4,6 +4,7 @@ A fault in a row is a `ConfigError` naming file and line. Training rows come in 
 once, in their own order; a row that is in both is refused.
 """
 
+import io
 import json
 import math
 import random
@@ -109,7 +110,7 @@ def _heldout_rows(path: str | None) -> Source:
 def file_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Of a JSON lines file."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = [*io.StringIO(Path(path).read_text(encoding="utf-8"))]  # no `splitlines`: a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"path: {path!r} cannot be read ({error}); give a JSONL file"]) from error
     if not lines:

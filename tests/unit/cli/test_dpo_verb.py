@@ -49,9 +49,7 @@ def test_it_trains_on_the_gpu_that_is_named(file: str, tmp_path: Path, monkeypat
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
-def test_another_chat_template_is_another_stage(
-    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_chat_template_is_another_stage(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["dpo", file, "--pairs", str(tmp_path / "pairs.jsonl")]
     assert main(words) == main(words) == 0
     assert len(list(tmp_path.glob("run/dpo-*"))) == 1

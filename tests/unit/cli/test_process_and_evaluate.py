@@ -11,7 +11,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from syncline.cli import main
-from syncline.trajectory.wire import decode_group
+from syncline.trajectory.wire import decode_group, encode_group
+from syncline.types import Message, Rollout, RolloutGroup, RolloutStatus
 
 Capture = pytest.CaptureFixture[str]
 CHARACTERS = "0123456789+-="
@@ -106,6 +107,14 @@ def test_view_shows_the_first_groups_and_escapes(engine: Engine, config: str, tm
     page = (tmp_path / "rollouts.html").read_text()
     assert page.count("<details>") == 2 and "3, the first 2 of them below" in page
     assert "<b>evil" not in page
+
+
+def test_view_reads_what_process_wrote_whatever_the_model_said(tmp_path: Path):
+    said = (Message("user", "a"), Message("assistant", "one\u2028two\x85three"))
+    group = RolloutGroup("g", "sums", 0, (Rollout((), None, RolloutStatus.ERROR, messages=said, error="none"),))
+    (tmp_path / "x.jsonl").write_bytes(encode_group(group) + b"\n")
+    assert main(["view", str(tmp_path / "x.jsonl")]) == 0
+    assert "one\u2028two\x85three" in (tmp_path / "x.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("line", ["no json", "[1]", "3", '{"group_id": "x"}'])

@@ -24,6 +24,13 @@ def test_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
     assert [q.question for q in load(tmp_path, rows, num_questions=2).questions] == ["a", "b"]
 
 
+def test_a_line_ends_where_json_lines_do(tmp_path: Path) -> None:
+    """Text from the web holds separators that Python's `splitlines` takes for ends of lines."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "one\u2028two\x85three", "answer": "1"}\r\n', encoding="utf-8")
+    found = load_questions(Questions(path=str(tmp_path / "rows.jsonl")), seed=0, heldout=False)
+    assert [one.question for one in found.questions] == ["one\u2028two\x85three"]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
