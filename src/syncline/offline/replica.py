@@ -55,7 +55,10 @@ class EngineReplica:
             held = (await self._ask("GET", "/lora/status"))["active_adapter_path"]
             if held != self._adapter:
                 await self._ask("POST", "/lora/load", {"adapter_path": self._adapter}, LOAD_TIMEOUT_SECONDS)
-        return (await self._ask("GET", "/health"))["digest"]
+        try:
+            return (await self._ask("GET", "/health"))["digest"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise EngineError(f"engine {self.name} told no digest at /health; give a `syncline serve`") from error
 
     async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         [completion] = await self._client.generate(prompt_token_ids, sampling)

@@ -1,11 +1,12 @@
-"""More connections than a process may open files."""
+"""Engines that are none of ours, and more connections than a process may open files."""
 
+import asyncio
 import resource
 
 import pytest
 
-from syncline.errors import ConfigError
-from syncline.offline.replica import OTHER_FILES, allow_connections
+from syncline.errors import ConfigError, EngineError
+from syncline.offline.replica import OTHER_FILES, EngineReplica, allow_connections
 
 
 def test_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,3 +19,22 @@ def test_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch: pytest.M
     assert limits[-1] == (2000 + OTHER_FILES, 4096)
     with pytest.raises(ConfigError, match=r"eval\.concurrency: 5000 connections .* may open 4096 files"):
         allow_connections(5000, field="eval.concurrency")
+
+
+@pytest.mark.parametrize("body", [b"", b"OK", b'{"status": "ok"}', b"[]"])
+def test_a_server_that_tells_no_digest_is_named(body: bytes) -> None:
+    """Such as vLLM's own, whose `/health` is empty."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    async def ask() -> str:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            async with EngineReplica(url, timeout_seconds=5, max_connections=1) as replica:
+                return await replica.digest()
+
+    with pytest.raises(EngineError, match=r"engine http://127\.0\.0\.1:\d+ told no digest at /health"):
+        asyncio.run(ask())
