@@ -15,6 +15,12 @@ from syncline.config.offline_collect import PROMPT, Collect, Pairs, Questions
 from syncline.config.schema import Bridge, Engine, Model, RunConfig, Section
 from syncline.errors import ConfigError
 
+LOSSES = (
+    *("sigmoid", "hinge", "ipo", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero"),
+    *("apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+"""TRL's names, without what needs label smoothing."""
+
 
 class OfflineRun(Section):
     dir: str
@@ -168,6 +174,8 @@ def _dpo(config: OfflineConfig) -> Iterator[str]:
     if dpo.pairs_per_step % dpo.microbatch_pairs:
         yield f"dpo.microbatch_pairs: {dpo.microbatch_pairs} does not divide pairs_per_step = {dpo.pairs_per_step}"
     for name, weight in dpo.losses.items():
+        if name not in LOSSES:
+            yield f"dpo.losses.{name}: is none of TRL's losses that this trains: {', '.join(LOSSES)}"
         if weight <= 0:
             yield f"dpo.losses.{name}: {weight} must be > 0; leave a loss out instead"
     if set(dpo.losses) == {"sft"}:
