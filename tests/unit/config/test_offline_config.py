@@ -39,7 +39,10 @@ def write(folder: Path, **changes: Any) -> Path:
         ({"model__lora": {"dora": True}}, "model.lora.dora: true gives rows magnitudes"),
         ({"dpo__pairs_per_step": 6}, "dpo.microbatch_pairs: 4 does not divide pairs_per_step = 6"),
         ({"dpo__losses": {"sft": 1.0}}, "dpo.losses: sft alone has no preference in it"),
-        ({"dpo__losses": {"sigmod": 1.0}}, "dpo.losses.sigmod: is none of TRL's losses that this trains: sigmoid, hinge,"),
+        (
+            {"dpo__losses": {"sigmod": 1.0}},
+            "dpo.losses.sigmod: is none of TRL's losses that this trains: sigmoid, hinge,",
+        ),
         ({"dpo__losses": {"sigmoid": 0.0}}, "dpo.losses.sigmoid: 0.0 must be > 0"),
         ({"dpo__guard": {"max_dorp": 1}}, "dpo.guard.max_dorp: unknown key (value 1); did you mean 'max_drop'?"),
         ({"eval__sets": [{"name": "a"}]}, "eval.sets.0: has no source; give exactly one of path, hub and made"),

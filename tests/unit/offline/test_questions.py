@@ -39,7 +39,10 @@ def test_a_line_ends_where_json_lines_do(tmp_path: Path) -> None:
             "rows.jsonl:2: field 'answer' is missing; the row has 'question', 'anwser'",
         ),
         ({"question": " ", "answer": "#### 1"}, "rows.jsonl:2: field 'question' is ' '; it must be a text"),
-        ({"question": "a \ud83d b", "answer": "1"}, r"rows.jsonl:2: field 'question' is 'a \\ud83d b'; it must be a text"),
+        (
+            {"question": "a \ud83d b", "answer": "1"},
+            r"rows.jsonl:2: field 'question' is 'a \\ud83d b'; it must be a text",
+        ),
         ({"question": "a", "answer": 18}, "rows.jsonl:2: field 'answer' is 18; it must be a text"),
         ({"question": "a", "answer": "eighteen"}, "rows.jsonl:2: answer ends in 'eighteen'; it must end in a number"),
         ({"question": "a", "answer": "#### 70 000"}, "rows.jsonl:2: answer ends in '70 000'; it must end in a number"),
