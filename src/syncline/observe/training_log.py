@@ -120,8 +120,8 @@ class CompletionsCsv:
 
 
 def _kept_bytes(path: Path, resumed_step: int) -> int:
-    """Up to the last row of a step that was kept: an earlier run's rows may stand before, of later steps too. A row ends
-    at the first newline that is in no quotes."""
+    """Up to the last row of a step that was kept: an earlier run's rows may stand before, of later steps too. A row
+    ends at the first newline that is in no quotes."""
     keep, end, row = 0, 0, b""
     with path.open("rb") as file:
         for line in file:

@@ -41,7 +41,7 @@ def write(folder: Path, **changes: Any) -> Path:
         ({"dpo__losses": {"sft": 1.0}}, "dpo.losses: sft alone has no preference in it"),
         (
             {"dpo__losses": {"sigmod": 1.0}},
-            "dpo.losses.sigmod: is none of TRL's losses that this trains: sigmoid, hinge,",
+            "dpo.losses.sigmod: is none of TRL's losses that this trains: sigmoid,",
         ),
         ({"dpo__losses": {"sigmoid": 0.0}}, "dpo.losses.sigmoid: 0.0 must be > 0"),
         ({"dpo__guard": {"max_dorp": 1}}, "dpo.guard.max_dorp: unknown key (value 1); did you mean 'max_drop'?"),
