@@ -142,6 +142,9 @@ def test_one_gpu_of_several_is_trained_on(task: Task, tmp_path: Path, monkeypatc
             [pair(1, 2) | {"provenance": {"model": POLICY, "chosen": {"token_ids": [5, 5]}}}],
             r"provenance\.chosen\.token_ids: are not the tokens of its text",
         ),
+        ([pair(1, 2) | {"provenance": "gpt"}], r"pairs\.jsonl:1: field 'provenance': 'gpt' is not what"),
+        ([pair(1, 2) | {"provenance": {"model": POLICY, "chosen": "x"}}], r"pairs\.jsonl:1: field 'provenance'"),
+        ([pair(1, 2) | {"prompt": [{"role": "user", "content": ""}]}], r"pairs\.jsonl:1: field 'prompt': has no tokens"),
     ],
 )
 def test_pairs_that_cannot_be_trained_on_are_named(task: Task, tmp_path: Path, broken: list[dict], told: str) -> None:
