@@ -61,7 +61,11 @@ class EngineReplica:
             raise EngineError(f"engine {self.name} told no digest at /health; give a `syncline serve`") from error
 
     async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
-        [completion] = await self._client.generate(prompt_token_ids, sampling)
+        try:
+            [completion] = await self._client.generate(prompt_token_ids, sampling)
+        except (ValueError, TypeError, KeyError) as error:
+            told = f"({error}; the logprobs of a model whose logits are NaN are null)"
+            raise EngineError(f"engine {self.name} answered no completion {told}") from error
         if completion.finish_reason is FinishReason.ABORT:
             raise EngineError(f"engine {self.name} broke off a completion")
         return completion

@@ -2,11 +2,14 @@
 
 import asyncio
 import resource
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
 from syncline.errors import ConfigError, EngineError
 from syncline.offline.replica import OTHER_FILES, EngineReplica, allow_connections
+from syncline.types import SamplingParams
 
 
 def test_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,20 +24,33 @@ def test_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch: pytest.M
         allow_connections(5000, field="eval.concurrency")
 
 
-@pytest.mark.parametrize("body", [b"", b"OK", b'{"status": "ok"}', b"[]"])
-def test_a_server_that_tells_no_digest_is_named(body: bytes) -> None:
-    """Such as vLLM's own, whose `/health` is empty."""
+def ask(body: bytes, what: Callable[[EngineReplica], Awaitable[Any]]) -> Any:
+    """Of a server that answers everything with `body`."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         writer.close()
 
-    async def ask() -> str:
+    async def asked() -> Any:
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             async with EngineReplica(url, timeout_seconds=5, max_connections=1) as replica:
-                return await replica.digest()
+                return await what(replica)
 
+    return asyncio.run(asked())
+
+
+@pytest.mark.parametrize("body", [b"", b"OK", b'{"status": "ok"}', b"[]"])
+def test_a_server_that_tells_no_digest_is_named(body: bytes) -> None:
+    """Such as vLLM's own, whose `/health` is empty."""
     with pytest.raises(EngineError, match=r"engine http://127\.0\.0\.1:\d+ told no digest at /health"):
-        asyncio.run(ask())
+        ask(body, lambda replica: replica.digest())
+
+
+@pytest.mark.parametrize("logprobs", ["[null]", "[1e999]", "[]"])
+def test_a_completion_that_is_none_is_the_engines_fault(logprobs: str) -> None:
+    """A model whose logits are NaN has log-probabilities that JSON writes as null."""
+    one = f'{{"token_ids": [3], "logprobs": {logprobs}, "versions": [], "finish_reason": "stop"}}'
+    with pytest.raises(EngineError, match=r"engine http://127\.0\.0\.1:\d+ answered no completion \(.*logprobs"):
+        ask(f'{{"completions": [{one}]}}'.encode(), lambda replica: replica.generate((1,), SamplingParams(4)))
