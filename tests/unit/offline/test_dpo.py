@@ -144,7 +144,10 @@ def test_one_gpu_of_several_is_trained_on(task: Task, tmp_path: Path, monkeypatc
         ),
         ([pair(1, 2) | {"provenance": "gpt"}], r"pairs\.jsonl:1: field 'provenance': 'gpt' is not what"),
         ([pair(1, 2) | {"provenance": {"model": POLICY, "chosen": "x"}}], r"pairs\.jsonl:1: field 'provenance'"),
-        ([pair(1, 2) | {"prompt": [{"role": "user", "content": ""}]}], r"pairs\.jsonl:1: field 'prompt': has no tokens"),
+        (
+            [pair(1, 2) | {"prompt": [{"role": "user", "content": ""}]}],
+            r"pairs\.jsonl:1: field 'prompt': has no tokens",
+        ),
     ],
 )
 def test_pairs_that_cannot_be_trained_on_are_named(task: Task, tmp_path: Path, broken: list[dict], told: str) -> None:
