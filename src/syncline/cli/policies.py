@@ -88,7 +88,7 @@ class Policies:
         return held_by(self._run(), urls)[0]
 
     def _refuse_other_base(self, url: str) -> None:
-        """Engines started here hold what they were started from; those that run, all of one digest, may hold anything."""
+        """Engines started here hold what they were started from; those that run may hold anything, all the same."""
         from syncline.bridges.verify import faults_of
         from syncline.engines.client import EngineController
 
