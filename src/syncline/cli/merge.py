@@ -25,12 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():
         raise ConfigError([f"--out: {args.out} is there already; name another folder, or remove it"])
     found = merge(
-        args.base,
-        args.adapter,
-        args.out,
-        dtype=args.dtype,
-        tolerance=args.tolerance,
-        any_base_name=args.any_base_name,
+        args.base, args.adapter, args.out, dtype=args.dtype, tolerance=args.tolerance, any_base_name=args.any_base_name
     )
     print(f"{args.out}: {found.kind} of {found.num_adapted} layers merged, digest {found.digest}")
     print(

@@ -180,12 +180,7 @@ def assemble(
 
 
 def _outside(
-    config: RunConfig,
-    stack: ExitStack,
-    *,
-    trajectories_url: str,
-    resumed_step: int,
-    training_log: "MetricSink | None",
+    config: RunConfig, stack: ExitStack, *, trajectories_url: str, resumed_step: int, training_log: "MetricSink | None"
 ) -> tuple["MetricSink", "RolloutSource"]:
     from syncline.cli.trajectories import run_terms
     from syncline.observe.exports import ExportingSink, open_exports

@@ -15,10 +15,8 @@ from syncline.config.offline_collect import PROMPT, Collect, Pairs, Questions
 from syncline.config.schema import Bridge, Engine, Model, RunConfig, Section
 from syncline.errors import ConfigError
 
-LOSSES = (
-    *("sigmoid", "hinge", "ipo", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero"),
-    *("apo_down", "discopop", "sft", "sigmoid_norm"),
-)
+LOSSES = ("sigmoid", "hinge", "ipo", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero")
+LOSSES += ("apo_down", "discopop", "sft", "sigmoid_norm")
 """TRL's names, without what needs label smoothing."""
 
 

@@ -38,7 +38,7 @@ class TrainingLog:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._num_tokens is None:  # of a resumed run: what was sampled before, as far as it was kept
             before = [row for row in read_lines(self._folder / METRICS_FILE) if row["step"] < step]
-            self._num_tokens = sum(row.get("tokens/sampled") or 0.0 for row in before)
+            self._num_tokens = float(sum(row.get("tokens/sampled") or 0.0 for row in before))
         self._num_tokens += metrics.get("tokens/sampled", 0.0)
         shown = dict(metrics) | {"num_tokens": self._num_tokens, "step": step}
         log.info("{%s}", ", ".join(f"'{name}': {value:.6g}" for name, value in shown.items()))

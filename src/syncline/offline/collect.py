@@ -162,10 +162,7 @@ class _Collection:
             replicas = [
                 await stack.enter_async_context(
                     EngineReplica(
-                        url,
-                        timeout_seconds=place.timeout_seconds,
-                        max_connections=concurrency,
-                        adapter=asked.adapter,
+                        url, timeout_seconds=place.timeout_seconds, max_connections=concurrency, adapter=asked.adapter
                     )
                 )
                 for url in place.engine_urls

@@ -16,13 +16,7 @@ from syncline.config.offline import Dpo
 from syncline.config.schema import Model
 from syncline.envs.rendering import load_tokenizer
 from syncline.errors import ConfigError
-from syncline.learner.model import (
-    add_lora,
-    learner_device,
-    learner_dtype,
-    refuse_unknown_logits,
-    without_dropout,
-)
+from syncline.learner.model import add_lora, learner_device, learner_dtype, refuse_unknown_logits, without_dropout
 from syncline.offline.preferences import Preference, read_preferences
 from syncline.offline.stage import Notes
 

@@ -16,13 +16,7 @@ import torch
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.restart import write_weights
 from syncline.errors import CheckpointError, ConfigError
-from syncline.learner.model import (
-    assets_folder,
-    checkpoint_parameters,
-    learner_device,
-    learner_dtype,
-    saved_parameters,
-)
+from syncline.learner.model import assets_folder, checkpoint_parameters, learner_device, learner_dtype, saved_parameters
 from syncline.observe.files import write_atomically
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.02}

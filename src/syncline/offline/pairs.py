@@ -77,12 +77,7 @@ def every(right: Sequence[Trajectory], wrong: Sequence[Trajectory], given: Count
 
 
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
-    {
-        "nearest_length": nearest_length,
-        "best_vs_worst": best_vs_worst,
-        "hard_negative": hard_negative,
-        "all": every,
-    }
+    {"nearest_length": nearest_length, "best_vs_worst": best_vs_worst, "hard_negative": hard_negative, "all": every}
 )
 
 

@@ -55,37 +55,18 @@ def write_offline_report(run_dir: Path, *, num_examples: int) -> Path:
 
 
 def _comparison_table(summary: Mapping[str, Any]) -> str:
-    head = (
-        "Set",
-        "Questions",
-        "Before",
-        "After",
-        "Fixed",
-        "Broken",
-        "McNemar p",
-        "Format",
-        "Truncated",
-        "lm-eval flexible",
-    )
+    head = ["Set", "Questions", "Before", "After", "Fixed", "Broken", "McNemar p"]
+    head += ["Format", "Truncated", "lm-eval flexible"]
     last = summary["evaluations"][-1]["sets"]
     rows = []
     for name, found in summary["comparisons"].items():
         greedy = last[name]["greedy"]
         harness = last[name]["lm_eval"]["flexible-extract"]
-        rows.append(
-            (
-                name,
-                number(found["num_questions"]),
-                _with_interval(found["accuracy_before"], found["num_questions"]),
-                _with_interval(found["accuracy_after"], found["num_questions"]),
-                number(found["fixed"]),
-                number(found["broken"]),
-                f"{found['p']:.3g}",
-                number(greedy["format_rate"]),
-                number(greedy["truncated_rate"]),
-                f"{harness['accuracy']:.4f} ({harness['agreement']:.1%} as ours)",
-            )
-        )
+        cells = [name, number(count := found["num_questions"])]
+        cells += [_with_interval(found[f"accuracy_{when}"], count) for when in ("before", "after")]
+        cells += [number(found["fixed"]), number(found["broken"]), f"{found['p']:.3g}"]
+        cells += [number(greedy["format_rate"]), number(greedy["truncated_rate"])]
+        rows.append([*cells, f"{harness['accuracy']:.4f} ({harness['agreement']:.1%} as ours)"])
     sampled = {name: found["sampled"] for name, found in summary["comparisons"].items() if found["sampled"]}
     told = "".join(
         f"{name}: of the sampled answers {own['before']:.4f} were right before and {own['after']:.4f} after; "
