@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
         from syncline.cli.assess import run_sets
 
         return run_sets(args)
-    others = [f"--{name}" for name in ("adapter", "baseline") if getattr(args, name) is not None]
-    if others:
+    if others := [f"--{name}" for name in ("adapter", "baseline") if getattr(args, name) is not None]:
         raise ConfigError([f"{name}: is of a pipeline's file alone, and {args.file} is a run's" for name in others])
     missing = [f"--{name}" for name, value in (("engine-url", args.engine_urls), ("out", args.out)) if not value]
     if missing:

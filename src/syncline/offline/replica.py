@@ -64,8 +64,7 @@ class EngineReplica:
         try:
             [completion] = await self._client.generate(prompt_token_ids, sampling)
         except (ValueError, TypeError, KeyError) as error:
-            told = f"({error}; the logprobs of a model whose logits are NaN are null)"
-            raise EngineError(f"engine {self.name} answered no completion {told}") from error
+            raise EngineError(f"engine {self.name} answered no completion ({error}; NaN logprobs are null)") from error
         if completion.finish_reason is FinishReason.ABORT:
             raise EngineError(f"engine {self.name} broke off a completion")
         return completion
