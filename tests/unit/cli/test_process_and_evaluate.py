@@ -151,6 +151,16 @@ def test_evaluation_is_filed_under_the_digest_of_what_was_evaluated(
     assert "held-out sums: pass@4 1.000 [0.610, 1.000] on 6 tasks" in told
 
 
+@pytest.mark.parametrize("option", ["--adapter", "--baseline"])
+def test_an_option_of_a_pipelines_evaluation_is_not_ignored(
+    engine: Engine, config: str, tmp_path: Path, capsys: Capture, option: str
+):
+    words = ["evaluate", config, "--engine-url", engine.url, "--out", str(tmp_path / "out.json")]
+    assert main([*words, option, "somewhere"]) == 2
+    assert f"{option}: is of a pipeline's file alone" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_weights_that_move_under_an_evaluation_are_an_error(
     engine: Engine, config: str, tmp_path: Path, capsys: Capture
 ):
