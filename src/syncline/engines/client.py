@@ -133,6 +133,8 @@ class EngineController:
         self.name = f"{name} at {url}"
         self._start_timeout_seconds = start_timeout_seconds
         self._http = httpx.Client(base_url=url)
+        self._pause: int | None = None
+        """The last that the engine told of; whatever is asked of it in a publish names it (`routes.Order`)."""
 
     def close(self) -> None:
         self._http.close()
@@ -154,21 +156,21 @@ class EngineController:
 
     def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:
         body = {"mode": mode, "timeout_seconds": timeout_seconds, "reuse_kv": reuse_kv}
-        answer = self._post("/syncline/pause", body, 2 * timeout_seconds)
-        return Paused(_receipt(answer), answer["generation"])
+        answer = self._call("POST", "/syncline/pause", body, 2 * timeout_seconds)
+        return Paused(self._told(answer), answer["generation"])
 
     def resume(self, expected: Receipt) -> None:
-        self._post("/syncline/resume", {"expected": asdict(expected)}, self._start_timeout_seconds)
+        self._order("/syncline/resume", {"expected": asdict(expected)}, self._start_timeout_seconds)
 
     def receipt(self) -> Receipt:
-        return _receipt(self._call("GET", "/syncline/receipt", None, self._start_timeout_seconds))
+        return self._told(self._call("GET", "/syncline/receipt", None, self._start_timeout_seconds))
 
     def parameters(self) -> Mapping[str, str]:
         return self._call("GET", "/syncline/parameters", None, self._start_timeout_seconds)["parameters"]
 
     def measure(self) -> tuple[Receipt, Mapping[str, str]]:
         """The receipt and each parameter's digest, computed now over what the engine holds."""
-        answer = self._post("/syncline/measure", {}, self._start_timeout_seconds)
+        answer = self._call("POST", "/syncline/measure", {}, self._start_timeout_seconds)
         return _receipt(answer), answer["parameters"]
 
     def export(self) -> Sequence[Mapping[str, Any]]:
@@ -176,25 +178,25 @@ class EngineController:
 
     def reload(self, path: str, *, expected: Receipt, timeout_seconds: float) -> Receipt:
         body = {"path": path, "expected": asdict(expected)}
-        return _receipt(self._post("/syncline/reload", body, timeout_seconds))
+        return _receipt(self._order("/syncline/reload", body, timeout_seconds))
 
     def adopt(self, expected: Receipt, *, resume: bool = False) -> Receipt:
         body = {"expected": asdict(expected), "resume": resume}
-        return _receipt(self._post("/syncline/adopt", body, self._start_timeout_seconds))
+        return _receipt(self._order("/syncline/adopt", body, self._start_timeout_seconds))
 
     def membership(self) -> Membership:
         return Membership(**self._call("GET", "/syncline/broadcast", None, self._start_timeout_seconds))
 
     def join_broadcast(self, invitation: Mapping[str, Any], *, first_rank: int, timeout_seconds: float) -> str:
         body = {"invitation": invitation, "first_rank": first_rank, "timeout_seconds": timeout_seconds}
-        return self._post("/syncline/broadcast/join", body, timeout_seconds + GRACE_SECONDS)["plan"]
+        return self._order("/syncline/broadcast/join", body, timeout_seconds + GRACE_SECONDS)["plan"]
 
     def receive_broadcast(
         self, expected: Receipt, *, generation: str, timeout_seconds: float, resume: bool = False
     ) -> Received:
         body: dict[str, Any] = {"expected": asdict(expected), "generation": generation, "resume": resume}
         body["timeout_seconds"] = timeout_seconds
-        answer = self._post("/syncline/broadcast/receive", body, timeout_seconds + GRACE_SECONDS)
+        answer = self._order("/syncline/broadcast/receive", body, timeout_seconds + GRACE_SECONDS)
         return Received(_receipt(answer), answer["prove_seconds"])
 
     def adapters(self) -> Mapping[str, Any]:
@@ -202,14 +204,14 @@ class EngineController:
 
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
         body = {"adapter": dict(adapter), "policy_version": policy_version, "timeout_seconds": timeout_seconds}
-        return self._post("/syncline/stage", body, 2 * timeout_seconds)["parameters"]
+        return self._order("/syncline/stage", body, 2 * timeout_seconds)["parameters"]
 
     def switch(self, receipt: Receipt) -> Receipt:
-        return _receipt(self._post("/syncline/switch", asdict(receipt), self._start_timeout_seconds))
+        return _receipt(self._order("/syncline/switch", asdict(receipt), self._start_timeout_seconds))
 
     def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
         deadline = time.monotonic() + timeout_seconds
-        self._post("/syncline/restart", {"path": path, "policy_version": policy_version}, timeout_seconds)
+        self._order("/syncline/restart", {"path": path, "policy_version": policy_version}, timeout_seconds)
         self._wait_until_gone(deadline, timeout_seconds)
         self.wait_until_ready(timeout_seconds=max(0.0, deadline - time.monotonic()))
         return self.receipt()
@@ -227,8 +229,12 @@ class EngineController:
             return repr(error)
         return None if response.status_code == httpx.codes.OK else response.text
 
-    def _post(self, path: str, body: dict[str, Any], timeout_seconds: float) -> Any:
-        return self._call("POST", path, body, timeout_seconds)
+    def _told(self, answer: Any) -> Receipt:
+        self._pause = answer["pause"]
+        return _receipt(answer)
+
+    def _order(self, path: str, body: dict[str, Any], timeout_seconds: float) -> Any:
+        return self._call("POST", path, body | {"pause": self._pause}, timeout_seconds)
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float) -> Any:
         try:

@@ -17,6 +17,13 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Order(Body):
+    """What a bridge asks of an engine that it means to be paused, or to hold what it last told."""
+
+    pause: int | None = None
+    """The last pause that the engine told of: refused once a bridge has begun another. Absent: whichever is on."""
+
+
 class Route(APIRoute):
     """Answers our own errors: by the time we get vLLM's app, its error handlers may be fixed. To a core that died, too,
     vLLM's answer is 500, as to a bad request; 503 sends whoever asks elsewhere until this process has ended."""

@@ -36,6 +36,8 @@ class Served:
     parameters: dict[str, str] = field(default_factory=dict)
     digest: str = ""
     """Of `parameters`, which `hold` sets."""
+    bridge_pause: int = 0
+    """The last pause that a bridge began; orders of an earlier one come after its learner gave up. 0: none."""
     measured_in: int | None = None
     """The pause when `parameters` were measured: after a later one has begun, somebody may have written the weights."""
     handed: dict[str, str] = field(default_factory=dict)
@@ -160,10 +162,19 @@ class Served:
         return Receipt(UNPUBLISHED if unnamed else self.gate.policy_version, self.digest)
 
     def receipt(self) -> dict[str, Any]:
-        return {**asdict(self.held), "paused": not self.gate.is_open}
+        return {**asdict(self.held), "paused": not self.gate.is_open, "pause": self.bridge_pause}
 
-    def need_paused(self, action: str) -> int:
-        """Returns the pause's number."""
+    def refuse_late(self, pause: int | None) -> None:
+        """Raises `EngineError` for an order of a pause (`routes.Order`) that is not the last that a bridge began."""
+        if pause not in (None, self.bridge_pause):
+            raise EngineError(
+                f"asked in pause {pause} of this engine, and a bridge has paused it again since: {self.bridge_pause} "
+                "is the last. Whoever asked gave up, or another learner came; pause it anew"
+            )
+
+    def need_paused(self, action: str, pause: int | None = None) -> int:
+        """Returns the pause's number; an order's own is checked (`refuse_late`)."""
+        self.refuse_late(pause)
         if not self.gate.is_still:
             raise EngineError(f"{action} needs a paused engine, and requests may be sampling; pause it first")
         return self.gate.num_pauses
