@@ -126,12 +126,12 @@ class EngineClient:
 
 
 class EngineController:
-    """`EngineControl` over HTTP."""
+    """`EngineControl` over HTTP; `timeout_seconds` is the deadline of each call that is given none of its own."""
 
-    def __init__(self, url: str, *, name: str = "engine", start_timeout_seconds: float) -> None:
+    def __init__(self, url: str, *, name: str = "engine", timeout_seconds: float) -> None:
         self.url = url
         self.name = f"{name} at {url}"
-        self._start_timeout_seconds = start_timeout_seconds
+        self._timeout_seconds = timeout_seconds
         self._http = httpx.Client(base_url=url)
         self._pause: int | None = None
         """The last that the engine told of; whatever is asked of it in a publish names it (`routes.Order`)."""
@@ -152,7 +152,7 @@ class EngineController:
 
     def health(self) -> dict[str, Any]:
         """What `/health` tells: `status`, the engine's name, version, device and model, and its receipt."""
-        return self._call("GET", "/health", None, self._start_timeout_seconds)
+        return self._call("GET", "/health", None, self._timeout_seconds)
 
     def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:
         body = {"mode": mode, "timeout_seconds": timeout_seconds, "reuse_kv": reuse_kv}
@@ -160,21 +160,21 @@ class EngineController:
         return Paused(self._told(answer), answer["generation"])
 
     def resume(self, expected: Receipt) -> None:
-        self._order("/syncline/resume", {"expected": asdict(expected)}, self._start_timeout_seconds)
+        self._order("/syncline/resume", {"expected": asdict(expected)}, self._timeout_seconds)
 
     def receipt(self) -> Receipt:
-        return self._told(self._call("GET", "/syncline/receipt", None, self._start_timeout_seconds))
+        return self._told(self._call("GET", "/syncline/receipt", None, self._timeout_seconds))
 
     def parameters(self) -> Mapping[str, str]:
-        return self._call("GET", "/syncline/parameters", None, self._start_timeout_seconds)["parameters"]
+        return self._call("GET", "/syncline/parameters", None, self._timeout_seconds)["parameters"]
 
     def measure(self) -> tuple[Receipt, Mapping[str, str]]:
         """The receipt and each parameter's digest, computed now over what the engine holds."""
-        answer = self._call("POST", "/syncline/measure", {}, self._start_timeout_seconds)
+        answer = self._call("POST", "/syncline/measure", {}, self._timeout_seconds)
         return _receipt(answer), answer["parameters"]
 
     def export(self) -> Sequence[Mapping[str, Any]]:
-        return self._call("POST", "/syncline/export", None, self._start_timeout_seconds)
+        return self._call("POST", "/syncline/export", None, self._timeout_seconds)
 
     def reload(self, path: str, *, expected: Receipt, timeout_seconds: float) -> Receipt:
         body = {"path": path, "expected": asdict(expected)}
@@ -182,10 +182,10 @@ class EngineController:
 
     def adopt(self, expected: Receipt, *, resume: bool = False) -> Receipt:
         body = {"expected": asdict(expected), "resume": resume}
-        return _receipt(self._order("/syncline/adopt", body, self._start_timeout_seconds))
+        return _receipt(self._order("/syncline/adopt", body, self._timeout_seconds))
 
     def membership(self) -> Membership:
-        return Membership(**self._call("GET", "/syncline/broadcast", None, self._start_timeout_seconds))
+        return Membership(**self._call("GET", "/syncline/broadcast", None, self._timeout_seconds))
 
     def join_broadcast(self, invitation: Mapping[str, Any], *, first_rank: int, timeout_seconds: float) -> str:
         body = {"invitation": invitation, "first_rank": first_rank, "timeout_seconds": timeout_seconds}
@@ -200,14 +200,14 @@ class EngineController:
         return Received(_receipt(answer), answer["prove_seconds"])
 
     def adapters(self) -> Mapping[str, Any]:
-        return self._call("GET", "/syncline/adapters", None, self._start_timeout_seconds)
+        return self._call("GET", "/syncline/adapters", None, self._timeout_seconds)
 
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
         body = {"adapter": dict(adapter), "policy_version": policy_version, "timeout_seconds": timeout_seconds}
         return self._order("/syncline/stage", body, 2 * timeout_seconds)["parameters"]
 
     def switch(self, receipt: Receipt) -> Receipt:
-        return _receipt(self._order("/syncline/switch", asdict(receipt), self._start_timeout_seconds))
+        return _receipt(self._order("/syncline/switch", asdict(receipt), self._timeout_seconds))
 
     def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
         deadline = time.monotonic() + timeout_seconds

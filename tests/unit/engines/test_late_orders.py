@@ -46,7 +46,7 @@ class Scene:
         self.learner = self.connected()
 
     def connected(self) -> EngineController:
-        learner = EngineController("http://engine", start_timeout_seconds=1)
+        learner = EngineController("http://engine", timeout_seconds=1)
         learner._http = self.network
         return learner
 
