@@ -50,6 +50,8 @@ class Served:
     layouts: list[str] = field(default_factory=list)
     combination: Combination = field(default_factory=lambda: Combination([]))
     """Of the pieces that the ranks measured last, which `layouts` tells."""
+    num_asked: int = 0
+    """Calls that the ranks have not answered yet."""
     _core: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Of whoever stops the engine core, or lets it go on: what the gate says of it changes with it."""
 
@@ -74,7 +76,11 @@ class Served:
 
     async def each_rank(self, method: str, *args: Any) -> list[Any]:
         """What every rank answers, in rank order. Raises `SyncError` with what a rank cannot do."""
-        answers = await self.engine.collective_rpc(method, args=args)
+        self.num_asked += 1
+        try:
+            answers = await self.engine.collective_rpc(method, args=args)
+        finally:
+            self.num_asked -= 1
         faults = [f"rank {rank}: {answer['fault']}" for rank, answer in enumerate(answers) if "fault" in answer]
         if faults:
             raise SyncError("\n".join(faults))
