@@ -1,8 +1,8 @@
 """What ends an engine whose core is gone, or hangs behind a server that still answers.
 
-Requests inside wait for the core, and nothing but their clients' deadlines would end them. Once the process ends they
-are broken off: the pool sends them to other engines, no task is charged with them, and whoever watches the process
-starts it again, `engine.max_restarts` times, or names it.
+Requests inside wait for the core, and nothing but their clients' deadlines would end them. As the process ends they are
+sent away: the pool asks other engines, no task is charged with them, and whoever watches the process starts it again,
+`engine.max_restarts` times, or names it.
 """
 
 import asyncio
