@@ -152,7 +152,7 @@ class EngineController:
 
     def health(self) -> dict[str, Any]:
         """What `/health` tells: `status`, the engine's name, version, device and model, and its receipt."""
-        return self._call("GET", "/health", None, self._timeout_seconds)
+        return self._call("GET", "/health")
 
     def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:
         body = {"mode": mode, "timeout_seconds": timeout_seconds, "reuse_kv": reuse_kv}
@@ -160,67 +160,62 @@ class EngineController:
         return Paused(self._told(answer), answer["generation"])
 
     def resume(self, expected: Receipt) -> None:
-        self._order("/syncline/resume", {"expected": asdict(expected)}, self._timeout_seconds)
+        self._order("/syncline/resume", expected=asdict(expected))
 
     def receipt(self) -> Receipt:
-        return self._told(self._call("GET", "/syncline/receipt", None, self._timeout_seconds))
+        return self._told(self._call("GET", "/syncline/receipt"))
 
     def parameters(self) -> Mapping[str, str]:
-        return self._call("GET", "/syncline/parameters", None, self._timeout_seconds)["parameters"]
+        return self._call("GET", "/syncline/parameters")["parameters"]
 
     def measure(self) -> tuple[Receipt, Mapping[str, str]]:
         """The receipt and each parameter's digest, computed now over what the engine holds."""
-        answer = self._call("POST", "/syncline/measure", {}, self._timeout_seconds)
+        answer = self._call("POST", "/syncline/measure")
         return _receipt(answer), answer["parameters"]
 
     def export(self) -> Sequence[Mapping[str, Any]]:
-        return self._call("POST", "/syncline/export", None, self._timeout_seconds)
+        return self._call("POST", "/syncline/export")
 
     def reload(self, path: str, *, expected: Receipt, timeout_seconds: float) -> Receipt:
-        body = {"path": path, "expected": asdict(expected)}
-        return _receipt(self._order("/syncline/reload", body, timeout_seconds))
+        return _receipt(self._order("/syncline/reload", timeout_seconds, path=path, expected=asdict(expected)))
 
     def adopt(self, expected: Receipt, *, resume: bool = False) -> Receipt:
-        body = {"expected": asdict(expected), "resume": resume}
-        return _receipt(self._order("/syncline/adopt", body, self._timeout_seconds))
+        return _receipt(self._order("/syncline/adopt", expected=asdict(expected), resume=resume))
 
     def membership(self) -> Membership:
-        return Membership(**self._call("GET", "/syncline/broadcast", None, self._timeout_seconds))
+        return Membership(**self._call("GET", "/syncline/broadcast"))
 
     def join_broadcast(self, invitation: Mapping[str, Any], *, first_rank: int, timeout_seconds: float) -> str:
         body = {"invitation": invitation, "first_rank": first_rank, "timeout_seconds": timeout_seconds}
-        return self._order("/syncline/broadcast/join", body, timeout_seconds + GRACE_SECONDS)["plan"]
+        return self._order("/syncline/broadcast/join", timeout_seconds + GRACE_SECONDS, **body)["plan"]
 
     def receive_broadcast(
         self, expected: Receipt, *, generation: str, timeout_seconds: float, resume: bool = False
     ) -> Received:
-        body: dict[str, Any] = {"expected": asdict(expected), "generation": generation, "resume": resume}
-        body["timeout_seconds"] = timeout_seconds
-        answer = self._order("/syncline/broadcast/receive", body, timeout_seconds + GRACE_SECONDS)
+        body = {"generation": generation, "resume": resume, "timeout_seconds": timeout_seconds}
+        wait = timeout_seconds + GRACE_SECONDS
+        answer = self._order("/syncline/broadcast/receive", wait, expected=asdict(expected), **body)
         return Received(_receipt(answer), answer["prove_seconds"])
 
     def adapters(self) -> Mapping[str, Any]:
-        return self._call("GET", "/syncline/adapters", None, self._timeout_seconds)
+        return self._call("GET", "/syncline/adapters")
 
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
         body = {"adapter": dict(adapter), "policy_version": policy_version, "timeout_seconds": timeout_seconds}
-        return self._order("/syncline/stage", body, 2 * timeout_seconds)["parameters"]
+        return self._order("/syncline/stage", 2 * timeout_seconds, **body)["parameters"]
 
     def switch(self, receipt: Receipt) -> Receipt:
-        return _receipt(self._order("/syncline/switch", asdict(receipt), self._timeout_seconds))
+        return _receipt(self._order("/syncline/switch", **asdict(receipt)))
 
     def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
         deadline = time.monotonic() + timeout_seconds
-        self._order("/syncline/restart", {"path": path, "policy_version": policy_version}, timeout_seconds)
-        self._wait_until_gone(deadline, timeout_seconds)
-        self.wait_until_ready(timeout_seconds=max(0.0, deadline - time.monotonic()))
-        return self.receipt()
-
-    def _wait_until_gone(self, deadline: float, timeout_seconds: float) -> None:
+        self._order("/syncline/restart", timeout_seconds, path=path, policy_version=policy_version)
         while self._health_fault() is None:
             if time.monotonic() > deadline:
                 raise EngineTimeout(f"{self.name} was asked to restart and still answers after {timeout_seconds:g} s")
             time.sleep(RETRY_SECONDS)
+        self.wait_until_ready(timeout_seconds=max(0.0, deadline - time.monotonic()))
+        return self.receipt()
 
     def _health_fault(self) -> str | None:
         try:
@@ -233,14 +228,15 @@ class EngineController:
         self._pause = answer["pause"]
         return _receipt(answer)
 
-    def _order(self, path: str, body: dict[str, Any], timeout_seconds: float) -> Any:
+    def _order(self, path: str, timeout_seconds: float | None = None, /, **body: Any) -> Any:
         return self._call("POST", path, body | {"pause": self._pause}, timeout_seconds)
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float) -> Any:
+    def _call(self, method: str, path: str, body: Any = None, timeout_seconds: float | None = None) -> Any:
+        limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         try:
-            response = self._http.request(method, path, json=body, timeout=timeout_seconds)
+            response = self._http.request(method, path, json=body, timeout=limit)
         except httpx.TimeoutException as error:
-            raise EngineTimeout(f"{self.name} did not answer {path} in {timeout_seconds:g} s") from error
+            raise EngineTimeout(f"{self.name} did not answer {path} in {limit:g} s") from error
         except httpx.HTTPError as error:
             raise EngineGone(f"{self.name} broke off {path}: {error!r}") from error
         return _json(str(response.url), response.status_code, response.content)

@@ -66,8 +66,7 @@ def serve(
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it here: 40 ms an answer
     try:
         with owning(start.port) if shares and not start.attach_to else nullcontext():
-            order = {"shares": shares, "patience_seconds": patience_of(config), "say": say}
-            restart, died = asyncio.run(_serve(args, sock, start, about, run_dir, **order))
+            restart, died = asyncio.run(_serve(config, args, sock, start, about, run_dir, say=say))
     finally:
         sock.close()
     if restart is not None:
@@ -79,14 +78,13 @@ def serve(
 
 
 async def _serve(
+    config: RunConfig,
     args: Namespace,
     sock: Any,
     start: Start,
     about: dict[str, str],
     run_dir: Path | None,
     *,
-    shares: bool,
-    patience_seconds: float,
     say: Callable[[str], None],
 ) -> tuple[Restart | None, str | None]:
     parts = compat.server_parts()
@@ -94,7 +92,7 @@ async def _serve(
     gate = Gate(start.policy_version)
     async with engine_behind(gate, args) as engine:
         adapters = Adapters(args.max_loras if args.enable_lora else 0)
-        served = Served(engine, gate, about, shares=shares, adapters=adapters)
+        served = Served(engine, gate, about, shares=config.bridge.name == "shared", adapters=adapters)
         app = parts.build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await parts.init_app_state(GatedEngine(served), app.state, args, await engine.get_supported_tasks())
         if start.bridge_config:
@@ -113,7 +111,7 @@ async def _serve(
         add_routes(app, *(router(served) for router in routes))
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))
-        watch = asyncio.create_task(_watch(served, died, patience_seconds=patience_seconds))
+        watch = asyncio.create_task(_watch(served, died, patience_seconds=patience_of(config)))
         announcement = asyncio.create_task(_announce(args.host, start.port, say))
         waits = {"timeout_keep_alive": 30, "timeout_graceful_shutdown": GRACE_SECONDS}
         shutdown = await parts.serve_http(
