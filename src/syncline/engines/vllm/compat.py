@@ -5,6 +5,7 @@ Supported: 0.26 (torch 2.11) to 0.33. vLLM 0.27 moved the server's parts from `e
 """
 
 import asyncio
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -56,6 +57,16 @@ def server_parts() -> ServerParts:
         from vllm.entrypoints.openai.api_server import build_app, init_app_state, setup_server
         from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args  # pyright: ignore
     return ServerParts(build_app, init_app_state, serve_http, setup_server, make_arg_parser, validate_parsed_serve_args)
+
+
+def keep_messages_whole() -> None:
+    """Has the engine core put its arrays into a message's first part, where vLLM takes the buffer of that part for its
+    next message as soon as the *last* one has gone (0.26 does): what the server then reads is two messages mixed, which
+    it mostly cannot decode, and the engine dies. Before the core is started."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    if not hasattr(EngineCoreProc, "_send_msg_tracking_payload"):
+        os.environ["VLLM_MSGPACK_ZERO_COPY_THRESHOLD"] = str(1 << 30)  # bytes from which on an array is a part
 
 
 def core_died() -> type[Exception]:

@@ -56,6 +56,7 @@ def serve(
     device, shares = engine_device(config), config.bridge.name == "shared"
     set_environment(config, device)
     args = parse(config, device, start)
+    compat.keep_messages_whole()
     about = {
         "name": "vllm",
         "version": compat.vllm_version(),
