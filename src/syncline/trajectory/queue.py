@@ -239,8 +239,11 @@ class TrajectoryQueue:
         return tickets
 
     def ready(self) -> list[Ticket]:
-        """What may be leased, oldest first: not groups of a version the learner has not announced yet."""
-        return [t for t in self.ledger.within(TicketState.QUEUED) if not _above(t.newest, self.state.policy_version)]
+        """What may be leased: not groups of a version the learner has not announced yet. First those that the next
+        version makes too old, or who sampled long would be the one to be dropped; then in the order they came."""
+        served, oldest_next = self.state.policy_version, self.state.policy_version - self.limits.max_staleness
+        found = [t for t in self.ledger.within(TicketState.QUEUED) if not _above(t.newest, served)]
+        return sorted(found, key=lambda t: t.oldest is None or t.oldest > oldest_next)
 
     def acknowledge(self, group_ids: Collection[str], *, learner: str, step: int, policy_version: int) -> None:
         """`step` trained on these groups and `policy_version` is served now. Taken also after the lease expired, as

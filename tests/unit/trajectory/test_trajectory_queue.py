@@ -424,6 +424,22 @@ def test_a_batch_that_could_never_be_formed_is_refused():
         bench.lease(3)
 
 
+def test_a_group_that_took_long_is_leased_before_later_ones_while_it_is_not_too_old():
+    bench = Bench(groups_per_step=2, max_staleness=1)
+    bench.start()
+    slow, *quick = bench.grant(num_permits=4)
+    for ticket in quick[:2]:
+        bench.put(ticket)
+    bench.acknowledge(bench.lease(2), step=1)
+    quick += bench.grant(num_permits=9)
+    for ticket in quick[2:]:
+        bench.put(ticket, policy_version=1)
+    bench.put(slow, policy_version=0)
+    assert indices(bench.queue.ready())[0] == slow.task_index
+    assert indices(bench.lease(2, lease_id="second")) == [slow.task_index, quick[2].task_index]
+    assert bench.counters.stale == 0
+
+
 def test_stale_groups_are_dropped_and_their_tasks_go_out_again():
     bench = Bench(groups_per_step=1, max_staleness=1)
     bench.start()
