@@ -100,7 +100,7 @@ def test_what_arrives_after_its_learner_gave_up_changes_nothing(scene: Scene, or
     scene.pause("keep")
     late = scene.late(ORDERS[order])
     assert late.status_code == 409, late.text
-    assert "asked in pause 1 of this engine, and a bridge has paused it again since: 2 is the last" in late.text
+    assert "asked in pause 1, and a bridge has begun pause 2 of this engine since" in late.text
     assert not scene.samples
     assert (scene.served.held, scene.served.engine.calls) == (HELD, [])
 
@@ -142,5 +142,5 @@ def test_a_pause_by_hand_makes_no_bridge_late(scene: Scene) -> None:
 
 def test_a_resume_of_another_pause_is_told_which_is_on(scene: Scene) -> None:
     scene.pause()
-    with pytest.raises(EngineError, match=r"409.*pause 3 of this engine.*: 1 is the last"):
+    with pytest.raises(EngineError, match=r"409.*pause 3, and a bridge has begun pause 1 of"):
         scene.learner._call("POST", "/syncline/resume", {"expected": asdict(HELD), "pause": 3}, 1)

@@ -2,13 +2,10 @@
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from real_engine import run_values
 
-from syncline.config import RunConfig
 from syncline.engines.vllm import watch
 from syncline.engines.vllm.gate import Gate
 from syncline.engines.vllm.served import Served
@@ -51,13 +48,19 @@ class Core:
         self.errored = True
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, at: dict[float, Callable[[Core], object]], *, hangs: bool) -> Core:
+def watched(
+    monkeypatch: pytest.MonkeyPatch,
+    at: dict[float, Callable[[Core], object]],
+    *,
+    hangs: bool,
+    request_seconds: float = 2 * PATIENCE,
+) -> Core:
     async def story() -> Core:
         core = Core(at)
         if not hangs:
             core.answers.set()
         monkeypatch.setattr(watch.asyncio, "sleep", core.pass_time)
-        core.told = await watch.fault_of_core(core.served, patience_seconds=PATIENCE)
+        core.told = await watch.fault_of_core(core.served, request_seconds=request_seconds)
         return core
 
     return asyncio.run(story())
@@ -89,11 +92,13 @@ def test_a_core_that_answers_is_not_asked_at_every_turn(monkeypatch: pytest.Monk
     assert watched(monkeypatch, {100.0: Core.die}, hangs=False).num_probes <= 1 + 100 / watch.PROBE_SECONDS
 
 
-@pytest.mark.parametrize(("timeout_seconds", "expected"), [(300, 150), (20, 60)])
-def test_half_of_a_requests_time_is_anothers(tmp_path: Path, timeout_seconds: float, expected: float) -> None:
-    values = run_values(tmp_path, tmp_path)
-    values["engine"]["request_timeout_seconds"] = timeout_seconds
-    assert watch.patience_of(RunConfig.model_validate(values)) == expected
+@pytest.mark.parametrize(("request_seconds", "expected"), [(300, 150), (20, 60)])
+def test_half_of_a_requests_time_is_anothers(
+    monkeypatch: pytest.MonkeyPatch, request_seconds: float, expected: float
+) -> None:
+    core = watched(monkeypatch, {}, hangs=True, request_seconds=request_seconds)
+    assert core.told == f"the engine core has not answered for {expected} s"
+    assert expected < core.now <= expected + 1
 
 
 def test_calls_of_the_ranks_are_counted_until_they_end() -> None:

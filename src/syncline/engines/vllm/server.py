@@ -35,7 +35,7 @@ from syncline.engines.vllm.plugin import refuse_unregistered
 from syncline.engines.vllm.routes import add_routes
 from syncline.engines.vllm.sampling_routes import sampling_routes
 from syncline.engines.vllm.served import Restart, Served
-from syncline.engines.vllm.watch import fault_of_core, patience_of
+from syncline.engines.vllm.watch import fault_of_core
 from syncline.engines.vllm.weight_routes import pause_routes, weight_routes
 from syncline.launch.plan import url
 
@@ -112,7 +112,7 @@ async def _serve(
         add_routes(app, *(router(served) for router in routes))
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))
-        watch = asyncio.create_task(_watch(served, died, patience_seconds=patience_of(config)))
+        watch = asyncio.create_task(_watch(served, died, config.engine.request_timeout_seconds))
         announcement = asyncio.create_task(_announce(args.host, start.port, say))
         waits = {"timeout_keep_alive": 30, "timeout_graceful_shutdown": GRACE_SECONDS}
         shutdown = await parts.serve_http(
@@ -155,9 +155,9 @@ async def _announce(host: str, port: int, say: Callable[[str], None]) -> None:
         return say(f"Uvicorn running on {url(host, port)}")
 
 
-async def _watch(served: Served, died: list[str], *, patience_seconds: float) -> None:
+async def _watch(served: Served, died: list[str], request_seconds: float) -> None:
     """Ends the process when its engine core is of no use any more."""
-    died.append(await fault_of_core(served, patience_seconds=patience_seconds))
+    died.append(await fault_of_core(served, request_seconds=request_seconds))
     os.kill(os.getpid(), signal.SIGTERM)
 
 
