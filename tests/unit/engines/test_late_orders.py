@@ -100,7 +100,7 @@ def test_what_arrives_after_its_learner_gave_up_changes_nothing(scene: Scene, or
     scene.pause("keep")
     late = scene.late(ORDERS[order])
     assert late.status_code == 409, late.text
-    assert "asked in pause 1, and a bridge has begun pause 2 of this engine since" in late.text
+    assert "asked in pause 1, and a bridge has begun pause 2 of it since" in late.text
     assert not scene.samples
     assert (scene.served.held, scene.served.engine.calls) == (HELD, [])
 

@@ -174,7 +174,7 @@ class Served:
         """Raises `EngineError` for an order of a pause (`routes.Order`) that is not the last that a bridge began."""
         if pause not in (None, self.bridge_pause):
             raise EngineError(
-                f"asked in pause {pause}, and a bridge has begun pause {self.bridge_pause} of this engine since; pause it anew"
+                f"asked in pause {pause}, and a bridge has begun pause {self.bridge_pause} of it since; pause it anew"
             )
 
     def need_paused(self, action: str, pause: int | None = None) -> int:
