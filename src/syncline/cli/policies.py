@@ -92,7 +92,7 @@ class Policies:
         from syncline.bridges.verify import faults_of
         from syncline.engines.client import EngineController
 
-        engine = EngineController(url, start_timeout_seconds=self._config.engine.start_timeout_seconds)
+        engine = EngineController(url, timeout_seconds=self._config.engine.start_timeout_seconds)
         try:
             served = engine.parameters()
         finally:
