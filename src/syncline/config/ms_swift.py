@@ -40,15 +40,24 @@ class Translation:
 
 
 def is_ms_swift(values: Mapping[str, Any]) -> bool:
-    """By its content: a section `rlhf`, and no section `run`, which every file of ours has."""
-    return isinstance(values.get("rlhf"), dict) and "run" not in values
+    """By its content: a section `rlhf` or its keys at the top, and no section `run`, which every file of ours has."""
+    return (isinstance(values.get("rlhf"), dict) or any(name in values for name in keys.FLAT)) and "run" not in values
 
 
 def translate(values: Mapping[str, Any]) -> Translation:
     """Every key of the file, read once. What is left over at the end is unknown."""
-    found, given = Translation(), _Given(_flat(values))
+    found = Translation()
+    if flat := [name for name in keys.FLAT if name in values]:
+        found.faults.append(
+            f"{flat[0]}: this is ms-swift's flat form; put model and torch_dtype under the section model, train_type, "
+            "lora_* and freeze_* under tuner, what is the Trainer's under training, what is GRPO's and vLLM's under "
+            "rlhf, and name the rows as custom.train_jsonl (docs/servers.md)"
+        )
+        return found
+    given = _given(_flat(values), found.notes)
+    found.faults += _planned(given)
     for path, ours in keys.TRANSLATED.items():
-        if (value := given.take(path)) is not _MISSING and value is not None:
+        if (value := given.take(path)) is not _MISSING:
             found.set(ours, value, path)
     for path, (allowed, why) in keys.FIXED.items():
         if (value := given.take(path)) is not _MISSING and value not in allowed:
@@ -56,7 +65,7 @@ def translate(values: Mapping[str, Any]) -> Translation:
             found.faults.append(f"{path}: {value!r} {why}; set it to {shown}")
     for path, choices in keys.CHOICES.items():
         _choose(found, given, path, choices)
-    for part in (_server, _model, _adapter, _sampling, _batch, _optimizer, _loss, _rewards):
+    for part in (_server, _model, _adapter, _batch, _optimizer, _loss, _rewards):
         found.faults += part(found, given)
     _leave_out(found, given)
     return found
@@ -72,21 +81,49 @@ class _Given:
         return self.left.pop(path, default)
 
 
+def _given(flat: dict[str, Any], notes: list[str]) -> _Given:
+    """With ms-swift's defaults under what the file says; `notes`: where ours count instead."""
+    is_apart = flat.get("rlhf.vllm_mode") == "server"
+    defaults: dict[str, Any] = {f"{SERVER}.vllm_gpu_memory_utilization": keys.SERVER_MEMORY} if is_apart else {}
+    if rate := keys.LEARNING_RATES.get(flat.get("tuner.train_type", "lora")):
+        defaults["training.learning_rate"] = rate
+    said = {*flat, "rlhf.vllm_gpu_memory_utilization"} if is_apart else {*flat}
+    if said & {"rlhf.vllm_max_model_len", f"{SERVER}.vllm_max_model_len"}:
+        said.add("global_max_length")
+    notes += [f"{path}: absent: {why}" for path, why in keys.KEPT.items() if path not in said]
+    return _Given(keys.DEFAULTS | defaults | flat)
+
+
+def _planned(given: _Given) -> Iterator[str]:
+    """Writes out `custom.grpo.batch_plan`, as if the file said what it is short for."""
+    section = "custom.grpo.batch_plan"
+    is_on = given.take(f"{section}.enabled", False) is True
+    for name, paths in keys.BATCH_PLAN.items():
+        if (value := given.take(f"{section}.{name}")) is _MISSING:
+            continue
+        if not is_on:
+            yield f"{section}.{name}: {value!r}, but {section}.enabled is not true; set it, or leave the plan out"
+            continue
+        for path in paths:
+            if (said := given.left.setdefault(path, value)) != value:
+                yield f"{section}.{name}: {value!r} is not {path} = {said!r}; leave one of them out"
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path → value; the mappings that are values themselves stay whole."""
+    """Dotted path → value; the mappings that are values themselves stay whole, and null, a default, is left out."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}.{name}" if prefix else str(name)
         if isinstance(value, dict) and value and path not in keys.WHOLE:
             flat |= _flat(value, path)
-        else:
+        elif value is not None:
             flat[path] = value
     return flat
 
 
 def _choose(found: Translation, given: _Given, path: str, choices: Mapping[Any, Any]) -> None:
     value = given.take(path)
-    if value is _MISSING or value is None:
+    if value is _MISSING:
         return
     if not isinstance(value, str | bool) or value not in choices:
         known = ", ".join(str(choice) for choice in choices)
@@ -208,8 +245,10 @@ def _lengths(found: Translation, given: _Given, section: str) -> Iterator[str]:
 
 
 def _model(found: Translation, given: _Given) -> Iterator[str]:
-    if "path" not in found.values.get("model", {}):
+    if (path := found.values.get("model", {}).get("path")) is None:
         yield "model.model: required, but missing; name a folder or a model of the hub"
+    elif "dir" not in found.values["run"]:
+        found.set("run.dir", f"output/{Path(path).name}", "training.output_dir")
     if (implementation := given.take("model.attn_impl", None)) is not None:
         found.set("learner.attention", keys.ATTENTION.get(implementation, implementation), "model.attn_impl")
     fate = "adapted" if given.left.get("tuner.train_type", "lora") == "lora" else "trained"
@@ -250,18 +289,10 @@ def _adapter(found: Translation, given: _Given) -> Iterator[str]:
             f"{section}.vllm_enable_lora: true, but adapters of multimodal towers are not served; set it to false: the "
             "adapter then reaches the server merged"
         )
-    if largest is not None and not (serves and _whole(largest) and largest >= (ranks["lora_rank"] or 8)):
+    if largest is not None and not (serves and _whole(largest) and largest >= ranks["lora_rank"]):
         yield f"{section}.vllm_max_lora_rank: {largest!r} is set from tuner.lora_rank; leave it out"
     apart, together = "lora" if serves else "broadcast", "restart" if kind == "lora" and dora else "shared"
     found.set("bridge.name", apart if found.is_apart else together, "rlhf.vllm_mode")
-
-
-def _sampling(found: Translation, given: _Given) -> Iterator[str]:
-    top_k = given.take("rlhf.top_k", None)
-    if top_k is not None:
-        found.set("sampling.top_k", max(0, top_k) if isinstance(top_k, int) else top_k, "rlhf.top_k")
-    if "max_tokens" not in found.values.get("sampling", {}):
-        yield "rlhf.max_completion_length: required, but missing; add it"
 
 
 def _batch(found: Translation, given: _Given) -> Iterator[str]:
@@ -302,9 +333,6 @@ def _steps(found: Translation, given: _Given, groups: int) -> Iterator[str]:
     steps, epochs = given.take("training.max_steps", None), given.take("training.num_train_epochs", None)
     rows = given.left.get("custom.train_jsonl")
     if steps is None or steps == -1:
-        if epochs is None:
-            yield "training.max_steps: required where training.num_train_epochs is absent; add one of them"
-            return
         try:
             with Path(str(rows)).open("rb") as lines:
                 steps = max(1, math.ceil(epochs * sum(1 for _ in lines) / groups))
@@ -342,24 +370,41 @@ def _loss(found: Translation, given: _Given) -> Iterator[str]:
         yield "rlhf.kl_in_reward: true, but KL is a term of the loss here; set it to false, or rlhf.beta to 0"
     if given.take("rlhf.async_generate", False):
         found.set("run.max_staleness", 1, "rlhf.async_generate")
+        if found.values["learner"]["loss"]["importance"]["level"] == "none":
+            found.set("learner.loss.importance.level", "token", "rlhf.async_generate")
+            found.notes.append(
+                "rlhf.async_generate: true samples from an older policy, which is corrected for by token"
+            )
 
 
 def _rewards(found: Translation, given: _Given) -> Iterator[str]:
-    functions, weights = given.take("rlhf.reward_funcs", None), given.take("rlhf.reward_weights", None)
+    functions, weights = given.take("rlhf.reward_funcs", None), _listed(given.take("rlhf.reward_weights", None)) or None
     train, heldout = given.take("custom.train_jsonl", None), given.take("custom.val_jsonl", None)
     if not isinstance(functions, list) or not functions:
         yield f"rlhf.reward_funcs: {functions!r} must be a list of import paths, such as my_rewards:accuracy"
         return
-    for i, name in enumerate(functions):
-        if not isinstance(name, str) or ":" not in name:
-            yield f"rlhf.reward_funcs.{i}: {name!r} is no import path; write module:function, as my_rewards:accuracy"
+    known = [f"summary.{name}" for name in keys.SUMMARY_REWARDS]
+    is_summary = all(name in known for name in functions)
+    if not is_summary and (wrong := [name for name in functions if not isinstance(name, str) or ":" not in name]):
+        yield (
+            f"rlhf.reward_funcs: {wrong} are no import paths; write module:function, as my_rewards:accuracy, or name "
+            f"rewards of the task summary and no others: {', '.join(known)}"
+        )
     if weights is not None and len(weights) != len(functions):
         yield f"rlhf.reward_weights: {len(weights)} numbers for {len(functions)} rlhf.reward_funcs; give one each"
     if not train:
         yield "custom.train_jsonl: required, but missing; name the JSONL file of the training rows"
     args = {"rewards": functions, "weights": weights, "path": train, "heldout_path": heldout}
+    if is_summary:
+        parts = [name.removeprefix("summary.") for name in functions]
+        args |= {"rewards": None, "weights": dict(zip(parts, weights or [1.0] * len(parts), strict=False))}
+        if "schema_tree" in parts:
+            found.notes.append(
+                "rlhf.reward_funcs: summary.schema_tree compares with a schema of yours; name its file, as "
+                "environments.0.args.schema=schema.json"
+            )
     used = {name: value for name, value in args.items() if value is not None}
-    found.set("environments", [{"task": "trl_rewards", "args": used}], "rlhf.reward_funcs")
+    found.set("environments", [{"task": "summary" if is_summary else "trl_rewards", "args": used}], "rlhf.reward_funcs")
 
 
 def _leave_out(found: Translation, given: _Given) -> None:
@@ -367,13 +412,15 @@ def _leave_out(found: Translation, given: _Given) -> None:
     for path, value in given.left.items():
         sections = (told for section, told in keys.NEEDLESS_SECTIONS.items() if path.startswith(section))
         why = keys.NEEDLESS.get(path) or next(sections, None)
+        shown = "" if isinstance(value, dict) else f"{value!r} "
         if path in keys.REFUSED:
-            if value not in (None, False, [], {}):
-                found.faults.append(f"{path}: {value!r} {keys.REFUSED[path]}; leave it out")
+            if value not in (False, [], {}) and not (isinstance(value, dict) and value.get("enabled") is False):
+                off = f", or set {path}.enabled to false" if isinstance(value, dict) else ""
+                found.faults.append(f"{path}: {shown}{keys.REFUSED[path]}; leave it out{off}")
         elif why is None:
             found.faults.append(f"{path}: unknown key (value {value!r}); no counterpart here, so leave it out")
         else:
-            found.notes.append(f"{path}: {value!r} changes nothing: {why}")
+            found.notes.append(f"{path}: {shown}changes nothing: {why}")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from syncline.types import RolloutGroup
 
 TRAINING_LOG = "training.log"
 NAME = "train_grpo_vllm"
-COLUMNS = ("step", "micro_step", "prompt", "completion", "reward", "parts")
+COLUMNS = ("step", "micro_step", "prompt", "completion", "action", "reward", "target_action", "parts")
 log = logging.getLogger(NAME)
 
 
@@ -81,7 +81,10 @@ def _joined(values: Mapping[str, object]) -> str:
 
 
 class CompletionsCsv:
-    """A `MetricSink` that writes a row for each completion; `parts` are the reward's, `action=2 target_action=1`."""
+    """A `MetricSink` that writes a row for each completion; `parts` are the reward's, `action=2 target_action=1`.
+
+    The two are columns too, empty where an environment has no such parts.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,10 +103,10 @@ class CompletionsCsv:
         for micro_step, group in enumerate(groups):
             for rollout in group.rollouts:
                 said = [message.content for message in rollout.messages]
-                parts = " ".join(f"{name}={value:g}" for name, value in rollout.reward_parts.items())
-                self._rows.writerow(
-                    [step, micro_step, "".join(said[:-1]), said[-1] if said else "", rollout.reward, parts]
-                )
+                parts = {name: f"{value:g}" for name, value in rollout.reward_parts.items()}
+                row = [step, micro_step, "".join(said[:-1]), said[-1] if said else ""]
+                row += [parts.get("action", ""), rollout.reward, parts.get("target_action", "")]
+                self._rows.writerow([*row, " ".join(f"{name}={value}" for name, value in parts.items())])
         self._file.flush()
 
     def close(self) -> None:
