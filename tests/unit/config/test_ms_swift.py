@@ -298,7 +298,8 @@ def test_a_wrong_combination_is_refused_with_the_path_of_its_key(
 def test_other_gpus_than_ranks_are_refused_with_both_paths(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         loaded(tmp_path, {}, "engine.devices=[0,1,2,3]", "engine.device=cuda", "learner.device=cuda")
-    assert refused.value.faults[0].startswith(
+    [fault] = refused.value.faults
+    assert fault.startswith(
         f"{SERVER}.vllm_tensor_parallel_size × vllm_data_parallel_size (engine.devices): [0, 1, 2, 3] names 4 GPUs"
     )
 
