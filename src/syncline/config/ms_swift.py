@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from syncline.config import ms_swift_keys as keys
+from syncline.config.ms_swift_given import MISSING, SERVER, Given, batch_plan, read
 
-SERVER = "custom.extra.rollout_server"
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
-_MISSING = object()
 
 
 @dataclass(slots=True)
@@ -54,13 +53,13 @@ def translate(values: Mapping[str, Any]) -> Translation:
             "rlhf, and name the rows as custom.train_jsonl (docs/servers.md)"
         )
         return found
-    given = _given(_flat(values), found.notes)
-    found.faults += _planned(given)
+    given = read(values, found.notes)
+    found.faults += batch_plan(given)
     for path, ours in keys.TRANSLATED.items():
-        if (value := given.take(path)) is not _MISSING:
+        if (value := given.take(path)) is not MISSING:
             found.set(ours, value, path)
     for path, (allowed, why) in keys.FIXED.items():
-        if (value := given.take(path)) is not _MISSING and value not in allowed:
+        if (value := given.take(path)) is not MISSING and value not in allowed:
             shown = " or ".join(map(repr, allowed))
             found.faults.append(f"{path}: {value!r} {why}; set it to {shown}")
     for path, choices in keys.CHOICES.items():
@@ -71,59 +70,9 @@ def translate(values: Mapping[str, Any]) -> Translation:
     return found
 
 
-class _Given:
-    """The file's values by dotted path; each is taken once."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.left = values
-
-    def take(self, path: str, default: Any = _MISSING) -> Any:
-        return self.left.pop(path, default)
-
-
-def _given(flat: dict[str, Any], notes: list[str]) -> _Given:
-    """With ms-swift's defaults under what the file says; `notes`: where ours count instead."""
-    is_apart = flat.get("rlhf.vllm_mode") == "server"
-    defaults: dict[str, Any] = {f"{SERVER}.vllm_gpu_memory_utilization": keys.SERVER_MEMORY} if is_apart else {}
-    if rate := keys.LEARNING_RATES.get(flat.get("tuner.train_type", "lora")):
-        defaults["training.learning_rate"] = rate
-    said = {*flat, "rlhf.vllm_gpu_memory_utilization"} if is_apart else {*flat}
-    if said & {"rlhf.vllm_max_model_len", f"{SERVER}.vllm_max_model_len"}:
-        said.add("global_max_length")
-    notes += [f"{path}: absent: {why}" for path, why in keys.KEPT.items() if path not in said]
-    return _Given(keys.DEFAULTS | defaults | flat)
-
-
-def _planned(given: _Given) -> Iterator[str]:
-    """Writes out `custom.grpo.batch_plan`, as if the file said what it is short for."""
-    section = "custom.grpo.batch_plan"
-    is_on = given.take(f"{section}.enabled", False) is True
-    for name, paths in keys.BATCH_PLAN.items():
-        if (value := given.take(f"{section}.{name}")) is _MISSING:
-            continue
-        if not is_on:
-            yield f"{section}.{name}: {value!r}, but {section}.enabled is not true; set it, or leave the plan out"
-            continue
-        for path in paths:
-            if (said := given.left.setdefault(path, value)) != value:
-                yield f"{section}.{name}: {value!r} is not {path} = {said!r}; leave one of them out"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path → value; the mappings that are values themselves stay whole, and null, a default, is left out."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        path = f"{prefix}.{name}" if prefix else str(name)
-        if isinstance(value, dict) and value and path not in keys.WHOLE:
-            flat |= _flat(value, path)
-        elif value is not None:
-            flat[path] = value
-    return flat
-
-
-def _choose(found: Translation, given: _Given, path: str, choices: Mapping[Any, Any]) -> None:
+def _choose(found: Translation, given: Given, path: str, choices: Mapping[Any, Any]) -> None:
     value = given.take(path)
-    if value is _MISSING:
+    if value is MISSING:
         return
     if not isinstance(value, str | bool) or value not in choices:
         known = ", ".join(str(choice) for choice in choices)
@@ -133,7 +82,7 @@ def _choose(found: Translation, given: _Given, path: str, choices: Mapping[Any, 
         found.set(ours, translated, path)
 
 
-def _server(found: Translation, given: _Given) -> Iterator[str]:
+def _server(found: Translation, given: Given) -> Iterator[str]:
     """Who samples, where, and with what: the rules of the split."""
     mode = given.take("rlhf.vllm_mode", None)
     if (used := given.take("rlhf.use_vllm", None)) is not True:
@@ -147,7 +96,7 @@ def _server(found: Translation, given: _Given) -> Iterator[str]:
     if found.is_apart:
         yield from _address(found, given)
     for name, ours in keys.ENGINE.items():
-        if (value := given.take(f"{section}.{name}")) is not _MISSING:
+        if (value := given.take(f"{section}.{name}")) is not MISSING:
             yield from _engine_value(found, f"{section}.{name}", ours, value)
     if given.take(f"{section}.vllm_use_async_engine", True) is not True:
         yield f"{section}.vllm_use_async_engine: false, but engines here are always asynchronous; leave it out"
@@ -160,7 +109,7 @@ def _server(found: Translation, given: _Given) -> Iterator[str]:
         found.set("learner.devices", [size], "rlhf.vllm_mode")
 
 
-def _misplaced(given: _Given, mode: str) -> Iterator[str]:
+def _misplaced(given: Given, mode: str) -> Iterator[str]:
     """Settings where the chosen mode would ignore them."""
     for path in list(given.left):
         section, _, name = path.rpartition(".")
@@ -182,7 +131,7 @@ def _misplaced(given: _Given, mode: str) -> Iterator[str]:
                 yield f"{SERVER}.{name}: required, but missing; add it"
 
 
-def _address(found: Translation, given: _Given) -> Iterator[str]:
+def _address(found: Translation, given: Given) -> Iterator[str]:
     hosts, ports = (_listed(given.take(f"rlhf.vllm_server_{name}", None)) for name in ("host", "port"))
     if len(hosts) != 1 or hosts[0] not in LOCAL_HOSTS:
         yield f"rlhf.vllm_server_host: {hosts} must be one of {', '.join(LOCAL_HOSTS)}; others go by engine.servers"
@@ -208,7 +157,7 @@ def _engine_value(found: Translation, path: str, ours: str, value: Any) -> Itera
     found.set(ours, value, path)
 
 
-def _own_options(found: Translation, given: _Given, section: str) -> Iterator[str]:
+def _own_options(found: Translation, given: Given, section: str) -> Iterator[str]:
     """vLLM's options that ms-swift hands on, as a mapping or as JSON."""
     path = f"{section}.vllm_engine_kwargs"
     options = given.take(path, None) or {}
@@ -229,7 +178,7 @@ def _own_options(found: Translation, given: _Given, section: str) -> Iterator[st
             found.set(f"engine.extra.{name}", value, f"{path}.{name}")
 
 
-def _lengths(found: Translation, given: _Given, section: str) -> Iterator[str]:
+def _lengths(found: Translation, given: Given, section: str) -> Iterator[str]:
     context = found.values.get("model", {}).pop("max_length", None)
     total = given.take("global_max_length", None)
     longest = found.values.get("sampling", {}).get("max_tokens")
@@ -244,7 +193,7 @@ def _lengths(found: Translation, given: _Given, section: str) -> Iterator[str]:
         found.set("model.max_length", whole, "global_max_length" if total else f"{section}.vllm_max_model_len")
 
 
-def _model(found: Translation, given: _Given) -> Iterator[str]:
+def _model(found: Translation, given: Given) -> Iterator[str]:
     if (path := found.values.get("model", {}).get("path")) is None:
         yield "model.model: required, but missing; name a folder or a model of the hub"
     elif "dir" not in found.values["run"]:
@@ -262,7 +211,7 @@ def _model(found: Translation, given: _Given) -> Iterator[str]:
             found.notes.append(f"training.{part}_lr: {rate} changes nothing: tuner.freeze_{part} is true")
 
 
-def _adapter(found: Translation, given: _Given) -> Iterator[str]:
+def _adapter(found: Translation, given: Given) -> Iterator[str]:
     kind, section = given.take("tuner.train_type", "lora"), SERVER if found.is_apart else "rlhf"
     serves, largest = (given.take(f"{section}.{name}", None) for name in ("vllm_enable_lora", "vllm_max_lora_rank"))
     dora = given.take("tuner.use_dora", False)
@@ -295,7 +244,7 @@ def _adapter(found: Translation, given: _Given) -> Iterator[str]:
     found.set("bridge.name", apart if found.is_apart else together, "rlhf.vllm_mode")
 
 
-def _batch(found: Translation, given: _Given) -> Iterator[str]:
+def _batch(found: Translation, given: Given) -> Iterator[str]:
     """Completions of a step and of a micro-batch → groups and tokens."""
     group = found.values.get("run", {}).get("rollouts_per_group", 8)
     total = given.take("training.effective_batch_size", None)
@@ -328,7 +277,7 @@ def _batch(found: Translation, given: _Given) -> Iterator[str]:
         found.set("run.max_refills", tries * (step // group), "rlhf.max_resample_times")
 
 
-def _steps(found: Translation, given: _Given, groups: int) -> Iterator[str]:
+def _steps(found: Translation, given: Given, groups: int) -> Iterator[str]:
     """`max_steps`, or so many epochs of the training rows, which are counted."""
     steps, epochs = given.take("training.max_steps", None), given.take("training.num_train_epochs", None)
     rows = given.left.get("custom.train_jsonl")
@@ -342,7 +291,7 @@ def _steps(found: Translation, given: _Given, groups: int) -> Iterator[str]:
     found.set("run.num_steps", steps, "training.max_steps")
 
 
-def _optimizer(found: Translation, given: _Given) -> Iterator[str]:
+def _optimizer(found: Translation, given: Given) -> Iterator[str]:
     steps = found.values.get("run", {}).get("num_steps")
     ratio = given.take("training.warmup_ratio", None)
     if ratio is not None and steps:
@@ -360,7 +309,7 @@ def _optimizer(found: Translation, given: _Given) -> Iterator[str]:
         yield "training.bf16: false; the type is model.torch_dtype, so leave training.bf16 out"
 
 
-def _loss(found: Translation, given: _Given) -> Iterator[str]:
+def _loss(found: Translation, given: Given) -> Iterator[str]:
     low, high = given.take("rlhf.epsilon", None), given.take("rlhf.epsilon_high", None)
     if low is not None:
         found.set("learner.loss.clip_low", low, "rlhf.epsilon")
@@ -377,7 +326,7 @@ def _loss(found: Translation, given: _Given) -> Iterator[str]:
             )
 
 
-def _rewards(found: Translation, given: _Given) -> Iterator[str]:
+def _rewards(found: Translation, given: Given) -> Iterator[str]:
     functions, weights = given.take("rlhf.reward_funcs", None), _listed(given.take("rlhf.reward_weights", None)) or None
     train, heldout = given.take("custom.train_jsonl", None), given.take("custom.val_jsonl", None)
     if not isinstance(functions, list) or not functions:
@@ -407,7 +356,7 @@ def _rewards(found: Translation, given: _Given) -> Iterator[str]:
     found.set("environments", [{"task": "summary" if is_summary else "trl_rewards", "args": used}], "rlhf.reward_funcs")
 
 
-def _leave_out(found: Translation, given: _Given) -> None:
+def _leave_out(found: Translation, given: Given) -> None:
     """What is left: keys that change nothing here are told, others refused."""
     for path, value in given.left.items():
         sections = (told for section, told in keys.NEEDLESS_SECTIONS.items() if path.startswith(section))

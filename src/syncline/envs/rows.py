@@ -34,6 +34,11 @@ class PromptRow:
     messages: tuple[Message, ...]
     """The prompt as the model is shown it, with its images."""
 
+    @property
+    def key(self) -> str:
+        """The same for rows that ask the same."""
+        return "\n".join(part for m in self.messages for part in (m.content, *(image.sha256 for image in m.images)))
+
 
 def prompt_row(row: Any, where: str) -> PromptRow:
     """The row's `images` are paths, relative to the file of the rows. They stand where a part `{"type": "image"}` of a

@@ -89,3 +89,6 @@ def test_rows_of_reward_functions_are_told_apart_by_their_images(folder: Path) -
     shown = Message("user", "what is this?", (image_ref(folder / "a.png"),))
     assert environment.task(0).messages == (shown,)
     assert environment.task(0, split="heldout").messages != (shown,)
+    (folder / "b.png").write_bytes(b"a.png")
+    with pytest.raises(ConfigError, match="1 questions are training rows too, such as 'what is this"):
+        TrlRewards(rewards=["builtins:len"], **files).task(0, split="heldout")
