@@ -258,15 +258,17 @@ class RolloutGroup:
     @property
     def oldest_policy_version(self) -> int | None:
         """The smallest version any token was sampled under; `None` when nothing was sampled."""
-        return min(self._versions(), default=None)
+        return min(self.policy_versions, default=None)
 
     @property
     def newest_policy_version(self) -> int | None:
         """The largest version any token was sampled under; `None` when nothing was sampled."""
-        return max(self._versions(), default=None)
+        return max(self.policy_versions, default=None)
 
-    def _versions(self) -> list[int]:
-        return [v.policy_version for r in self.rollouts for s in r.samples for v in s.versions]
+    @property
+    def policy_versions(self) -> set[int]:
+        """Every version that a token was sampled under."""
+        return {v.policy_version for r in self.rollouts for s in r.samples for v in s.versions}
 
 
 def _check_finite(name: str, values: tuple[float, ...]) -> None:

@@ -55,7 +55,12 @@ def begin(queue: TrajectoryQueue, asked: StartRequest) -> None:
         if asked.step == 0 or state.terms is None or state.terms.run_id != asked.terms.run_id:
             _forget(queue, HOLDS_GROUP)
         state.terms = asked.terms
-    queue.start(learner=asked.learner, policy_version=asked.policy_version, step=asked.step)
+    queue.start(
+        learner=asked.learner,
+        policy_version=asked.policy_version,
+        step=asked.step,
+        resumed_version=asked.resumed_version,
+    )
 
 
 def register(queue: TrajectoryQueue, asked: Registration) -> None:

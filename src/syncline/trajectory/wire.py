@@ -76,6 +76,9 @@ class StartRequest(WireMessage):
     policy_version: Count
     step: Count
     terms: RunTerms | None = None
+    resumed_version: Count | None = None
+    """Its weights' version before it went on above those that engines had served: what was sampled under one between
+    the two is dropped. `None`: there are none between."""
 
 
 class LeaseRequest(WireMessage):
