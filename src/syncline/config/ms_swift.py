@@ -48,9 +48,8 @@ def translate(values: Mapping[str, Any]) -> Translation:
     found = Translation()
     if flat := [name for name in keys.FLAT if name in values]:
         found.faults.append(
-            f"{flat[0]}: this is ms-swift's flat form; put model and torch_dtype under the section model, train_type, "
-            "lora_* and freeze_* under tuner, what is the Trainer's under training, what is GRPO's and vLLM's under "
-            "rlhf, and name the rows as custom.train_jsonl (docs/servers.md)"
+            f"{flat[0]}: this is ms-swift's flat form; put model and torch_dtype under the section model, lora_* and "
+            "freeze_* under tuner, GRPO's and vLLM's under rlhf, the Trainer's under training, rows: custom.train_jsonl"
         )
         return found
     given = read(values, found.notes)
@@ -348,12 +347,11 @@ def _rewards(found: Translation, given: Given) -> Iterator[str]:
         parts = [name.removeprefix("summary.") for name in functions]
         args |= {"rewards": None, "weights": dict(zip(parts, weights or [1.0] * len(parts), strict=False))}
         if "schema_tree" in parts:
-            found.notes.append(
-                "rlhf.reward_funcs: summary.schema_tree compares with a schema of yours; name its file, as "
-                "environments.0.args.schema=schema.json"
-            )
+            remedy = "name its file, as environments.0.args.schema=schema.json"
+            found.notes.append(f"rlhf.reward_funcs: summary.schema_tree compares with a schema of yours; {remedy}")
     used = {name: value for name, value in args.items() if value is not None}
-    found.set("environments", [{"task": "summary" if is_summary else "trl_rewards", "args": used}], "rlhf.reward_funcs")
+    task = "summary" if is_summary else "trl_rewards"
+    found.set("environments", [{"task": task, "args": used}], "rlhf.reward_funcs")
 
 
 def _leave_out(found: Translation, given: Given) -> None:

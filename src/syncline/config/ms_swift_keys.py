@@ -40,18 +40,10 @@ ENGINE = {
 ENGINE_OPTIONS = {name.removeprefix("vllm_") for name in SERVER_KEYS}
 LORA = {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
 DEFAULTS: dict[str, Any] = {
-    "training.seed": 42,
-    "training.num_train_epochs": 3,
-    "training.weight_decay": 0.1,
-    "training.save_steps": 500,
-    "tuner.lora_rank": 8,
-    "tuner.lora_alpha": 32,
-    "tuner.lora_dropout": 0.05,
-    "rlhf.beta": 0.04,
-    "rlhf.temperature": 0.9,
-    "rlhf.max_completion_length": 512,
-    "rlhf.rollout_importance_sampling_mode": "none",
-}
+    "training.seed": 42, "training.num_train_epochs": 3, "training.weight_decay": 0.1, "training.save_steps": 500,
+    "tuner.lora_rank": 8, "tuner.lora_alpha": 32, "tuner.lora_dropout": 0.05, "rlhf.beta": 0.04,
+    "rlhf.temperature": 0.9, "rlhf.max_completion_length": 512, "rlhf.rollout_importance_sampling_mode": "none",
+}  # fmt: skip
 """What an absent key means to ms-swift, where it means another thing to us."""
 LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
 SERVER_MEMORY = 0.9
@@ -132,10 +124,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tuner.modules_to_save": (([], None), "trains whole modules beside the adapter"),
     "tuner.lora_bias": (("none",), "trains biases beside the adapter"),
     "training.fp16": ((False,), "is a type that this learner does not train in"),
-    "custom.assistant_prefix_format": (
-        ("<DOMAIN={domain}>, <TASK={task}>",),
-        "is another header than the task summary asks for",
-    ),
+    "custom.assistant_prefix_format": (("<DOMAIN={domain}>, <TASK={task}>",), "is not the header of the task summary"),
     "training.optimizer": (("adamw_torch", "multimodal"), "is no optimizer of this learner"),
 }
 """Path → (what it may be, why nothing else)."""
@@ -156,8 +145,7 @@ REFUSED = {
 NEEDLESS = {
     "training.run_name": "output_dir names the run",
     "training.logging_dir": "metrics are in output_dir",
-    "training.logging_steps": "every step is logged",
-    "training.logging_first_step": "every step is logged",
+    **dict.fromkeys(("training.logging_steps", "training.logging_first_step"), "every step is logged"),
     "training.report_to": "metrics.jsonl and report.html are always written",
     "training.packing": "sequences always lie end to end",
     "training.save_safetensors": "checkpoints always are",
@@ -165,10 +153,8 @@ NEEDLESS = {
     "training.save_strategy": "a checkpoint is written every save_steps, and the newest are kept",
     "training.save_last_epoch": "the last step is always saved",
     "training.save_delay_steps": "checkpoints begin with the first",
-    "training.metric_for_best_model": "the newest checkpoints are kept",
-    "training.greater_is_better": "the newest checkpoints are kept",
-    "training.eval_strategy": "held-out tasks are evaluated before and after",
-    "training.eval_steps": "held-out tasks are evaluated before and after",
+    **{f"training.{name}": "the newest are kept" for name in ("metric_for_best_model", "greater_is_better")},
+    **{f"training.eval_{name}": "held-out tasks come before and after" for name in ("strategy", "steps")},
     "training.per_device_eval_batch_size": "engines batch by themselves",
     "training.add_version": "a folder with a run in it is refused, not numbered",
     "training.deepspeed": "the learner's ranks are learner.devices",
@@ -185,9 +171,7 @@ NEEDLESS = {
     "rlhf.vllm_server_group_port": "a free port is leased",
     "rlhf.log_rollout_offpolicy_metrics": "they are always logged",
     "custom.use_summary": "the rewards tell the task",
-    "custom.json_format": "rows hold their own answers",
-    "custom.emit_norm": "rows hold their own answers",
-    "custom.object_ordering_policy": "rows hold their own answers",
+    **{f"custom.{name}": "rows hold answers" for name in ("json_format", "emit_norm", "object_ordering_policy")},
     "custom.token_type_metrics": "they are of fine-tuning",
     "custom.augmentation_curriculum": "it is custom.augmentation's",
     "custom.grpo.dump": "rollouts are in output_dir",
@@ -196,16 +180,13 @@ NEEDLESS = {
     "custom.val_sample_limit": "evaluation.num_tasks says how many",
 }
 """Path → why it makes no difference here."""
-WHOLE = {
-    "training.lr_scheduler_kwargs", *REFUSED, *NEEDLESS,
-    *(f"{s}.{n}" for s in ("rlhf", "custom.extra.rollout_server")
-      for n in ("vllm_engine_kwargs", "vllm_limit_mm_per_prompt")),
-}  # fmt: skip
+WHOLE = {"training.lr_scheduler_kwargs", *REFUSED, *NEEDLESS, *(
+    f"{section}.{name}" for section in ("rlhf", "custom.extra.rollout_server")
+    for name in ("vllm_engine_kwargs", "vllm_limit_mm_per_prompt"))}  # fmt: skip
 """Mappings that are values."""
 KEPT = {
     "training.save_total_limit": "ms-swift keeps every checkpoint, here the newest are kept (learner.num_checkpoints)",
-    "rlhf.vllm_gpu_memory_utilization": "ms-swift takes 0.9 of a GPU, which leaves its learner nothing; here "
-    "engine.gpu_memory_utilization's default counts",
+    "rlhf.vllm_gpu_memory_utilization": "ms-swift takes 0.9, here engine.gpu_memory_utilization's default counts",
     "global_max_length": "ms-swift takes the model's whole context, here model.max_length's default counts",
 }
 """Absent keys whose meaning is ours, and said so."""

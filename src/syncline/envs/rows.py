@@ -53,8 +53,8 @@ def prompt_row(row: Any, where: str) -> PromptRow:
         chat = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
         spoken = [(role, *_read(content, is_tagged=bool(paths))) for role, content in chat]
     except (TypeError, KeyError) as error:
-        what = "a text or a list of {role, content}, each content a text, or images and then a text"
-        raise ConfigError([f"{where}: field 'prompt' must be {what}: {error}"]) from error
+        what = "must be a text or a list of {role, content}, each content a text, or images and then a text"
+        raise ConfigError([f"{where}: field 'prompt' {what}: {error}"]) from error
     if not any(images for _, images, _ in spoken):
         next((m for m in spoken if m[0] == "user"), spoken[0])[1].extend([None] * len(paths))
     left, folder = iter(paths), Path(where.rpartition(":")[0]).parent

@@ -268,7 +268,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"custom.augmentation.ops": ["flip"]}, "custom.augmentation: changes images"),
     ({"training.resume_from_checkpoint": "a"}, "training.resume_from_checkpoint: 'a' is another program's checkpoint"),
     ({"rlhf.top_k": 50}, "rlhf.top_k: 50 cuts the distribution"),
-    ({"custom.assistant_prefix_format": "<{task}>"}, "custom.assistant_prefix_format: '<{task}>' is another header"),
+    ({"custom.assistant_prefix_format": "<{task}>"}, "custom.assistant_prefix_format: '<{task}>' is not the header"),
     (
         {"custom.grpo.batch_plan": {"enabled": True, "unified_batch_size": 48}},
         "custom.grpo.batch_plan.unified_batch_size: 48 is not training.effective_batch_size = 32",
