@@ -63,6 +63,12 @@ class Message:
     images: tuple[ImageRef, ...] = ()
     """Shown before the text, in order."""
 
+    def __post_init__(self) -> None:
+        try:
+            self.content.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise ValueError(f"content must be a text that can be written as UTF-8: {error}") from error
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

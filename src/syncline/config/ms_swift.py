@@ -53,7 +53,7 @@ def translate(values: Mapping[str, Any]) -> Translation:
         )
         return found
     given = read(values, found.notes)
-    found.faults += batch_plan(given)
+    found.faults += [*batch_plan(given), *_numbers(given.left)]
     for path, ours in keys.TRANSLATED.items():
         if (value := given.take(path)) is not MISSING:
             found.set(ours, value, path)
@@ -69,6 +69,17 @@ def translate(values: Mapping[str, Any]) -> Translation:
     return found
 
 
+def _numbers(left: dict[str, Any]) -> Iterator[str]:
+    """Numbers that are reckoned with, as such; others are left out."""
+    for path in sorted(keys.NUMBERS & left.keys()):
+        value = left.pop(path)
+        number = value if _is_number(value) and math.isfinite(value) else _whole(value)
+        if number is None:
+            yield f"{path}: {value!r} must be a number"
+        else:
+            left[path] = number
+
+
 def _choose(found: Translation, given: Given, path: str, choices: Mapping[Any, Any]) -> None:
     value = given.take(path)
     if value is MISSING:
@@ -78,7 +89,16 @@ def _choose(found: Translation, given: Given, path: str, choices: Mapping[Any, A
         found.faults.append(f"{path}: {value!r} has no counterpart here; use one of {known}")
         return
     for ours, translated in choices[value].items():
+        if (other := found.origins.get(ours)) and (said := _at(found, ours)) not in (translated, keys.PLAIN_LOSS):
+            found.faults.append(f"{path}: {value!r} is {translated!r} here, and {other} says {said!r}; leave one out")
         found.set(ours, translated, path)
+
+
+def _at(found: Translation, ours: str) -> Any:
+    here: Any = found.values
+    for part in ours.split("."):
+        here = here[part]
+    return here
 
 
 def _server(found: Translation, given: Given) -> Iterator[str]:
@@ -198,7 +218,7 @@ def _model(found: Translation, given: Given) -> Iterator[str]:
     elif "dir" not in found.values["run"]:
         found.set("run.dir", f"output/{Path(path).name}", "training.output_dir")
     if (implementation := given.take("model.attn_impl", None)) is not None:
-        found.set("learner.attention", keys.ATTENTION.get(implementation, implementation), "model.attn_impl")
+        found.set("learner.attention", keys.ATTENTION.get(str(implementation), implementation), "model.attn_impl")
     fate = "adapted" if given.left.get("tuner.train_type", "lora") == "lora" else "trained"
     for part, ours in (("vit", "vision"), ("aligner", "aligner")):
         frozen, rate = given.take(f"tuner.freeze_{part}", True), given.take(f"training.{part}_lr", None)
@@ -245,7 +265,7 @@ def _adapter(found: Translation, given: Given) -> Iterator[str]:
 
 def _batch(found: Translation, given: Given) -> Iterator[str]:
     """Completions of a step and of a micro-batch → groups and tokens."""
-    group = found.values.get("run", {}).get("rollouts_per_group", 8)
+    group = max(1, found.values.get("run", {}).get("rollouts_per_group", 8))
     total = given.take("training.effective_batch_size", None)
     sampled = given.take("rlhf.generation_batch_size", None)
     per_device = given.take("training.per_device_train_batch_size", 1)
@@ -278,7 +298,7 @@ def _batch(found: Translation, given: Given) -> Iterator[str]:
 
 def _steps(found: Translation, given: Given, groups: int) -> Iterator[str]:
     """`max_steps`, or so many epochs of the training rows, which are counted."""
-    steps, epochs = given.take("training.max_steps", None), given.take("training.num_train_epochs", None)
+    steps, epochs = given.take("training.max_steps", None), given.take("training.num_train_epochs", 0)
     rows = given.left.get("custom.train_jsonl")
     if steps is None or steps == -1:
         try:
@@ -293,12 +313,12 @@ def _steps(found: Translation, given: Given, groups: int) -> Iterator[str]:
 def _optimizer(found: Translation, given: Given) -> Iterator[str]:
     steps = found.values.get("run", {}).get("num_steps")
     ratio = given.take("training.warmup_ratio", None)
-    if ratio is not None and steps:
+    if ratio is not None and steps and not found.values.get("learner", {}).get("optimizer", {}).get("num_warmup_steps"):
         found.set("learner.optimizer.num_warmup_steps", math.ceil(ratio * steps), "training.warmup_ratio")
     options = given.take("training.lr_scheduler_kwargs", None) or {}
-    if set(options) - {"min_lr"}:
+    if not isinstance(options, dict) or set(options) - {"min_lr"}:
         yield f"training.lr_scheduler_kwargs: {options} has keys other than min_lr; leave them out"
-    if "min_lr" in options:
+    elif "min_lr" in options:
         found.set("learner.optimizer.min_learning_rate", options["min_lr"], "training.lr_scheduler_kwargs.min_lr")
     betas = [given.take(f"training.adam_beta{i}", default) for i, default in ((1, 0.9), (2, 0.95))]
     found.set("learner.optimizer.betas", betas, "training.adam_beta1")

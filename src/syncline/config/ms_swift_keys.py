@@ -38,6 +38,14 @@ ENGINE = {
 }
 """The engine's settings, under whichever section the mode has them."""
 ENGINE_OPTIONS = {name.removeprefix("vllm_") for name in SERVER_KEYS}
+NUMBERS = {
+    *("global_max_length", "rlhf.max_completion_length", "rlhf.num_generations", "rlhf.max_resample_times"),
+    *("training.max_steps", "training.num_train_epochs", "training.warmup_ratio", "training.warmup_steps"),
+    *(f"{section}.vllm_max_lora_rank" for section in ("rlhf", "custom.extra.rollout_server")),
+}
+"""What is reckoned with before our schema sees it."""
+PLAIN_LOSS = "grpo"
+"""The loss that another key makes another of: with ratios of whole sequences it is GSPO."""
 LORA = {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
 DEFAULTS: dict[str, Any] = {
     "training.seed": 42, "training.num_train_epochs": 3, "training.weight_decay": 0.1, "training.save_steps": 500,

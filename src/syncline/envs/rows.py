@@ -52,16 +52,16 @@ def prompt_row(row: Any, where: str) -> PromptRow:
         paths = list(listed) if isinstance(listed, list | tuple) else [listed]
         chat = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
         spoken = [(role, *_read(content, is_tagged=bool(paths))) for role, content in chat]
-    except (TypeError, KeyError) as error:
+        if not any(images for _, images, _ in spoken):
+            next((m for m in spoken if m[0] == "user"), spoken[0])[1].extend([None] * len(paths))
+        left, folder = iter(paths), Path(where.rpartition(":")[0]).parent
+        said = tuple(
+            Message(role, text, tuple(_image(own or next(left, None), folder, where) for own in images))
+            for role, images, text in spoken
+        )
+    except (TypeError, KeyError, ValueError) as error:
         what = "must be a text or a list of {role, content}, each content a text, or images and then a text"
         raise ConfigError([f"{where}: field 'prompt' {what}: {error}"]) from error
-    if not any(images for _, images, _ in spoken):
-        next((m for m in spoken if m[0] == "user"), spoken[0])[1].extend([None] * len(paths))
-    left, folder = iter(paths), Path(where.rpartition(":")[0]).parent
-    said = tuple(
-        Message(role, text, tuple(_image(own or next(left, None), folder, where) for own in images))
-        for role, images, text in spoken
-    )
     if (unused := next(left, None)) is not None:
         raise ConfigError([f"{where}: field 'images': nothing in the prompt calls for {unused!r}; leave it out"])
     columns = {name: value for name, value in row.items() if name not in _NOT_COLUMNS}
@@ -106,6 +106,8 @@ class Rows(Generic[T]):
         seed: int,
     ) -> None:
         self.train = [build(row, where) for where, row in train]
+        if not self.train:
+            raise ConfigError(["path: has no training rows; give a data set that has some"])
         self._load_heldout = heldout
         self._build, self._key, self._seed = build, key, seed
 
@@ -154,10 +156,10 @@ def _heldout_rows(path: str | None) -> Source:
 def file_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Of a JSON lines file."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"path: {path!r} cannot be read ({error}); give a JSONL file"]) from error
-    if not lines:
+    if lines == [""]:
         raise ConfigError([f"path: {path} has no rows"])
     for n, line in enumerate(lines, start=1):
         yield f"{path}:{n}", _json(line, where=f"{path}:{n}")

@@ -243,6 +243,7 @@ def reset(queue: TrajectoryQueue) -> None:
         state.lines.pop(env.name, None)
     state.learner, state.policy_version, state.training, state.terms = "", -1, False, None
     state.atropos = AtroposState()
+    queue.asks.clear()  # uploads that wait were of environments that are no more
     queue.learner_heard = False
 
 

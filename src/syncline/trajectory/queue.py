@@ -14,6 +14,7 @@ from syncline.errors import TrajectoryError
 from syncline.trajectory.ledger import Ledger, QueueLimits
 from syncline.trajectory.shares import Ask, allot, start_tag
 from syncline.trajectory.tickets import HOLDS_GROUP, Line, QueueState, Ticket, TicketState, Wire
+from syncline.trajectory.wire import MAX_NAME
 from syncline.types import RolloutGroup, RolloutStatus
 
 REPEAT_SECONDS = 300.0
@@ -310,6 +311,10 @@ class TrajectoryQueue:
         if len(group.rollouts) != size:
             raise Refused(
                 f"group {group.group_id!r} has {len(group.rollouts)} rollouts; run.rollouts_per_group is {size}"
+            )
+        if len(group.group_id) > MAX_NAME:
+            raise Refused(
+                f"group_id {group.group_id[:40]!r}... has more than {MAX_NAME} characters; no learner names it"
             )
         if any(other.group_id == group.group_id for other in self.ledger.live.values()):
             raise Refused(f"group_id {group.group_id!r} is taken by another group of this run")

@@ -259,6 +259,7 @@ def test_a_repeated_put_is_recognized_after_the_group_was_trained_on():
         (make_group("math", 1), "permit 'p1' is for task 0 of 'math', but the group holds task 1 of 'math'"),
         (make_group("math", 0, rewards=(1.0,)), "has 1 rollouts; run.rollouts_per_group is 2"),
         (make_group("math", 0, policy_version=1), "tokens of policy version 1, but 0 is served"),
+        (make_group("math", 0, group_id="x" * 257), "has more than 256 characters; no learner names it"),
         (make_group("math", 0, group_id="taken"), "group_id 'taken' is taken by another group"),
     ],
 )
