@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from syncline.config import ms_swift_keys as keys
+from syncline.config.ms_swift_given import MISSING, SERVER, Given, batch_plan, read
 
-SERVER = "custom.extra.rollout_server"
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
-_MISSING = object()
 
 
 @dataclass(slots=True)
@@ -40,67 +39,50 @@ class Translation:
 
 
 def is_ms_swift(values: Mapping[str, Any]) -> bool:
-    """By its content: a section `rlhf`, and no section `run`, which every file of ours has."""
-    return isinstance(values.get("rlhf"), dict) and "run" not in values
+    """By its content: a section `rlhf` or its keys at the top, and no section `run`, which every file of ours has."""
+    return (isinstance(values.get("rlhf"), dict) or any(name in values for name in keys.FLAT)) and "run" not in values
 
 
 def translate(values: Mapping[str, Any]) -> Translation:
     """Every key of the file, read once. What is left over at the end is unknown."""
-    found, given = Translation(), _Given(_flat(values))
-    found.faults += _numbers(given.left)
+    found = Translation()
+    if flat := [name for name in keys.FLAT if name in values]:
+        found.faults.append(
+            f"{flat[0]}: this is ms-swift's flat form; put model and torch_dtype under the section model, lora_* and "
+            "freeze_* under tuner, GRPO's and vLLM's under rlhf, the Trainer's under training, rows: custom.train_jsonl"
+        )
+        return found
+    given = read(values, found.notes)
+    found.faults += [*batch_plan(given), *_numbers(given.left)]
     for path, ours in keys.TRANSLATED.items():
-        if (value := given.take(path)) is not _MISSING and value is not None:
+        if (value := given.take(path)) is not MISSING:
             found.set(ours, value, path)
     for path, (allowed, why) in keys.FIXED.items():
-        if (value := given.take(path)) is not _MISSING and value not in allowed:
+        if (value := given.take(path)) is not MISSING and value not in allowed:
             shown = " or ".join(map(repr, allowed))
             found.faults.append(f"{path}: {value!r} {why}; set it to {shown}")
     for path, choices in keys.CHOICES.items():
         _choose(found, given, path, choices)
-    for part in (_server, _model, _adapter, _sampling, _batch, _optimizer, _loss, _rewards):
+    for part in (_server, _model, _adapter, _batch, _optimizer, _loss, _rewards):
         found.faults += part(found, given)
     _leave_out(found, given)
     return found
 
 
-class _Given:
-    """The file's values by dotted path; each is taken once."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.left = values
-
-    def take(self, path: str, default: Any = _MISSING) -> Any:
-        return self.left.pop(path, default)
-
-
 def _numbers(left: dict[str, Any]) -> Iterator[str]:
     """Numbers that are reckoned with, as such; others are left out."""
     for path in sorted(keys.NUMBERS & left.keys()):
-        value = left[path]
+        value = left.pop(path)
         number = value if _is_number(value) and math.isfinite(value) else _whole(value)
-        if value is None or number is None:
-            del left[path]
+        if number is None:
+            yield f"{path}: {value!r} must be a number"
         else:
             left[path] = number
-        if value is not None and number is None:
-            yield f"{path}: {value!r} must be a number"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path → value; the mappings that are values themselves stay whole."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        path = f"{prefix}.{name}" if prefix else str(name)
-        if isinstance(value, dict) and value and path not in keys.WHOLE:
-            flat |= _flat(value, path)
-        else:
-            flat[path] = value
-    return flat
-
-
-def _choose(found: Translation, given: _Given, path: str, choices: Mapping[Any, Any]) -> None:
+def _choose(found: Translation, given: Given, path: str, choices: Mapping[Any, Any]) -> None:
     value = given.take(path)
-    if value is _MISSING or value is None:
+    if value is MISSING:
         return
     if not isinstance(value, str | bool) or value not in choices:
         known = ", ".join(str(choice) for choice in choices)
@@ -119,7 +101,7 @@ def _at(found: Translation, ours: str) -> Any:
     return here
 
 
-def _server(found: Translation, given: _Given) -> Iterator[str]:
+def _server(found: Translation, given: Given) -> Iterator[str]:
     """Who samples, where, and with what: the rules of the split."""
     mode = given.take("rlhf.vllm_mode", None)
     if (used := given.take("rlhf.use_vllm", None)) is not True:
@@ -133,7 +115,7 @@ def _server(found: Translation, given: _Given) -> Iterator[str]:
     if found.is_apart:
         yield from _address(found, given)
     for name, ours in keys.ENGINE.items():
-        if (value := given.take(f"{section}.{name}")) is not _MISSING:
+        if (value := given.take(f"{section}.{name}")) is not MISSING:
             yield from _engine_value(found, f"{section}.{name}", ours, value)
     if given.take(f"{section}.vllm_use_async_engine", True) is not True:
         yield f"{section}.vllm_use_async_engine: false, but engines here are always asynchronous; leave it out"
@@ -146,7 +128,7 @@ def _server(found: Translation, given: _Given) -> Iterator[str]:
         found.set("learner.devices", [size], "rlhf.vllm_mode")
 
 
-def _misplaced(given: _Given, mode: str) -> Iterator[str]:
+def _misplaced(given: Given, mode: str) -> Iterator[str]:
     """Settings where the chosen mode would ignore them."""
     for path in list(given.left):
         section, _, name = path.rpartition(".")
@@ -168,7 +150,7 @@ def _misplaced(given: _Given, mode: str) -> Iterator[str]:
                 yield f"{SERVER}.{name}: required, but missing; add it"
 
 
-def _address(found: Translation, given: _Given) -> Iterator[str]:
+def _address(found: Translation, given: Given) -> Iterator[str]:
     hosts, ports = (_listed(given.take(f"rlhf.vllm_server_{name}", None)) for name in ("host", "port"))
     if len(hosts) != 1 or hosts[0] not in LOCAL_HOSTS:
         yield f"rlhf.vllm_server_host: {hosts} must be one of {', '.join(LOCAL_HOSTS)}; others go by engine.servers"
@@ -194,7 +176,7 @@ def _engine_value(found: Translation, path: str, ours: str, value: Any) -> Itera
     found.set(ours, value, path)
 
 
-def _own_options(found: Translation, given: _Given, section: str) -> Iterator[str]:
+def _own_options(found: Translation, given: Given, section: str) -> Iterator[str]:
     """vLLM's options that ms-swift hands on, as a mapping or as JSON."""
     path = f"{section}.vllm_engine_kwargs"
     options = given.take(path, None) or {}
@@ -215,7 +197,7 @@ def _own_options(found: Translation, given: _Given, section: str) -> Iterator[st
             found.set(f"engine.extra.{name}", value, f"{path}.{name}")
 
 
-def _lengths(found: Translation, given: _Given, section: str) -> Iterator[str]:
+def _lengths(found: Translation, given: Given, section: str) -> Iterator[str]:
     context = found.values.get("model", {}).pop("max_length", None)
     total = given.take("global_max_length", None)
     longest = found.values.get("sampling", {}).get("max_tokens")
@@ -230,9 +212,11 @@ def _lengths(found: Translation, given: _Given, section: str) -> Iterator[str]:
         found.set("model.max_length", whole, "global_max_length" if total else f"{section}.vllm_max_model_len")
 
 
-def _model(found: Translation, given: _Given) -> Iterator[str]:
-    if "path" not in found.values.get("model", {}):
+def _model(found: Translation, given: Given) -> Iterator[str]:
+    if (path := found.values.get("model", {}).get("path")) is None:
         yield "model.model: required, but missing; name a folder or a model of the hub"
+    elif "dir" not in found.values["run"]:
+        found.set("run.dir", f"output/{Path(path).name}", "training.output_dir")
     if (implementation := given.take("model.attn_impl", None)) is not None:
         found.set("learner.attention", keys.ATTENTION.get(str(implementation), implementation), "model.attn_impl")
     fate = "adapted" if given.left.get("tuner.train_type", "lora") == "lora" else "trained"
@@ -246,7 +230,7 @@ def _model(found: Translation, given: _Given) -> Iterator[str]:
             found.notes.append(f"training.{part}_lr: {rate} changes nothing: tuner.freeze_{part} is true")
 
 
-def _adapter(found: Translation, given: _Given) -> Iterator[str]:
+def _adapter(found: Translation, given: Given) -> Iterator[str]:
     kind, section = given.take("tuner.train_type", "lora"), SERVER if found.is_apart else "rlhf"
     serves, largest = (given.take(f"{section}.{name}", None) for name in ("vllm_enable_lora", "vllm_max_lora_rank"))
     dora = given.take("tuner.use_dora", False)
@@ -273,21 +257,13 @@ def _adapter(found: Translation, given: _Given) -> Iterator[str]:
             f"{section}.vllm_enable_lora: true, but adapters of multimodal towers are not served; set it to false: the "
             "adapter then reaches the server merged"
         )
-    if largest is not None and not (serves and _whole(largest) and largest >= (ranks["lora_rank"] or 8)):
+    if largest is not None and not (serves and _whole(largest) and largest >= ranks["lora_rank"]):
         yield f"{section}.vllm_max_lora_rank: {largest!r} is set from tuner.lora_rank; leave it out"
     apart, together = "lora" if serves else "broadcast", "restart" if kind == "lora" and dora else "shared"
     found.set("bridge.name", apart if found.is_apart else together, "rlhf.vllm_mode")
 
 
-def _sampling(found: Translation, given: _Given) -> Iterator[str]:
-    top_k = given.take("rlhf.top_k", None)
-    if top_k is not None:
-        found.set("sampling.top_k", max(0, top_k) if isinstance(top_k, int) else top_k, "rlhf.top_k")
-    if "max_tokens" not in found.values.get("sampling", {}):
-        yield "rlhf.max_completion_length: required, but missing; add it"
-
-
-def _batch(found: Translation, given: _Given) -> Iterator[str]:
+def _batch(found: Translation, given: Given) -> Iterator[str]:
     """Completions of a step and of a micro-batch → groups and tokens."""
     group = max(1, found.values.get("run", {}).get("rollouts_per_group", 8))
     total = given.take("training.effective_batch_size", None)
@@ -320,14 +296,11 @@ def _batch(found: Translation, given: _Given) -> Iterator[str]:
         found.set("run.max_refills", tries * (step // group), "rlhf.max_resample_times")
 
 
-def _steps(found: Translation, given: _Given, groups: int) -> Iterator[str]:
+def _steps(found: Translation, given: Given, groups: int) -> Iterator[str]:
     """`max_steps`, or so many epochs of the training rows, which are counted."""
-    steps, epochs = given.take("training.max_steps", None), given.take("training.num_train_epochs", None)
+    steps, epochs = given.take("training.max_steps", None), given.take("training.num_train_epochs", 0)
     rows = given.left.get("custom.train_jsonl")
     if steps is None or steps == -1:
-        if epochs is None:
-            yield "training.max_steps: required where training.num_train_epochs is absent; add one of them"
-            return
         try:
             with Path(str(rows)).open("rb") as lines:
                 steps = max(1, math.ceil(epochs * sum(1 for _ in lines) / groups))
@@ -337,7 +310,7 @@ def _steps(found: Translation, given: _Given, groups: int) -> Iterator[str]:
     found.set("run.num_steps", steps, "training.max_steps")
 
 
-def _optimizer(found: Translation, given: _Given) -> Iterator[str]:
+def _optimizer(found: Translation, given: Given) -> Iterator[str]:
     steps = found.values.get("run", {}).get("num_steps")
     ratio = given.take("training.warmup_ratio", None)
     if ratio is not None and steps and not found.values.get("learner", {}).get("optimizer", {}).get("num_warmup_steps"):
@@ -355,7 +328,7 @@ def _optimizer(found: Translation, given: _Given) -> Iterator[str]:
         yield "training.bf16: false; the type is model.torch_dtype, so leave training.bf16 out"
 
 
-def _loss(found: Translation, given: _Given) -> Iterator[str]:
+def _loss(found: Translation, given: Given) -> Iterator[str]:
     low, high = given.take("rlhf.epsilon", None), given.take("rlhf.epsilon_high", None)
     if low is not None:
         found.set("learner.loss.clip_low", low, "rlhf.epsilon")
@@ -365,38 +338,56 @@ def _loss(found: Translation, given: _Given) -> Iterator[str]:
         yield "rlhf.kl_in_reward: true, but KL is a term of the loss here; set it to false, or rlhf.beta to 0"
     if given.take("rlhf.async_generate", False):
         found.set("run.max_staleness", 1, "rlhf.async_generate")
+        if found.values["learner"]["loss"]["importance"]["level"] == "none":
+            found.set("learner.loss.importance.level", "token", "rlhf.async_generate")
+            found.notes.append(
+                "rlhf.async_generate: true samples from an older policy, which is corrected for by token"
+            )
 
 
-def _rewards(found: Translation, given: _Given) -> Iterator[str]:
-    functions, weights = given.take("rlhf.reward_funcs", None), given.take("rlhf.reward_weights", None)
+def _rewards(found: Translation, given: Given) -> Iterator[str]:
+    functions, weights = given.take("rlhf.reward_funcs", None), _listed(given.take("rlhf.reward_weights", None)) or None
     train, heldout = given.take("custom.train_jsonl", None), given.take("custom.val_jsonl", None)
     if not isinstance(functions, list) or not functions:
         yield f"rlhf.reward_funcs: {functions!r} must be a list of import paths, such as my_rewards:accuracy"
         return
-    for i, name in enumerate(functions):
-        if not isinstance(name, str) or ":" not in name:
-            yield f"rlhf.reward_funcs.{i}: {name!r} is no import path; write module:function, as my_rewards:accuracy"
-    if weights is not None and (num := len(_listed(weights))) != len(functions):
-        yield f"rlhf.reward_weights: {num} numbers for {len(functions)} rlhf.reward_funcs; give one each"
+    known = [f"summary.{name}" for name in keys.SUMMARY_REWARDS]
+    is_summary = all(name in known for name in functions)
+    if not is_summary and (wrong := [name for name in functions if not isinstance(name, str) or ":" not in name]):
+        yield (
+            f"rlhf.reward_funcs: {wrong} are no import paths; write module:function, as my_rewards:accuracy, or name "
+            f"rewards of the task summary and no others: {', '.join(known)}"
+        )
+    if weights is not None and len(weights) != len(functions):
+        yield f"rlhf.reward_weights: {len(weights)} numbers for {len(functions)} rlhf.reward_funcs; give one each"
     if not train:
         yield "custom.train_jsonl: required, but missing; name the JSONL file of the training rows"
     args = {"rewards": functions, "weights": weights, "path": train, "heldout_path": heldout}
+    if is_summary:
+        parts = [name.removeprefix("summary.") for name in functions]
+        args |= {"rewards": None, "weights": dict(zip(parts, weights or [1.0] * len(parts), strict=False))}
+        if "schema_tree" in parts:
+            remedy = "name its file, as environments.0.args.schema=schema.json"
+            found.notes.append(f"rlhf.reward_funcs: summary.schema_tree compares with a schema of yours; {remedy}")
     used = {name: value for name, value in args.items() if value is not None}
-    found.set("environments", [{"task": "trl_rewards", "args": used}], "rlhf.reward_funcs")
+    task = "summary" if is_summary else "trl_rewards"
+    found.set("environments", [{"task": task, "args": used}], "rlhf.reward_funcs")
 
 
-def _leave_out(found: Translation, given: _Given) -> None:
+def _leave_out(found: Translation, given: Given) -> None:
     """What is left: keys that change nothing here are told, others refused."""
     for path, value in given.left.items():
         sections = (told for section, told in keys.NEEDLESS_SECTIONS.items() if path.startswith(section))
         why = keys.NEEDLESS.get(path) or next(sections, None)
+        shown = "" if isinstance(value, dict) else f"{value!r} "
         if path in keys.REFUSED:
-            if value not in (None, False, [], {}):
-                found.faults.append(f"{path}: {value!r} {keys.REFUSED[path]}; leave it out")
+            if value not in (False, [], {}) and not (isinstance(value, dict) and value.get("enabled") is False):
+                off = f", or set {path}.enabled to false" if isinstance(value, dict) else ""
+                found.faults.append(f"{path}: {shown}{keys.REFUSED[path]}; leave it out{off}")
         elif why is None:
             found.faults.append(f"{path}: unknown key (value {value!r}); no counterpart here, so leave it out")
         else:
-            found.notes.append(f"{path}: {value!r} changes nothing: {why}")
+            found.notes.append(f"{path}: {shown}changes nothing: {why}")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -38,9 +38,6 @@ ENGINE = {
 }
 """The engine's settings, under whichever section the mode has them."""
 ENGINE_OPTIONS = {name.removeprefix("vllm_") for name in SERVER_KEYS}
-WHOLE = ("training.lr_scheduler_kwargs", *(f"{s}.{n}" for s in ("rlhf", "custom.extra.rollout_server") for n in (
-    "vllm_engine_kwargs", "vllm_limit_mm_per_prompt")))  # fmt: skip
-"""Mappings that are values."""
 NUMBERS = {
     *("global_max_length", "rlhf.max_completion_length", "rlhf.num_generations", "rlhf.max_resample_times"),
     *("training.max_steps", "training.num_train_epochs", "training.warmup_ratio", "training.warmup_steps"),
@@ -50,6 +47,31 @@ NUMBERS = {
 PLAIN_LOSS = "grpo"
 """The loss that another key makes another of: with ratios of whole sequences it is GSPO."""
 LORA = {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+DEFAULTS: dict[str, Any] = {
+    "training.seed": 42, "training.num_train_epochs": 3, "training.weight_decay": 0.1, "training.save_steps": 500,
+    "tuner.lora_rank": 8, "tuner.lora_alpha": 32, "tuner.lora_dropout": 0.05, "rlhf.beta": 0.04,
+    "rlhf.temperature": 0.9, "rlhf.max_completion_length": 512, "rlhf.rollout_importance_sampling_mode": "none",
+}  # fmt: skip
+"""What an absent key means to ms-swift, where it means another thing to us."""
+LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
+SERVER_MEMORY = 0.9
+BATCH_PLAN = {
+    "per_device_train_batch_size": ("training.per_device_train_batch_size",),
+    "per_device_eval_batch_size": ("training.per_device_eval_batch_size",),
+    "unified_batch_size": ("training.effective_batch_size", "rlhf.generation_batch_size"),
+    "rollout_server.force_vllm_tensor_parallel_size": ("custom.extra.rollout_server.vllm_tensor_parallel_size",),
+    "rollout_server.force_vllm_data_parallel_size": ("custom.extra.rollout_server.vllm_data_parallel_size",),
+    "rollout_server.max_num_seqs_per_gpu": ("custom.extra.rollout_server.vllm_max_num_seqs",),
+}
+"""What each key of `custom.grpo.batch_plan` is short for."""
+SUMMARY_REWARDS = (
+    "format", "header", "strict", "parse", "no_dup_keys", "dataset", "category_recall", "category_f1",
+    "attr_key_recall", "attr_path_recall", "schema_tree", "content_structured_tversky", "content_f1", "content_eq",
+    "text_bbu", "notes_bbu", "notes_presence", "group_stats_presence",
+)  # fmt: skip
+"""Of the task `summary`; a file calls them `summary.format` and so on."""
+FLAT = ("rlhf_type", "use_vllm", "vllm_mode", "num_generations", "reward_funcs")
+"""Keys of which a file has some at the top that `swift rlhf --config` reads."""
 ATTENTION = {"flash_attention_2": "flash", "flash_attn": "flash", "flash_attention_3": "flash3"}
 TRANSLATED = {
     "model.model": "model.path",
@@ -85,7 +107,8 @@ CHOICES: dict[str, dict[Any, dict[str, Any]]] = {
         f"{level}_{mode}": {_LEVEL: level, _MODE: mode}
         for level in ("token", "sequence")
         for mode in ("truncate", "mask")
-    },
+    }
+    | {"none": {_LEVEL: "none"}},
     "training.lr_scheduler_type": {
         "cosine": {"learner.optimizer.schedule": "cosine"},
         "cosine_with_min_lr": {"learner.optimizer.schedule": "cosine"},
@@ -98,6 +121,7 @@ CHOICES: dict[str, dict[Any, dict[str, Any]]] = {
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "rlhf.rlhf_type": (("grpo",), "is another method"),
     "rlhf.repetition_penalty": ((1.0,), "changes the distribution that the learner scores"),
+    "rlhf.top_k": ((-1, 0), "cuts the distribution that the learner scores"),
     "rlhf.num_iterations": ((1,), "steps on a batch more than once, which this learner does not"),
     "rlhf.advantage_estimator": (("grpo",), "is no estimator of this learner"),
     "rlhf.sleep_level": ((0,), "puts the engine to sleep, which no bridge here needs"),
@@ -108,6 +132,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tuner.modules_to_save": (([], None), "trains whole modules beside the adapter"),
     "tuner.lora_bias": (("none",), "trains biases beside the adapter"),
     "training.fp16": ((False,), "is a type that this learner does not train in"),
+    "custom.assistant_prefix_format": (("<DOMAIN={domain}>, <TASK={task}>",), "is not the header of the task summary"),
     "training.optimizer": (("adamw_torch", "multimodal"), "is no optimizer of this learner"),
 }
 """Path → (what it may be, why nothing else)."""
@@ -119,17 +144,16 @@ REFUSED = {
     "rlhf.use_gym_env": "is an environment of ms-swift; write one (docs/environments.md)",
     "rlhf.vllm_server_base_url": "is another address than vllm_server_host and vllm_server_port",
     "custom.fusion_config": "mixes data sets by a file of its own; write the rows out as one custom.train_jsonl",
-    "custom.augmentation": "changes images, and no image is read",
-    "custom.grpo.batch_plan.enabled": "is short for other keys; write those out",
-    "custom.grpo.chord.enabled": "mixes fine-tuning into the loss, which is not done here",
+    "custom.augmentation": "changes images, which are shown as they are here",
+    "training.resume_from_checkpoint": "is another program's checkpoint; a run of ours goes on by being started again",
+    "custom.grpo.chord": "mixes fine-tuning into the loss, which is not done here",
     "prompts.profile": "builds prompts of a recipe of its own; put them into the rows",
 }
 """Paths that would change what is trained; harmless only where they are off."""
 NEEDLESS = {
     "training.run_name": "output_dir names the run",
     "training.logging_dir": "metrics are in output_dir",
-    "training.logging_steps": "every step is logged",
-    "training.logging_first_step": "every step is logged",
+    **dict.fromkeys(("training.logging_steps", "training.logging_first_step"), "every step is logged"),
     "training.report_to": "metrics.jsonl and report.html are always written",
     "training.packing": "sequences always lie end to end",
     "training.save_safetensors": "checkpoints always are",
@@ -137,10 +161,8 @@ NEEDLESS = {
     "training.save_strategy": "a checkpoint is written every save_steps, and the newest are kept",
     "training.save_last_epoch": "the last step is always saved",
     "training.save_delay_steps": "checkpoints begin with the first",
-    "training.metric_for_best_model": "the newest checkpoints are kept",
-    "training.greater_is_better": "the newest checkpoints are kept",
-    "training.eval_strategy": "held-out tasks are evaluated before and after",
-    "training.eval_steps": "held-out tasks are evaluated before and after",
+    **{f"training.{name}": "the newest are kept" for name in ("metric_for_best_model", "greater_is_better")},
+    **{f"training.eval_{name}": "held-out tasks come before and after" for name in ("strategy", "steps")},
     "training.per_device_eval_batch_size": "engines batch by themselves",
     "training.add_version": "a folder with a run in it is refused, not numbered",
     "training.deepspeed": "the learner's ranks are learner.devices",
@@ -148,15 +170,34 @@ NEEDLESS = {
     "model.model_type": "read from the model",
     "template.template": "the tokenizer's own",
     "template.truncation_strategy": "a prompt that does not fit is an error of its group, and counted",
-    "template.max_pixels": "no image is read",
+    "template.max_pixels": "the model's own processor bounds its images",
     "rlhf.truncation_strategy": "a prompt that does not fit is an error of its group, and counted",
     "rlhf.log_completions": "a few are always logged",
     "rlhf.vllm_server_pass_dataset": "rewards see every column of the row",
     "rlhf.move_model_batches": "weights move in buckets (bridge.bucket_bytes)",
     "custom.dump_conversation_path": "rollouts are in output_dir",
+    "rlhf.vllm_server_group_port": "a free port is leased",
+    "rlhf.log_rollout_offpolicy_metrics": "they are always logged",
+    "custom.use_summary": "the rewards tell the task",
+    **{f"custom.{name}": "rows hold answers" for name in ("json_format", "emit_norm", "object_ordering_policy")},
+    "custom.token_type_metrics": "they are of fine-tuning",
+    "custom.augmentation_curriculum": "it is custom.augmentation's",
+    "custom.grpo.dump": "rollouts are in output_dir",
+    "custom.cuda_memory": "each micro-batch logs its peak memory",
+    "prompts.domain": "it is prompts.profile's",
     "custom.val_sample_limit": "evaluation.num_tasks says how many",
 }
 """Path → why it makes no difference here."""
+WHOLE = {"training.lr_scheduler_kwargs", *REFUSED, *NEEDLESS, *(
+    f"{section}.{name}" for section in ("rlhf", "custom.extra.rollout_server")
+    for name in ("vllm_engine_kwargs", "vllm_limit_mm_per_prompt"))}  # fmt: skip
+"""Mappings that are values."""
+KEPT = {
+    "training.save_total_limit": "ms-swift keeps every checkpoint, here the newest are kept (learner.num_checkpoints)",
+    "rlhf.vllm_gpu_memory_utilization": "ms-swift takes 0.9, here engine.gpu_memory_utilization's default counts",
+    "global_max_length": "ms-swift takes the model's whole context, here model.max_length's default counts",
+}
+"""Absent keys whose meaning is ours, and said so."""
 NEEDLESS_SECTIONS = {
     "data.": "rows come from custom.train_jsonl, and there is no data loader",
     "deepspeed.": "the learner's ranks are learner.devices",

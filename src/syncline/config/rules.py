@@ -176,7 +176,7 @@ def _devices(config: RunConfig) -> Iterator[str]:
             f"replicas of {ranks} ranks with bridge.name = {config.bridge.name!r} need {wanted}; "
             "name that many, or set engine.device to cpu"
         )
-    if engine.device != "cpu" and (count := engines_on_a_gpu(config)) * engine.gpu_memory_utilization > 1:
+    elif engine.device != "cpu" and (count := engines_on_a_gpu(config)) * engine.gpu_memory_utilization > 1:
         yield (
             f"engine.gpu_memory_utilization: {engine.gpu_memory_utilization:g} is the share of each engine, and "
             f"{count} are on one GPU; lower it to {int(1000 / count) / 1000:g} or less, or start fewer"

@@ -365,7 +365,8 @@ class Observe(Section):
     """`training.log` in run.dir: what the learner logs, the generation's settings, each step's metrics under TRL's
     names."""
     completions_csv: str | None = None
-    """A file that gets a row for every completion trained on: step, prompt, completion, reward and its parts."""
+    """A file that gets a row for every completion trained on: step, prompt, completion, action, reward,
+    target_action (where an environment has such parts) and all the reward's parts."""
 
 
 class RunConfig(Section):

@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 
 from syncline.envs.single_turn import check_split
 from syncline.errors import ConfigError
-from syncline.types import Message
+from syncline.observe.images import image_ref
+from syncline.types import ImageRef, Message
 
 T = TypeVar("T")
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")
@@ -30,25 +31,66 @@ class PromptRow:
 
     prompt: str | tuple[Message, ...]
     columns: Mapping[str, Any]
+    messages: tuple[Message, ...]
+    """The prompt as the model is shown it, with its images."""
 
     @property
-    def messages(self) -> tuple[Message, ...]:
-        return (Message("user", self.prompt),) if isinstance(self.prompt, str) else self.prompt
+    def key(self) -> str:
+        """The same for rows that ask the same."""
+        return "\n".join(part for m in self.messages for part in (m.content, *(image.sha256 for image in m.images)))
 
 
 def prompt_row(row: Any, where: str) -> PromptRow:
-    """Raises `ConfigError` naming the row."""
+    """The row's `images` are paths, relative to the file of the rows. They stand where a part `{"type": "image"}` of a
+    message or `<image>` in a text calls for one, else in the user's first message; a part may bring its own:
+    `{"type": "image", "image": "a.png"}`. Raises `ConfigError` naming the row."""
     prompt = row.get("prompt") if isinstance(row, Mapping) else None
     try:
         if not prompt:
             raise TypeError("no prompt")
-        said = prompt if isinstance(prompt, str) else tuple(Message(m["role"], m["content"]) for m in prompt)
-        made = PromptRow(said, {name: value for name, value in row.items() if name not in _NOT_COLUMNS})
-        made.messages  # noqa: B018  a text is checked as a message is
+        listed = row.get("images") or []
+        paths = list(listed) if isinstance(listed, list | tuple) else [listed]
+        chat = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
+        spoken = [(role, *_read(content, is_tagged=bool(paths))) for role, content in chat]
+        if not any(images for _, images, _ in spoken):
+            next((m for m in spoken if m[0] == "user"), spoken[0])[1].extend([None] * len(paths))
+        left, folder = iter(paths), Path(where.rpartition(":")[0]).parent
+        said = tuple(
+            Message(role, text, tuple(_image(own or next(left, None), folder, where) for own in images))
+            for role, images, text in spoken
+        )
     except (TypeError, KeyError, ValueError) as error:
-        fault = f"field 'prompt' must be a text or a list of {{role, content}}: {error}"
-        raise ConfigError([f"{where}: {fault}"]) from error
-    return made
+        what = "must be a text or a list of {role, content}, each content a text, or images and then a text"
+        raise ConfigError([f"{where}: field 'prompt' {what}: {error}"]) from error
+    if (unused := next(left, None)) is not None:
+        raise ConfigError([f"{where}: field 'images': nothing in the prompt calls for {unused!r}; leave it out"])
+    columns = {name: value for name, value in row.items() if name not in _NOT_COLUMNS}
+    return PromptRow(prompt if isinstance(prompt, str) else said, columns, said)
+
+
+def _read(content: Any, *, is_tagged: bool) -> tuple[list[Any], str]:
+    """The images that a message calls for (`None`: the row's next), and its text."""
+    if isinstance(content, str):
+        first, *others = content.split("<image>") if is_tagged else [content]
+        content = [{"type": "text", "text": first}]
+        content += [part for text in others for part in ({"type": "image"}, {"type": "text", "text": text})]
+    images, text = [], ""
+    for part in content:
+        if part["type"] == "text":
+            text += part["text"]
+        elif part["type"] != "image":
+            raise TypeError(f"a part of type {part['type']!r} is not shown")
+        elif text.strip():
+            raise TypeError("an image stands after a text; put it before")
+        else:
+            images.append(part.get("image") or part.get("path"))
+    return images, text
+
+
+def _image(path: Any, folder: Path, where: str) -> ImageRef:
+    if not isinstance(path, str):
+        raise ConfigError([f"{where}: field 'images' has {path!r} where the prompt calls for a path; add one"])
+    return image_ref(folder / path)
 
 
 class Rows(Generic[T]):

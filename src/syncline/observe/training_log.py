@@ -18,7 +18,7 @@ from syncline.types import RolloutGroup
 
 TRAINING_LOG = "training.log"
 NAME = "train_grpo_vllm"
-COLUMNS = ("step", "micro_step", "prompt", "completion", "reward", "parts")
+COLUMNS = ("step", "micro_step", "prompt", "completion", "action", "reward", "target_action", "parts")
 log = logging.getLogger(NAME)
 
 
@@ -87,8 +87,9 @@ def _joined(values: Mapping[str, object]) -> str:
 
 
 class CompletionsCsv:
-    """A `MetricSink` that writes a row for each completion; `parts` are the reward's, `action=2 target_action=1`. Of a
-    resumed run the rows after `resumed_step`, and one that a kill has torn, are cut off."""
+    """A `MetricSink` that writes a row for each completion; `parts` are the reward's, `action=2 target_action=1`: those
+    two are columns too, empty elsewhere. Of a resumed run the rows after `resumed_step`, and one that a kill has torn,
+    are cut off."""
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,10 +110,10 @@ class CompletionsCsv:
         for micro_step, group in enumerate(groups):
             for rollout in group.rollouts:
                 said = [message.content for message in rollout.messages]
-                parts = " ".join(f"{name}={value:g}" for name, value in rollout.reward_parts.items())
-                self._rows.writerow(
-                    [step, micro_step, "".join(said[:-1]), said[-1] if said else "", rollout.reward, parts]
-                )
+                parts = {name: f"{value:g}" for name, value in rollout.reward_parts.items()}
+                row = [step, micro_step, "".join(said[:-1]), said[-1] if said else ""]
+                row += [parts.get("action", ""), rollout.reward, parts.get("target_action", "")]
+                self._rows.writerow([*row, " ".join(f"{name}={value}" for name, value in parts.items())])
         self._file.flush()
 
     def close(self) -> None:

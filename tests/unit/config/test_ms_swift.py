@@ -9,7 +9,8 @@ import yaml
 
 from syncline.config import RunConfig, load
 from syncline.config.ms_swift import translate
-from syncline.config.ms_swift_keys import SERVER_KEYS
+from syncline.config.ms_swift_keys import SERVER_KEYS, SUMMARY_REWARDS
+from syncline.envs.tasks.summary_rewards import REWARDS
 from syncline.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "ms_swift"
@@ -110,6 +111,103 @@ def test_towers_that_are_not_frozen_have_rates_of_their_own(tmp_path: Path) -> N
     assert (optimizer.vision_learning_rate, optimizer.aligner_learning_rate) == (1e-7, 1e-6)
 
 
+def test_absent_keys_mean_what_they_mean_to_ms_swift(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    absent = (
+        "training.seed", "training.learning_rate", "training.weight_decay", "tuner.lora_rank", "tuner.lora_alpha",
+        "tuner.lora_dropout", "rlhf.beta", "rlhf.temperature", "rlhf.max_completion_length", "training.output_dir",
+        f"{SERVER}.vllm_gpu_memory_utilization", "training.max_grad_norm",
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        config = loaded(tmp_path, dict.fromkeys(absent))
+    optimizer, loss, lora = config.learner.optimizer, config.learner.loss, config.model.lora
+    assert lora is not None
+    assert (lora.rank, lora.alpha, lora.dropout) == (8, 32, 0.05)
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.max_grad_norm) == (1e-4, 0.1, 1.0)
+    assert (loss.kl_coef, loss.importance.level) == (0.04, "none")
+    assert (config.sampling.temperature, config.sampling.max_tokens, config.run.seed) == (0.9, 512, 42)
+    assert (config.run.dir, config.learner.checkpoint_interval) == ("output/model", 500)
+    assert config.engine.gpu_memory_utilization == 0.9
+    assert "training.save_total_limit: absent: ms-swift keeps every checkpoint" in caplog.text
+    full = {"tuner.train_type": "full", "tuner.use_dora": False, "training.learning_rate": None}
+    assert loaded(tmp_path, full).learner.optimizer.learning_rate == 1e-5
+
+
+def test_the_correction_is_on_where_a_file_says_so_or_samples_ahead(tmp_path: Path) -> None:
+    ahead = loaded(tmp_path, {"rlhf.async_generate": True}).learner.loss.importance
+    assert (ahead.level, ahead.mode) == ("token", "truncate")
+    said = loaded(tmp_path, {"rlhf.rollout_importance_sampling_mode": "sequence_mask"}).learner.loss.importance
+    assert (said.level, said.mode) == ("sequence", "mask")
+
+
+def test_null_means_the_default(tmp_path: Path) -> None:
+    def with_null(name: str, others: dict[str, Any] | None = None) -> RunConfig:
+        path = tmp_path / "null.yaml"
+        values = file({**(others or {}), name: "gone"})
+        path.write_text(yaml.safe_dump(values).replace("gone", "null"))
+        return load(path)
+
+    assert with_null(f"{SERVER}.vllm_max_num_seqs").engine.max_num_seqs == 256
+    served = {"tuner.use_dora": False, f"{SERVER}.vllm_enable_lora": True}
+    assert with_null(f"{SERVER}.vllm_limit_mm_per_prompt", served).bridge.name == "lora"
+    assert with_null("training.gradient_checkpointing").learner.recomputation.what == "full"
+    assert with_null("rlhf.beta").learner.loss.kl_coef == 0.04
+    assert with_null("custom.augmentation_curriculum") == loaded(tmp_path)
+    assert with_null("training.resume_from_checkpoint") == loaded(tmp_path)
+
+
+def test_what_is_off_is_off_with_all_its_keys(tmp_path: Path) -> None:
+    off = {"enabled": False, "mu_peak": 0.05, "ops": [{"name": "hflip"}]}
+    assert loaded(tmp_path, {"custom.grpo.chord": off, "custom.augmentation": off}) == loaded(tmp_path)
+
+
+def test_a_batch_plan_is_written_out(tmp_path: Path) -> None:
+    ranks = {"force_vllm_tensor_parallel_size": 2, "force_vllm_data_parallel_size": 3, "max_num_seqs_per_gpu": 5}
+    plan = {
+        "enabled": True, "per_device_train_batch_size": 8, "unified_batch_size": 48, "rollout_server": ranks,
+    }  # fmt: skip
+    said = ("vllm_tensor_parallel_size", "vllm_data_parallel_size", "vllm_max_num_seqs")
+    absent = [f"{SERVER}.{name}" for name in said] + ["rlhf.generation_batch_size"]
+    absent += ["training.effective_batch_size", "training.per_device_train_batch_size"]
+    config = loaded(tmp_path, dict.fromkeys(absent) | {"custom.grpo.batch_plan": plan})
+    assert (config.engine.tensor_parallel_size, config.engine.num_replicas, config.engine.max_num_seqs) == (2, 3, 5)
+    assert (config.run.groups_per_step, config.learner.token_budget) == (12, 8 * 8192)
+
+
+def test_rewards_of_the_task_summary_are_its_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    named = {"rlhf.reward_funcs": ["summary.format", "summary.schema_tree"], "rlhf.reward_weights": [1.5, 4.0]}
+    with caplog.at_level(logging.WARNING):
+        [environment] = loaded(tmp_path, named).environments
+    weights = {"format": 1.5, "schema_tree": 4.0}
+    assert environment.task == "summary"
+    assert environment.args == {"weights": weights, "path": "data/train.jsonl", "heldout_path": "data/val.jsonl"}
+    assert "name its file, as environments.0.args.schema=schema.json" in caplog.text
+    [alike] = loaded(tmp_path, named | {"rlhf.reward_weights": None}).environments
+    assert alike.args["weights"] == {"format": 1.0, "schema_tree": 1.0}
+    assert set(SUMMARY_REWARDS) == set(REWARDS)
+
+
+def test_keys_that_change_nothing_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    needless = {
+        "custom.use_summary": True, "custom.json_format": "standard", "custom.emit_norm": "norm1000",
+        "custom.token_type_metrics": {"enabled": True}, "custom.cuda_memory": {"enabled": True},
+        "rlhf.vllm_server_group_port": 51216, "rlhf.log_rollout_offpolicy_metrics": True, "prompts.domain": "bbu",
+    }  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        assert loaded(tmp_path, needless) == loaded(tmp_path)
+    assert set(needless) <= {record.message.partition(":")[0] for record in caplog.records}
+
+
+def test_the_flat_form_is_one_fault_that_says_where_keys_go(tmp_path: Path) -> None:
+    path = tmp_path / "flat.yaml"
+    path.write_text("rlhf_type: grpo\nmodel: m\nuse_vllm: true\nvllm_mode: server\nlearning_rate: 1e-6\nbeta: 0.1\n")
+    with pytest.raises(ConfigError) as refused:
+        load(path)
+    [fault] = refused.value.faults
+    assert fault.startswith(
+        "rlhf_type: this is ms-swift's flat form; put model and torch_dtype under the section model"
+    )
+
+
 def test_epochs_count_the_rows(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n" * 100)
@@ -196,7 +294,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rlhf.advantage_estimator": "rloo"}, "rlhf.advantage_estimator: 'rloo' is no estimator of this learner"),
     ({"rlhf.loss_type": "sapo"}, "rlhf.loss_type: 'sapo' has no counterpart here; use one of grpo,"),
     ({"rlhf.kl_in_reward": True}, "rlhf.kl_in_reward: true, but KL is a term of the loss"),
-    ({"rlhf.reward_funcs": ["summary.format", "a:b"]}, "rlhf.reward_funcs.0: 'summary.format' is no import path"),
+    ({"rlhf.reward_funcs": ["summary.format", "a:b"]}, "rlhf.reward_funcs: ['summary.format'] are no import paths"),
+    ({"rlhf.reward_funcs": ["dense.format"]}, "and no others: summary.format, summary.header, summary.strict"),
     ({"rlhf.reward_weights": [1.0]}, "rlhf.reward_weights: 1 numbers for 2 rlhf.reward_funcs"),
     ({"rlhf.reward_weights": 2}, "rlhf.reward_weights: 1 numbers for 2 rlhf.reward_funcs"),
     (
@@ -207,10 +306,30 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rlhf.num_generations": []}, "rlhf.num_generations: [] must be a number"),
     ({"rlhf.max_completion_length": "long"}, "rlhf.max_completion_length: 'long' must be a number"),
     ({"global_max_length": "x"}, "global_max_length: 'x' must be a number"),
+    (
+        {"training.num_train_epochs": "x", "training.max_steps": None, "custom.train_jsonl": __file__},
+        "training.num_train_epochs: 'x' must be a number",
+    ),
     ({"training.warmup_ratio": float("nan")}, "training.warmup_ratio: nan must be a number"),
     ({"training.lr_scheduler_kwargs": 3}, "training.lr_scheduler_kwargs: 3 has keys other than min_lr"),
     ({"model.attn_impl": []}, "model.attn_impl (learner.attention): [] is not usable"),
-    ({"custom.grpo.chord.enabled": True}, "custom.grpo.chord.enabled: True mixes fine-tuning into the loss"),
+    ({"custom.grpo.chord.enabled": True}, "custom.grpo.chord: mixes fine-tuning into the loss"),
+    ({"custom.augmentation.ops": ["flip"]}, "custom.augmentation: changes images"),
+    ({"training.resume_from_checkpoint": "a"}, "training.resume_from_checkpoint: 'a' is another program's checkpoint"),
+    ({"rlhf.top_k": 50}, "rlhf.top_k: 50 cuts the distribution"),
+    ({"custom.assistant_prefix_format": "<{task}>"}, "custom.assistant_prefix_format: '<{task}>' is not the header"),
+    (
+        {"custom.grpo.batch_plan": {"enabled": True, "unified_batch_size": 48}},
+        "custom.grpo.batch_plan.unified_batch_size: 48 is not training.effective_batch_size = 32",
+    ),
+    (
+        {"custom.grpo.batch_plan": {"unified_batch_size": 32}},
+        "unified_batch_size: 32, but custom.grpo.batch_plan.enabled is not true",
+    ),
+    (
+        {"custom.grpo.batch_plan": {"enabled": True, "num_gpus": 2}},
+        "custom.grpo.batch_plan.num_gpus: unknown key (value 2)",
+    ),
     ({"custom.colour": 1}, "custom.colour: unknown key (value 1)"),
     ({"model.model": None}, "model.model: required, but missing"),
 ]
@@ -228,7 +347,8 @@ def test_a_wrong_combination_is_refused_with_the_path_of_its_key(
 def test_other_gpus_than_ranks_are_refused_with_both_paths(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         loaded(tmp_path, {}, "engine.devices=[0,1,2,3]", "engine.device=cuda", "learner.device=cuda")
-    assert refused.value.faults[0].startswith(
+    [fault] = refused.value.faults
+    assert fault.startswith(
         f"{SERVER}.vllm_tensor_parallel_size × vllm_data_parallel_size (engine.devices): [0, 1, 2, 3] names 4 GPUs"
     )
 

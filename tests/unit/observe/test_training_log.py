@@ -85,7 +85,9 @@ def test_every_completion_has_a_row(tmp_path: Path) -> None:
         "micro_step": "0",
         "prompt": "<|start|>user",
         "completion": 'a "b"\n[2]',
+        "action": "2",
         "reward": "0.5",
+        "target_action": "",
         "parts": "reward_fn=0.5 action=2",
     }
 

@@ -46,6 +46,24 @@ def test_a_missing_file_is_asked_for(path: str) -> None:
     assert "config=configs/rollout_servers.yaml" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [
+        ("server_log=a.log", "set run.dir"),
+        ("wait_interval=2", "ever less often"),
+        ("debug=true", "every process logs in run.dir"),
+        ("train_env=NCCL_DEBUG=INFO", "set variables before the command"),
+        ("force_kill_port=true", "nothing of others is killed"),
+    ],
+)
+def test_words_of_other_launchers_say_what_there_is_instead(word: str, remedy: str, path: str) -> None:
+    given = [str(RECIPES / "both.sh"), "config=run.yaml", word]
+    refused = subprocess.run(given, env={"PATH": path}, capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(f"{word}: ")
+    assert remedy in refused.stderr
+
+
 def test_the_file_that_they_name_loads_for_either_side() -> None:
     file = ROOT / "configs" / "rollout_servers.yaml"
     config = load(file)

@@ -48,7 +48,7 @@ class TrlRewards:
         self._weights = _checked_weights(weights, len(rewards))
         hub = (dataset, dataset_config) if dataset else None
         train, heldout = open_rows(path, heldout_path, hub=hub, heldout_split=heldout_split)
-        self._rows = Rows(train, heldout, build=prompt_row, key=lambda row: repr(row.prompt), seed=seed)
+        self._rows = Rows(train, heldout, build=prompt_row, key=lambda row: row.key, seed=seed)
 
     def task(self, index: int, *, split: str = "train") -> PromptRow:
         return self._rows.task(index, split=split)

@@ -46,7 +46,7 @@ class Judged:
         self.open_judge: Callable[[], Judge] = lambda: Judge(endpoint, rubric=rubric)
         self._mode, self._num_opponents = mode, num_opponents
         train, heldout = open_rows(path, heldout_path, hub=None)
-        self._rows = Rows(train, heldout, build=prompt_row, key=lambda row: repr(row.prompt), seed=seed)
+        self._rows = Rows(train, heldout, build=prompt_row, key=lambda row: row.key, seed=seed)
 
     def task(self, index: int, *, split: str = "train") -> PromptRow:
         return self._rows.task(index, split=split)
