@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from syncline.cli.files import add_file, file_of
 from syncline.config import RunConfig, load
-from syncline.config.model_folder import packed_faults
+from syncline.config.model_folder import model_faults
 from syncline.envs.registry import BUILT_IN
 from syncline.errors import ConfigError
 from syncline.launch.plan import Machine, ProcessSpec, plan, wanted_ports
@@ -53,7 +53,7 @@ def load_checked(file: str, overrides: Sequence[str]) -> RunConfig:
         for i, own in enumerate(config.environments)
         if own.task not in BUILT_IN and ":" not in own.task
     ]
-    faults += [*missing_packages(config.observe), *packed_faults(config)]
+    faults += [*missing_packages(config.observe), *model_faults(config)]
     if faults:
         raise ConfigError(faults)
     return config

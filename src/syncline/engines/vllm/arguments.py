@@ -1,6 +1,7 @@
 """Our configuration → the options of vLLM's own parser, which checks what is passed through."""
 
 import json
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Mapping
@@ -8,13 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from syncline.config import RunConfig
-from syncline.config.model_folder import MXFP4
+from syncline.config.model_folder import MXFP4, expert_faults, known_settings
 from syncline.config.rules import ENGINE_LORA_RANKS, serves_adapters
 from syncline.config.servers import engines_on_a_gpu, num_stages
 from syncline.engines.vllm import compat
-from syncline.engines.vllm.packed_experts import refuse_unservable, stored_format
+from syncline.engines.vllm.packed_experts import stored_format
 from syncline.engines.vllm.plugin import ATTACHED, UNPACKED, WITNESSED
 from syncline.errors import ConfigError
+
+_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_SEGMENTS = "expandable_segments"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ def set_environment(config: RunConfig, device: str) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if config.bridge.name == "shared" and device == "cuda":
+        _export_whole_segments()
     if device == "cpu":
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -54,6 +61,20 @@ def set_environment(config: RunConfig, device: str) -> None:
         threads = config.engine.num_threads or os.cpu_count() or 1
         ranks = config.engine.tensor_parallel_size * num_stages(config)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads // ranks)))
+
+
+def _export_whole_segments() -> None:
+    """CUDA IPC hands out what cudaMalloc gave. torch's expandable segments are mapped piece by piece, and another
+    process opens such ones by file descriptors that containers forbid, or not at all."""
+    for name in _ALLOCATOR_SETTINGS:
+        asked = [part for part in os.environ.get(name, "").split(",") if part]
+        kept = [part for part in asked if part.partition(":")[0].strip() != _SEGMENTS]
+        if kept != asked:
+            os.environ[name] = ",".join(kept)
+            log.warning(
+                "%s: %s is left out in the engine, whose weights bridge.name = 'shared' hands to the learner by CUDA "
+                "IPC, as no expandable segment can be", name, _SEGMENTS,
+            )  # fmt: skip
 
 
 def parse(config: RunConfig, device: str, start: Start) -> Namespace:
@@ -105,8 +126,8 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
     if serves_adapters(config):
         values |= _adapter_options(config)
     shares, packing = config.bridge.name == "shared", stored_format(config)
-    if packing == MXFP4:
-        refuse_unservable(config)
+    if packing == MXFP4 and (faults := [*expert_faults(config, known_settings(config.model.path))]):
+        raise ConfigError(faults)
     if device != "cpu" and (packing or shares):
         values |= {"load_format": WITNESSED}
     values |= engine.extra
