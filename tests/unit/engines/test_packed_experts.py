@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from syncline.bridges.blocks import digested
 from syncline.bridges.receipt import combined, parameter_digests
 from syncline.config import resolve
-from syncline.engines.vllm.names import CheckpointNames
 from syncline.engines.vllm.arguments import Start, _options
+from syncline.engines.vllm.names import CheckpointNames
 from syncline.engines.vllm.packed_experts import (
     GPT_OSS_MXFP4,
     handed_to,
