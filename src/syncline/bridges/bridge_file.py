@@ -109,10 +109,8 @@ def find_bridge_file(
     if path is None and patience_seconds:
         log.warning(
             "no %s yet; waiting %g s for an engine that shares weights; looked for\n%s",
-            FILE_NAME,
-            patience_seconds,
-            told,
-        )
+            FILE_NAME, patience_seconds, told,
+        )  # fmt: skip
     for _ in range(math.ceil(patience_seconds / POLL_SECONDS)):
         if path is not None:
             break

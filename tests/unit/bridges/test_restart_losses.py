@@ -1,4 +1,4 @@
-"""Engines that die under a `restart`: who goes on, who must stop, and what one that comes back has to load and prove."""
+"""Engines that die under a `restart`: who goes on, who must stop, what one that comes back has to load."""
 
 from collections.abc import Callable
 from pathlib import Path

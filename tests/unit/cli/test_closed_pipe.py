@@ -1,4 +1,4 @@
-"""What is printed into a pipe that nobody reads any more, as `| head` leaves it, ends the command without a traceback."""
+"""Printing into a pipe that nobody reads any more, as `| head` leaves it, ends a command without a traceback."""
 
 import os
 import subprocess

@@ -3,10 +3,11 @@
 import json
 import logging
 import os
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from syncline.config import RunConfig
 from syncline.config.model_folder import MXFP4, expert_faults, known_settings
@@ -50,6 +51,7 @@ def set_environment(config: RunConfig, device: str) -> None:
     """Variables vLLM reads at import. Only in the engine's own process, before vLLM is imported."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for what a verb prints
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if config.bridge.name == "shared" and device == "cuda":
         _export_whole_segments()
@@ -78,14 +80,46 @@ def _export_whole_segments() -> None:
 
 
 def parse(config: RunConfig, device: str, start: Start) -> Namespace:
-    """vLLM's argument namespace. What it does not know of `engine.extra` ends the process with its own message."""
+    """vLLM's argument namespace. Raises `ConfigError` for what its parser does not take of `engine.extra`."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parts = compat.server_parts()
     parser = parts.make_arg_parser(FlexibleArgumentParser(prog="syncline serve"))
-    args = parser.parse_args(_options(config, device, start))
-    parts.validate_args(args)
+
+    def refuse(message: str) -> NoReturn:
+        raise _refused(config, message)
+
+    parser.error = refuse  # pyright: ignore[reportAttributeAccessIssue]
+    options = _options(config, device, start)
+    try:
+        args = parser.parse_args(options)
+        parts.validate_args(args)
+    except (ValueError, TypeError) as error:
+        raise _refused(config, str(error)) from error
     return args
+
+
+def refuse_unusable(config: RunConfig, args: Namespace) -> None:
+    """Raises `ConfigError` for what an engine would refuse before it loads a model: all of vLLM's configuration is
+    made, from these arguments and the model's config.json."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    try:
+        AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    except (ValueError, TypeError, AssertionError, OSError, RuntimeError, ImportError) as error:
+        raise _refused(config, str(error)) from error
+
+
+def _refused(config: RunConfig, told: str) -> ConfigError:
+    """In vLLM's words, with the field: the option of `engine.extra` that it speaks of, by its flag or otherwise."""
+    named = [
+        f"engine.extra.{option}: {value!r}"
+        for option, value in config.engine.extra.items()
+        if re.search(rf"\b{option.replace('_', '[-_ ]')}\b", told, re.IGNORECASE)
+    ]
+    if named:
+        return ConfigError([f"{', '.join(named)} is refused by vLLM {compat.vllm_version()}; change it: {told}"])
+    return ConfigError([f"engine: vLLM {compat.vllm_version()} refuses what it would be started with: {told}"])
 
 
 def _options(config: RunConfig, device: str, start: Start) -> list[str]:
