@@ -107,10 +107,7 @@ def find_bridge_file(
     path = _first_there(searched)
     told = "\n".join(f"  {path.absolute()}" for path in searched)
     if path is None and patience_seconds:
-        log.warning(
-            "no %s yet; waiting %g s for an engine that shares weights; looked for\n%s",
-            FILE_NAME, patience_seconds, told,
-        )  # fmt: skip
+        log.warning("no %s yet; waiting %g s for an engine that shares weights:\n%s", FILE_NAME, patience_seconds, told)
     for _ in range(math.ceil(patience_seconds / POLL_SECONDS)):
         if path is not None:
             break

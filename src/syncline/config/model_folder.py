@@ -26,7 +26,7 @@ _FP8_BLOCKS = (
 def quantisation(path: str) -> str | None:
     """How the weights of a model are packed (`"mxfp4"`, `"gptq"`); `None`: not at all, or nobody has its config.json
     here (see `known_settings`)."""
-    return _packing(known_settings(path)).get("quant_method")
+    return (known_settings(path).get("quantization_config") or {}).get("quant_method")
 
 
 def known_settings(path: str) -> dict[str, Any]:
@@ -39,10 +39,6 @@ def known_settings(path: str) -> dict[str, Any]:
         return json.loads(Path(file).read_text(encoding="utf-8")) if isinstance(file, str | Path) else {}
     except (OSError, ValueError):
         return {}
-
-
-def _packing(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return settings.get("quantization_config") or {}
 
 
 def model_faults(config: RunConfig) -> list[str]:
@@ -65,7 +61,7 @@ def packed_faults(config: RunConfig) -> list[str]:
     """What a packed base cannot be used with. The engine keeps such a base as it is, so an adapter alone can be
     moved."""
     known = known_settings(config.model.path)
-    settings = _packing(known)
+    settings = known.get("quantization_config") or {}
     packed = settings.get("quant_method")
     if packed is None:
         return []

@@ -59,9 +59,8 @@ class Shape:
             packed = self.layers * (self.attention + 3 * self.hidden * self.feed_forward * self.experts)
             return 2.0 * (self.parameters - packed) + self.packed_bytes * packed
         matrices = 3 * self.layers * self.experts
-        rest = self.parameters - matrices * self.hidden * self.feed_forward
         columns = -(-self.hidden // 256) * 256 * (-(-self.feed_forward // 128) * 128)
-        return 2.0 * rest + self.packed_bytes * matrices * columns
+        return 2.0 * self.parameters + matrices * (self.packed_bytes * columns - 2.0 * self.hidden * self.feed_forward)
 
     def cache_bytes(self, tokens: float) -> float:
         """Of the keys and values of a sequence of so many tokens."""

@@ -63,7 +63,7 @@ def test_an_engine_that_is_still_loading_is_waited_for(
     caplog.clear()
     with pytest.raises(SyncError, match="no vllm_bridge_config"):
         find_bridge_file("elsewhere", **find, patience_seconds=2)
-    assert f"looked for\n  {Path('elsewhere').absolute()}" in caplog.text, "said at the start, not after the wait"
+    assert f"shares weights:\n  {Path('elsewhere').absolute()}" in caplog.text, "said at the start, not after the wait"
     assert sum(slept) == 3 * bridge_file.POLL_SECONDS + 2
 
 

@@ -18,8 +18,6 @@ from syncline.engines.vllm.packed_experts import stored_format
 from syncline.engines.vllm.plugin import ATTACHED, UNPACKED, WITNESSED
 from syncline.errors import ConfigError
 
-_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-_SEGMENTS = "expandable_segments"
 log = logging.getLogger(__name__)
 
 
@@ -68,14 +66,14 @@ def set_environment(config: RunConfig, device: str) -> None:
 def _export_whole_segments() -> None:
     """CUDA IPC hands out what cudaMalloc gave. torch's expandable segments are mapped piece by piece, and another
     process opens such ones by file descriptors that containers forbid, or not at all."""
-    for name in _ALLOCATOR_SETTINGS:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         asked = [part for part in os.environ.get(name, "").split(",") if part]
-        kept = [part for part in asked if part.partition(":")[0].strip() != _SEGMENTS]
+        kept = [part for part in asked if part.partition(":")[0].strip() != "expandable_segments"]
         if kept != asked:
             os.environ[name] = ",".join(kept)
             log.warning(
-                "%s: %s is left out in the engine, whose weights bridge.name = 'shared' hands to the learner by CUDA "
-                "IPC, as no expandable segment can be", name, _SEGMENTS,
+                "%s: expandable_segments is left out in the engine, whose weights bridge.name = 'shared' hands to the "
+                "learner by CUDA IPC, as no expandable segment can be", name,
             )  # fmt: skip
 
 
@@ -90,9 +88,8 @@ def parse(config: RunConfig, device: str, start: Start) -> Namespace:
         raise _refused(config, message)
 
     parser.error = refuse  # pyright: ignore[reportAttributeAccessIssue]
-    options = _options(config, device, start)
     try:
-        args = parser.parse_args(options)
+        args = parser.parse_args(_options(config, device, start))
         parts.validate_args(args)
     except (ValueError, TypeError) as error:
         raise _refused(config, str(error)) from error
