@@ -433,9 +433,8 @@ def test_what_tells_torn_requests_tells_them(side: Side) -> None:
 
 def _move_half(model: Any) -> None:
     with torch.no_grad():
-        for parameter in [p for p in model.parameters() if p.requires_grad][
-            1::2
-        ]:  # of a new adapter A alone is nothing
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained[1::2]:  # B of adapters: A alone does nothing while B is 0
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
