@@ -410,6 +410,49 @@ def test_requests_kept_in_flight_have_each_token_under_the_version_that_sampled_
     assert _worst_span(side, completions, weights) < TOLERANCE
 
 
+def test_what_tells_torn_requests_tells_them(side: Side) -> None:
+    """The control of the two tests above: half of the weights of one version under the name of another; and with
+    `shared`, where the learner can write what the engine reads, a gate that is left open while requests run."""
+    side.reset()
+    bridge = side.attached()
+    version = side.next_version()
+    bridge.publish(side.model, policy_version=version)
+    whole, torn = _copy(side.model), _copy(side.model)
+    _move_half(torn)
+    asked = [(prompt, completion) for prompt in PROMPTS for completion in side.sample(max_tokens=40, prompts=[prompt])]
+    assert _worst_span(side, asked, {version: whole}) < TOLERANCE < _worst_span(side, asked, {version: torn})
+    if side.name != "shared":
+        return  # nobody but the engine itself can write its weights
+    open_gate = _sample_while_written(side)
+    assert {span.policy_version for _, completion in open_gate for span in completion.versions} == {version}
+    assert _worst_span(side, open_gate, {version: whole}) > TOLERANCE
+    side.reset()
+    bridge.publish(side.model, policy_version=version + 1)
+    assert side.mismatch() < TOLERANCE
+
+
+def _move_half(model: Any) -> None:
+    with torch.no_grad():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained[1::2]:  # B of adapters: A alone does nothing while B is 0
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def _sample_while_written(side: Side) -> "Sampled":
+    """One request a prompt; weights are moved, by nobody's leave, until all have ended."""
+
+    async def ask() -> Sampled:
+        async with EngineClient(side.engine.url, timeout_seconds=120) as client:
+            params = SamplingParams(80, temperature=0.8)
+            asking = asyncio.gather(*(client.generate(prompt, params, num_completions=2) for prompt in PROMPTS))
+            while not asking.done():
+                await asyncio.sleep(0.05)
+                await asyncio.to_thread(_move_half, side.model)
+            return [(prompt, c) for prompt, group in zip(PROMPTS, await asking, strict=True) for c in group]
+
+    return asyncio.run(ask())
+
+
 def test_verify_tells_whether_the_engine_holds_a_checkpoint(side: Side, tmp_path: Path, capsys) -> None:
     bridge = side.attached()
     side.step(bridge)

@@ -105,15 +105,15 @@ def find_bridge_file(
     of this rank of the learner."""
     searched = search_order(explicit)
     path = _first_there(searched)
+    told = "\n".join(f"  {path.absolute()}" for path in searched)
     if path is None and patience_seconds:
-        log.info("no %s yet; waiting %g s for an engine that shares weights", searched[0].absolute(), patience_seconds)
+        log.warning("no %s yet; waiting %g s for an engine that shares weights:\n%s", FILE_NAME, patience_seconds, told)
     for _ in range(math.ceil(patience_seconds / POLL_SECONDS)):
         if path is not None:
             break
         sleep(POLL_SECONDS)
         path = _first_there(searched)
     if path is None:
-        told = "\n".join(f"  {path.absolute()}" for path in searched)
         raise SyncError(
             f"no {FILE_NAME}; looked for\n{told}\nstart the engine with bridge.name = shared and --bridge-config "
             "(vllm_api_server.py: VLLM_ENABLE_SHARED_WEIGHTS=1), LOGDIR alike for both, or give its path"

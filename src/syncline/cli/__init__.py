@@ -5,8 +5,10 @@ Each verb's module has `add_arguments(parser)` and `run(args) -> exit code`; it 
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from syncline.errors import SynclineError
 
@@ -31,6 +33,8 @@ VERBS = {
     "report": "write a run's report page again",
 }
 ALIASES = {"eval": "evaluate"}
+READER_LEFT = 141
+"""128 + SIGPIPE: what is printed goes into a pipe (`| head`) that was closed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,12 +50,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             modules[verb].add_arguments(subparser)
     args = _parse(parser, argv)
     try:
-        return modules[args.verb].run(args)
+        code = modules[args.verb].run(args)
+        sys.stdout.flush()
+        return code
     except SynclineError as error:
         print(f"syncline {args.verb}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout):
+            raise
+        return READER_LEFT
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Then what it still holds goes nowhere, so that the interpreter's own flush at its end says nothing."""
+    try:
+        print(file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from syncline.cli.files import add_file, file_of
 from syncline.config import RunConfig, load
-from syncline.config.model_folder import packed_faults
+from syncline.config.model_folder import model_faults
 from syncline.envs.registry import BUILT_IN
 from syncline.errors import ConfigError
 from syncline.launch.plan import Machine, ProcessSpec, plan, wanted_ports
@@ -17,7 +17,7 @@ from syncline.observe.exports import missing_packages
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file(parser)
-    parser.add_argument("--engine", action="store_true", help="have vLLM check engine.extra too (imports it)")
+    parser.add_argument("--engine", action="store_true", help="have vLLM check what it would be given (imports it)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,12 +36,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ask_vllm(config: RunConfig) -> None:
-    """Its own parser ends the process with its own message."""
-    from syncline.engines.vllm.arguments import Start, engine_device, parse, set_environment
+    """Its parser, and its own configuration of an engine, which it makes without loading a model."""
+    from syncline.engines.vllm.arguments import Start, engine_device, parse, refuse_unusable, set_environment
 
     device = engine_device(config)
     set_environment(config, device)
-    parse(config, device, Start(config.engine.port))
+    refuse_unusable(config, parse(config, device, Start(config.engine.port)))
 
 
 def load_checked(file: str, overrides: Sequence[str]) -> RunConfig:
@@ -53,7 +53,7 @@ def load_checked(file: str, overrides: Sequence[str]) -> RunConfig:
         for i, own in enumerate(config.environments)
         if own.task not in BUILT_IN and ":" not in own.task
     ]
-    faults += [*missing_packages(config.observe), *packed_faults(config)]
+    faults += [*missing_packages(config.observe), *model_faults(config)]
     if faults:
         raise ConfigError(faults)
     return config

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from syncline.cli.files import add_file, file_of
 from syncline.config import RunConfig, load
+from syncline.config.model_folder import model_faults
 from syncline.config.servers import all_devices
 from syncline.errors import ConfigError
-from syncline.launch.estimate import GPUS, Part, kv_bytes_per_token, total
+from syncline.launch.estimate import GPUS, Part, total
 from syncline.launch.shape import Shape, read_shape
 from syncline.launch.split import Split, fastest_recomputation, splits
 
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     found = splits(config, shape, num_gpus=num_gpus, gpu=args.gpu)
     print("\n".join(_head(config, shape, num_gpus, args.gpu)))
     faster = fastest_recomputation(config, shape, num_gpus=num_gpus, gpu=args.gpu)
+    if not found and (faults := model_faults(config)):
+        raise ConfigError(faults)
     if not found:
         fault = f"--num-gpus: {num_gpus} × {args.gpu} hold no split of this run"
         if faster:
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _head(config: RunConfig, shape: Shape, num_gpus: int, gpu: str) -> list[str]:
     attempts = config.run.groups_per_step * config.run.rollouts_per_group
-    size, cache = shape.parameters / 1e9, kv_bytes_per_token(shape) / 1024
+    size, cache = shape.parameters / 1e9, shape.cache_bytes(config.model.max_length) / config.model.max_length / 1024
     return [
         f"{config.model.path}: {size:.2f}e9 parameters, {cache:.0f} KiB of KV cache a token",
         f"a step: {attempts} attempts of up to {config.model.max_length} tokens, {config.sampling.max_tokens} of them "

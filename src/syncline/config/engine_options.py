@@ -37,6 +37,11 @@ def engine_options(config: RunConfig) -> Iterator[str]:
     for option in PROOF:
         if option in extra:
             yield f"engine.extra.{option}: {extra[option]!r} is what proofs and log-probabilities rest on; leave it out"
+    if extra.get("enable_expert_parallel"):
+        yield (
+            f"engine.extra.enable_expert_parallel: {extra['enable_expert_parallel']!r} lays whole experts on different "
+            "ranks, where no bridge has been shown to prove them or their adapters; leave it out"
+        )
     if num_stages(config) > 1 and bridge == "shared":
         remedy = "lora" if config.model.lora else "broadcast or restart"
         yield (

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from syncline.config.schema import RunConfig
+from syncline.config.servers import servers
 
 MXFP4 = "mxfp4"
+WITH_ADAPTERS = ("auto", "marlin")
+"""Of `moe_backend`: kernels whose packing of MXFP4 can be measured, and which add adapters."""
+_MARLIN_COLUMNS = 128
+"""Of a rank's experts: Marlin pads to a multiple of it."""
 _COMPRESSED = "compressed-tensors"
 _WORDS = (4, 8)
 """Bits of integers that vLLM's kernels take."""
@@ -19,23 +24,44 @@ _FP8_BLOCKS = (
 
 
 def quantisation(path: str) -> str | None:
-    """How the weights in a local folder are packed (`"mxfp4"`, `"gptq"`); `None`: not at all, or `path` is the name of
-    a model on the hub, which nobody has asked yet."""
-    return _settings(path).get("quant_method")
+    """How the weights of a model are packed (`"mxfp4"`, `"gptq"`); `None`: not at all, or nobody has its config.json
+    here (see `known_settings`)."""
+    return (known_settings(path).get("quantization_config") or {}).get("quant_method")
 
 
-def _settings(path: str) -> dict[str, Any]:
+def known_settings(path: str) -> dict[str, Any]:
+    """A model's config.json: a folder's, or of a hub name the one in the hub's cache. Nobody is asked over a network,
+    so it is empty for a model that was never fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
     try:
-        values = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        file = Path(path) / "config.json" if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
+        return json.loads(Path(file).read_text(encoding="utf-8")) if isinstance(file, str | Path) else {}
     except (OSError, ValueError):
         return {}
-    return values.get("quantization_config") or {}
+
+
+def model_faults(config: RunConfig) -> list[str]:
+    """What the model, by its config.json, cannot be used with."""
+    return [*packed_faults(config), *_vision_faults(config)]
+
+
+def _vision_faults(config: RunConfig) -> Iterator[str]:
+    """As `learner.vision.refuse_family`, before anything is started."""
+    settings = known_settings(config.model.path)
+    for field in ("tensor_parallel_size", "data_parallel_size"):
+        if settings.get("vision_config") and (ranks := getattr(config.learner, field)) > 1:
+            yield (
+                f"learner.{field}: {ranks} ranks do not share the vision tower of model.path = {config.model.path!r} "
+                f"({settings.get('model_type')}); set it to 1"
+            )
 
 
 def packed_faults(config: RunConfig) -> list[str]:
-    """What a packed base cannot be used with; a folder's, not yet a hub name's. The engine keeps such a base as it is,
-    so an adapter alone can be moved."""
-    settings = _settings(config.model.path)
+    """What a packed base cannot be used with. The engine keeps such a base as it is, so an adapter alone can be
+    moved."""
+    known = known_settings(config.model.path)
+    settings = known.get("quantization_config") or {}
     packed = settings.get("quant_method")
     if packed is None:
         return []
@@ -61,7 +87,32 @@ def packed_faults(config: RunConfig) -> list[str]:
             f"learner.data_parallel_size: {config.learner.data_parallel_size} leaves a rank a part of the weights, "
             f"whose {name} is proved whole; set it to 1"
         )
-    return faults
+    return [*faults, *expert_faults(config, known)] if packed == MXFP4 else faults
+
+
+def expert_faults(config: RunConfig, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Why vLLM could not adapt MXFP4 experts of a model with these `settings`, or nobody could measure them."""
+    extra, inner = config.engine.extra, settings.get("intermediate_size", 0)
+    if (backend := extra.get("moe_backend", "auto")) not in WITH_ADAPTERS:
+        yield (
+            f"engine.extra.moe_backend: {backend!r} has no adapters of MXFP4 experts, or keeps them where nobody can "
+            "measure them; leave it out, or set it to marlin"
+        )
+    for option in ("fully_sharded_loras", "enable_mixed_moe_lora_format"):
+        if extra.get(option):
+            yield f"engine.extra.{option}: true lays adapters of experts out otherwise; leave it out"
+    ranks = max(server.tensor_parallel_size for server in servers(config))
+    if config.engine.device != "cpu" and not fits_marlin(inner, ranks):
+        where = "engine.servers" if config.engine.servers else "engine.tensor_parallel_size"
+        yield (
+            f"{where}: {ranks} ranks have {inner // ranks} columns of the experts each, which vLLM pads to a multiple "
+            f"of {_MARLIN_COLUMNS} and would cut their adapters there; set it to 1, and engine.num_replicas higher"
+        )
+
+
+def fits_marlin(inner: int, ranks: int) -> bool:
+    """Whether `ranks` that share experts of `inner` columns have adapters cut where the experts are."""
+    return ranks == 1 or inner % (ranks * _MARLIN_COLUMNS) == 0
 
 
 def _unreadable(settings: Mapping[str, Any], *, on_cpu: bool) -> Iterator[str]:

@@ -259,7 +259,7 @@ def _bridge(config: RunConfig) -> Iterator[str]:
             f"{list(config.engine.devices)} ({config.engine.device}), whose memory bridge.name = 'shared' uses; "
             "set both alike, or use restart"
         )
-    for option in ("quantization", "enable_sleep_mode", "cpu_offload_gb"):
+    for option in ("quantization", "enable_sleep_mode", "enable_cumem_allocator", "cpu_offload_gb"):
         if config.engine.extra.get(option):
             yield (
                 f"engine.extra.{option}: {config.engine.extra[option]!r} moves or repacks the weights that "

@@ -232,7 +232,8 @@ class Optimizer(Section):
     vision_learning_rate: PositiveFloat | None = None
     """Of its vision tower."""
     min_learning_rate: NonNegativeFloat = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up; `cosine` and `linear` (TRL's) fall to min_learning_rate at the end of the run."""
     num_warmup_steps: NonNegativeInt = 0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8

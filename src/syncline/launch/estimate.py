@@ -23,7 +23,10 @@ RECOMPUTED = 0.77
 """Of that share, with layers computed again."""
 _KEPT = {"selective": (2, 2, 1, 2), "attention": (1, 1, 0, 0), "full": (1, 0, 0, 0)}
 """`recomputation.what` → hidden, query, key and value, feed-forward widths that a layer keeps of a token."""
-DECODE_STEP_SECONDS = 3.2e-3
+DECODE_STEP_SECONDS = 1.5e-3
+DECODE_SEQUENCE_SECONDS = 13e-6
+"""What a decoding step takes beside reading memory, and for each sequence of it: on the host, of 16 slow cores a GPU.
+"""
 READ_SHARE = 0.7
 """Of the memory's rate, while decoding."""
 ENGINE_BYTES = 4e9
@@ -97,10 +100,6 @@ def activation_parts(config: RunConfig, shape: Shape) -> list[Part]:
     return parts
 
 
-def kv_bytes_per_token(shape: Shape) -> float:
-    return 2.0 * shape.layers * shape.key_value
-
-
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
     """Of one GPU of an engine."""
@@ -114,11 +113,11 @@ def engine_memory(
     config: RunConfig, shape: Shape, *, gpu_bytes: float, num_ranks: int, utilisation: float
 ) -> EngineMemory:
     room = utilisation * gpu_bytes
-    weights = 2.0 * shape.parameters / num_ranks
+    weights = shape.engine_bytes / num_ranks
     cache = room - weights - ENGINE_BYTES
-    per_sequence = kv_bytes_per_token(shape) * config.model.max_length / num_ranks
+    per_sequence = shape.cache_bytes(config.model.max_length) / num_ranks
     parts = (
-        Part("weights", weights, "2 B · parameters / ranks"),
+        Part("weights", weights, "2 B · parameters / ranks, or as the checkpoint quantises them"),
         Part("engine", ENGINE_BYTES, "context, graphs, a batch's activations; an allowance"),
         Part("KV cache", max(0.0, cache), "gpu_memory_utilization · memory - the above"),
     )
@@ -147,15 +146,16 @@ def share_of_rate(parameters: float) -> float:
 def sample_seconds(
     config: RunConfig, shape: Shape, engine: EngineMemory, *, bandwidth: float, num_ranks: int, num_engines: int
 ) -> float:
-    """Waves of as many sequences as fit, a decoding step a token: its own time, and reading weights and KV cache."""
+    """Waves of as many sequences as fit, a decoding step a token: its own time and its sequences', and reading weights
+    and KV cache. Engines have GPUs, or a share of `bandwidth`, of their own."""
     wanted = math.ceil(config.run.groups_per_step * config.run.rollouts_per_group / num_engines)
     at_once = min(wanted, engine.num_sequences)
     if at_once == 0:
         return math.inf
     context = config.model.max_length - config.sampling.max_tokens / 2
-    active = shape.computed if at_once < 8 else shape.parameters
-    read = (2.0 * active + at_once * context * kv_bytes_per_token(shape)) / num_ranks
-    step = DECODE_STEP_SECONDS + read / (READ_SHARE * bandwidth)
+    active = min(1.0, shape.computed / shape.parameters) if at_once < 8 else 1.0
+    read = (active * shape.engine_bytes + at_once * shape.cache_bytes(context)) / num_ranks
+    step = DECODE_STEP_SECONDS + at_once * DECODE_SEQUENCE_SECONDS + read / (READ_SHARE * bandwidth)
     return math.ceil(wanted / at_once) * config.sampling.max_tokens * step
 
 

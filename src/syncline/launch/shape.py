@@ -4,8 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from syncline.config.model_folder import MXFP4
 from syncline.errors import ConfigError
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -28,6 +30,12 @@ class Shape:
     attention_bias: bool = False
     experts: int = 1
     active_experts: int = 1
+    packed_bytes: float = 2.0
+    """Of a parameter that the checkpoint quantises, scales included: of the experts alone (MXFP4), or all layers."""
+    packs_experts: bool = False
+    sliding_layers: int = 0
+    """Whose attention sees the last `window` tokens alone."""
+    window: int = 0
 
     @property
     def attention(self) -> int:
@@ -43,6 +51,21 @@ class Shape:
     def computed(self) -> int:
         """Parameters that a token is multiplied with: active experts alone, and the head once."""
         return self._counted(self.active_experts) + self.hidden * self.vocabulary
+
+    @property
+    def engine_bytes(self) -> float:
+        """Of the weights as an engine keeps them; vLLM's Marlin kernels pad experts of MXFP4."""
+        if not self.packs_experts:
+            packed = self.layers * (self.attention + 3 * self.hidden * self.feed_forward * self.experts)
+            return 2.0 * (self.parameters - packed) + self.packed_bytes * packed
+        matrices = 3 * self.layers * self.experts
+        columns = -(-self.hidden // 256) * 256 * (-(-self.feed_forward // 128) * 128)
+        return 2.0 * self.parameters + matrices * (self.packed_bytes * columns - 2.0 * self.hidden * self.feed_forward)
+
+    def cache_bytes(self, tokens: float) -> float:
+        """Of the keys and values of a sequence of so many tokens."""
+        sliding = self.sliding_layers * min(tokens, self.window)
+        return 2.0 * self.key_value * ((self.layers - self.sliding_layers) * tokens + sliding)
 
     def _counted(self, experts: int) -> int:
         router = self.hidden * self.experts if self.experts > 1 else 0
@@ -65,10 +88,11 @@ def read_shape(model: str) -> Shape:
     text = values.get("text_config", values)
     if missing := [name for name in _NEEDED if name not in text]:
         raise ConfigError([f"model.path: {model!r} has a config.json without {', '.join(missing)}; it is no decoder"])
-    return shape_of(text, tied=bool(text.get("tie_word_embeddings", values.get("tie_word_embeddings", False))))
+    tied = bool(text.get("tie_word_embeddings", values.get("tie_word_embeddings", False)))
+    return shape_of(text, tied=tied, packing=values.get("quantization_config") or {})
 
 
-def shape_of(text: Mapping[str, Any], *, tied: bool) -> Shape:
+def shape_of(text: Mapping[str, Any], *, tied: bool, packing: Mapping[str, Any] = MappingProxyType({})) -> Shape:
     heads = text["num_attention_heads"]
     size = text.get("head_dim") or text["hidden_size"] // heads
     experts = text.get("num_experts") or text.get("num_local_experts") or text.get("n_routed_experts") or 1
@@ -83,7 +107,21 @@ def shape_of(text: Mapping[str, Any], *, tied: bool) -> Shape:
         attention_bias=bool(text.get("attention_bias", text.get("model_type") in _BIASED_ATTENTION)),
         experts=experts,
         active_experts=text.get("num_experts_per_tok", 1) if experts > 1 else 1,
+        packed_bytes=_packed_bytes(packing),
+        packs_experts=packing.get("quant_method") == MXFP4,
+        sliding_layers=(text.get("layer_types") or []).count("sliding_attention"),
+        window=text.get("sliding_window") or 0,
     )
+
+
+def _packed_bytes(packing: Mapping[str, Any]) -> float:
+    """A value's bits, and its part in its group's scale: 1 byte for 32 values of MXFP4, else 2 for a group."""
+    if not packing or packing.get("quant_method") == MXFP4:
+        return 1 / 2 + 1 / 32 if packing else 2.0
+    groups = list((packing.get("config_groups") or {}).values())
+    said = {**packing, **((groups[0].get("weights") or {}) if groups else {})}
+    bits, group = said.get("bits") or said.get("num_bits") or 8, said.get("group_size") or 0
+    return bits / 8 + (2 / group if group > 0 else 0.0)
 
 
 def _from_hub(model: str) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from syncline.config.load import resolve
+from syncline.config.model_folder import model_faults
 from syncline.config.schema import Recomputation, RunConfig
 from syncline.config.servers import num_stages
 from syncline.errors import ConfigError
@@ -101,10 +102,9 @@ def _may_run(split: Split, config: RunConfig) -> bool:
         section, _, field = name.partition(".")
         values[section][field] = value
     try:
-        resolve(values)
+        return not model_faults(resolve(values))
     except ConfigError:
         return False
-    return True
 
 
 def _candidates(config: RunConfig, shape: Shape, num_gpus: int) -> Iterator[tuple[str, int, int, int]]:

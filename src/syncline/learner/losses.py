@@ -187,21 +187,27 @@ class ClipTally:
     num_high: Tensor
     """Ratio above 1 + clip_high and a positive advantage."""
     num_tokens: int
+    low_min: Tensor
+    """The smallest share of a micro-batch; `high_max` is the largest."""
+    high_max: Tensor
 
     def __add__(self, other: "ClipTally") -> "ClipTally":
         return ClipTally(
-            self.num_low + other.num_low, self.num_high + other.num_high, self.num_tokens + other.num_tokens
+            self.num_low + other.num_low,
+            self.num_high + other.num_high,
+            self.num_tokens + other.num_tokens,
+            torch.minimum(self.low_min, other.low_min),
+            torch.maximum(self.high_max, other.high_max),
         )
 
     def metrics(self) -> dict[str, float]:
+        """TRL's keys; its extremes are of a micro-batch's ranks, averaged, these of all micro-batches of the step."""
         low, high = self.num_low.item() / self.num_tokens, self.num_high.item() / self.num_tokens
-        return {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+        means = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+        return means | {"clip_ratio/low_min": self.low_min.item(), "clip_ratio/high_max": self.high_max.item()}
 
 
 def clip_tally(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> ClipTally:
-    """Counts of a micro-batch; `ratio` `[N]` is the algorithm's own."""
-    return ClipTally(
-        num_low=((ratio < 1 - clip_low) & (advantages < 0)).sum(),
-        num_high=((ratio > 1 + clip_high) & (advantages > 0)).sum(),
-        num_tokens=ratio.numel(),
-    )
+    """Counts of a micro-batch; `ratio` `[N]` is the algorithm's own, N above 0."""
+    low, high = (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
+    return ClipTally(low.sum(), high.sum(), ratio.numel(), low.double().mean(), high.double().mean())

@@ -52,6 +52,7 @@ def log_step(
     advantages: Mapping[str, Sequence[float]],
 ) -> None:
     report.add("policy_version", state.policy_version)
+    report.add("num_tokens", state.trained_tokens)  # TRL's key for a count that goes on growing
     report.add("tokens/sampled", sum(s.num_sampled for g in groups for r in g.rollouts for s in r.samples))
     sink.log(state.step, report.reduced())
     sink.log_rollouts(state.step, groups, advantages)

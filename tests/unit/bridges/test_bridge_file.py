@@ -45,8 +45,9 @@ def test_what_is_written_is_found_and_opens_the_same_bytes() -> None:
     assert torch.equal(open_views(found.handles[0], device=CPU)["w"].tensor, torch.arange(12.0).view(4, 3))
 
 
-def test_an_engine_that_is_still_loading_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+def test_an_engine_that_is_still_loading_is_waited_for(
+    caplog: pytest.LogCaptureFixture, places: dict[str, Path]
+) -> None:
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -58,8 +59,11 @@ def test_an_engine_that_is_still_loading_is_waited_for(caplog: pytest.LogCapture
     assert find_bridge_file(AUTO, **find, patience_seconds=60).url == "http://127.0.0.1:1"
     assert sum(slept) == 3 * bridge_file.POLL_SECONDS
     assert "waiting 60 s for an engine that shares weights" in caplog.text
+    assert all(str(folder / "vllm_bridge_config.json") in caplog.text for folder in places.values())
+    caplog.clear()
     with pytest.raises(SyncError, match="no vllm_bridge_config"):
         find_bridge_file("elsewhere", **find, patience_seconds=2)
+    assert f"shares weights:\n  {Path('elsewhere').absolute()}" in caplog.text, "said at the start, not after the wait"
     assert sum(slept) == 3 * bridge_file.POLL_SECONDS + 2
 
 

@@ -1,14 +1,17 @@
 """What a packed checkpoint may be used with, read off its config.json."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import try_to_load_from_cache
 from packed_models import SETTINGS
 
+from syncline.cli import main
 from syncline.config import load
-from syncline.config.model_folder import packed_faults, quantisation
+from syncline.config.model_folder import model_faults, quantisation
 
 TEXT = """
 run: {dir: runs/x, num_steps: 10, groups_per_step: 4}
@@ -23,9 +26,13 @@ PACKED = {name: settings for name, (_, settings) in SETTINGS.items()}
 
 
 def faults(folder: Path, settings: dict[str, Any], *overrides: str) -> list[str]:
-    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    return faults_of(folder, {"quantization_config": settings}, *overrides)
+
+
+def faults_of(folder: Path, settings: dict[str, Any], *overrides: str) -> list[str]:
+    (folder / "config.json").write_text(json.dumps(settings))
     (folder / "run.yaml").write_text(TEXT)
-    return packed_faults(load(folder / "run.yaml", [f"model.path={folder}", *overrides]))
+    return model_faults(load(folder / "run.yaml", [f"model.path={folder}", *overrides]))
 
 
 @pytest.mark.parametrize("name", sorted(PACKED.keys() - {"fp8"}))
@@ -86,3 +93,66 @@ def test_reordered_inputs_of_one_group_are_no_reordering(tmp_path: Path) -> None
 
 def test_layers_left_out_are_no_settings_of_their_own(tmp_path: Path) -> None:
     assert faults(tmp_path, PACKED["gptq"] | {"dynamic": {"-:.*down_proj": {}}}) == []
+
+
+SEES = {"model_type": "qwen2_5_vl", "vision_config": {"depth": 32}}
+WHOLE = ("model.lora=null", "bridge.name=restart")
+
+
+@pytest.mark.parametrize("field", ["tensor_parallel_size", "data_parallel_size"])
+def test_a_tower_over_several_ranks_is_refused_before_anything_starts(tmp_path: Path, field: str) -> None:
+    assert faults_of(tmp_path, SEES, *WHOLE) == []
+    assert faults_of(tmp_path, {"model_type": "qwen2"}, *WHOLE, f"learner.{field}=3") == []
+    [fault] = faults_of(tmp_path, SEES, *WHOLE, f"learner.{field}=3")
+    assert fault == (
+        f"learner.{field}: 3 ranks do not share the vision tower of model.path = '{tmp_path}' (qwen2_5_vl); set it to 1"
+    )
+
+
+def test_the_command_that_starts_a_run_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faults_of(tmp_path, SEES)
+    words = [f"model.path={tmp_path}", *WHOLE, "learner.data_parallel_size=2"]
+    for verb in ("check", "run"):
+        assert main([verb, str(tmp_path / "run.yaml"), *words, f"run.dir={tmp_path / 'run'}"]) == 2
+        assert "ranks do not share the vision tower" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the hub's cache has of `openai/gpt-oss-20b`."""
+    snapshot = tmp_path / "models--openai--gpt-oss-20b" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps(GPT_OSS))
+    found = partial(try_to_load_from_cache, cache_dir=tmp_path)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", found)
+    return tmp_path
+
+
+GPT_OSS = {"intermediate_size": 2880, "quantization_config": {"quant_method": "mxfp4"}}
+EXAMPLE = Path(__file__).parents[3] / "configs" / "gpt_oss_20b.yaml"
+
+
+def test_a_name_on_the_hub_is_looked_up_in_its_cache(cached: Path) -> None:
+    assert model_faults(load(EXAMPLE)) == []
+    [fault] = model_faults(load(EXAMPLE, ["bridge.name=broadcast"]))
+    assert fault.startswith("bridge.name: 'broadcast' would write weights into a base of MXFP4")
+    assert model_faults(load(EXAMPLE, ["bridge.name=broadcast", "model.path=nobody/has-it"])) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (["engine.tensor_parallel_size=2", "engine.devices=[0,2]"], "engine.tensor_parallel_size: 2 ranks have 1440"),
+        (["engine.devices=[0]", "engine.servers=[{devices: [0, 2], tensor_parallel_size: 2}]"], "engine.servers: 2 r"),
+        (["engine.extra={moe_backend: triton}"], "engine.extra.moe_backend: 'triton' has no adapters of MXFP4"),
+        (["engine.num_replicas=2", "engine.devices=[0,2]"], None),
+    ],
+)
+def test_what_vllm_cannot_adapt_of_experts_is_refused_before_it_starts(
+    cached: Path, change: list[str], fault: str | None
+) -> None:
+    found = model_faults(load(EXAMPLE, change))
+    assert [one.startswith(str(fault)) for one in found] == ([True] if fault else [])

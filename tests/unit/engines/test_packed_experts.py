@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from syncline.bridges.blocks import digested
 from syncline.bridges.receipt import combined, parameter_digests
 from syncline.config import resolve
+from syncline.engines.vllm.arguments import Start, _options
 from syncline.engines.vllm.names import CheckpointNames
 from syncline.engines.vllm.packed_experts import (
     GPT_OSS_MXFP4,
     handed_to,
     is_packed,
-    refuse_unservable,
     repacked_pieces,
     stored_format,
     witnessed,
@@ -95,7 +95,7 @@ def test_every_parameter_of_vllms_model_has_the_checkpoints_name(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "extra", [{"moe_backend": "triton"}, {"enable_expert_parallel": True}, {"fully_sharded_loras": True}]
+    "extra", [{"moe_backend": "triton"}, {"enable_mixed_moe_lora_format": True}, {"fully_sharded_loras": True}]
 )
 def test_options_under_which_experts_cannot_be_adapted_are_refused(tmp_path: Path, extra: dict[str, Any]) -> None:
     path = recipe("small_model").build(tmp_path / "model")
@@ -104,4 +104,4 @@ def test_options_under_which_experts_cannot_be_adapted_are_refused(tmp_path: Pat
     config = resolve(values)
     assert stored_format(config) == "mxfp4"
     with pytest.raises(ConfigError, match=rf"engine\.extra\.{next(iter(extra))}"):
-        refuse_unservable(config)
+        _options(config, "cpu", Start(port=1))

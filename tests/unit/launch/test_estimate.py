@@ -1,5 +1,6 @@
 """Estimates against what was measured on an H200 (docs/log.md), within a tenth; and splits that follow from them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,85 @@ def test_sampling_takes_as_long_as_it_did() -> None:
     engine = engine_memory(config(), half, gpu_bytes=141e9, num_ranks=1, utilisation=0.9)
     seconds = sample_seconds(config(), half, engine, bandwidth=4.8e12, num_ranks=1, num_engines=1)
     assert seconds == pytest.approx(0.94, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "waited", "learned"), [("qwen2.5-0.5b", 2.84, 1.53), ("qwen2.5-1.5b", 3.55, 3.13)])
+def test_a_step_of_long_completions_takes_as_long_as_it_did(name: str, waited: float, learned: float) -> None:
+    """256 attempts of 512 tokens after 128, one engine. The smaller learner's own time is short beside what a step has
+    of fixed costs, which are not estimated."""
+    run = config(
+        run={"dir": "x", "num_steps": 4, "groups_per_step": 32, "rollouts_per_group": 8},
+        model={"max_length": 640}, sampling={"max_tokens": 512},
+    )  # fmt: skip
+    model = shape(name)
+    engine = engine_memory(run, model, gpu_bytes=141e9, num_ranks=1, utilisation=0.9)
+    sampled = sample_seconds(run, model, engine, bandwidth=4.8e12, num_ranks=1, num_engines=1)
+    assert sampled == pytest.approx(waited, rel=TOLERANCE)
+    assert learn_seconds(run, model, rate=795e12, num_gpus=1) == pytest.approx(learned, rel=2 * TOLERANCE)
+
+
+def test_two_engines_of_one_gpu_take_as_long_as_they_did() -> None:
+    """2.50 s: each has half of the memory's rate; that they share the host too is not estimated."""
+    run = config(
+        run={"dir": "x", "num_steps": 4, "groups_per_step": 32, "rollouts_per_group": 8},
+        model={"max_length": 640}, sampling={"max_tokens": 512},
+    )  # fmt: skip
+    half = shape("qwen2.5-0.5b")
+    engine = engine_memory(run, half, gpu_bytes=141e9, num_ranks=1, utilisation=0.4)
+    seconds = sample_seconds(run, half, engine, bandwidth=2.4e12, num_ranks=1, num_engines=2)
+    assert seconds == pytest.approx(2.50, rel=2 * TOLERANCE)
+
+
+GPT_OSS = {
+    "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64, "head_dim": 64,
+    "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 4, "vocab_size": 201088,
+    "tie_word_embeddings": False, "attention_bias": True, "sliding_window": 128, "model_type": "gpt_oss",
+    "layer_types": ["sliding_attention", "full_attention"] * 12, "quantization_config": {"quant_method": "mxfp4"},
+}  # fmt: skip
+ADAPTED = {"lora": {"rank": 4}, "dtype": "bfloat16", "max_length": 6144}
+
+
+def written(folder: Path, values: dict[str, Any]) -> str:
+    (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def test_gpt_oss_takes_what_docs_gpt_oss_says_of_it(tmp_path: Path) -> None:
+    found = read_shape(written(tmp_path, GPT_OSS))
+    assert found.parameters == pytest.approx(20_914_757_184, rel=1e-3)
+    assert found.engine_bytes / 1e9 == pytest.approx(11.07 + 3.61, rel=0.01)
+    assert 16 * found.cache_bytes(6144) / 1e9 == pytest.approx(2.42, rel=0.03)
+    run = config(model=ADAPTED | {"path": str(tmp_path)}, sampling={"max_tokens": 5000}, learner=FULL_7B)
+    parts = engine_memory(run, found, gpu_bytes=80e9, num_ranks=1, utilisation=0.85).parts
+    assert {part.name: part.num_bytes for part in parts}["weights"] == found.engine_bytes
+
+
+def test_splits_that_the_engine_or_the_learner_refuses_are_not_proposed(tmp_path: Path) -> None:
+    learner = {"recomputation": {"what": "full"}}
+    model = ADAPTED | {"path": written(tmp_path, GPT_OSS)}
+    run = config(model=model, sampling={"max_tokens": 5000}, learner=learner, bridge={"name": "lora"})
+    found = splits(run, read_shape(str(tmp_path)), num_gpus=4, gpu="h200")
+    assert {(split.tensor_parallel, split.num_engines, split.learner_gpus) for split in found} == {(1, 3, 1)}
+
+    seven = {**SHAPES["qwen2.5-7b"], "vocab_size": VOCABULARY}
+    path = written(tmp_path, {"model_type": "qwen2_5_vl", "text_config": seven, "vision_config": {"depth": 32}})
+    run = config(model={"path": path}, learner=FULL_7B)
+    found = splits(run, read_shape(path), num_gpus=4, gpu="h200")
+    assert {split.learner_gpus for split in found} == {1}
+    written(tmp_path, {"model_type": "qwen2_5", "text_config": seven})
+    assert {split.learner_gpus for split in splits(run, read_shape(path), num_gpus=4, gpu="h200")} > {1, 2}
+
+
+@pytest.mark.parametrize(("packing", "share"), [
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128}, (1 / 2 + 2 / 128) / 2),
+    ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 8}}}}, 1 / 2),
+])  # fmt: skip
+def test_a_packed_base_takes_as_many_bits_as_it_says(packing: dict[str, Any], share: float) -> None:
+    seven = SHAPES["qwen2.5-7b"] | {"vocab_size": VOCABULARY, "model_type": "qwen2"}
+    found = shape_of(seven, tied=False, packing=packing)
+    embeddings = 2 * found.hidden * found.vocabulary
+    layers = found.parameters - embeddings
+    assert found.engine_bytes == pytest.approx(2 * embeddings + 2 * layers * share, rel=1e-3)
 
 
 def test_between_measured_sizes_the_rate_lies_between() -> None:

@@ -190,6 +190,9 @@ def test_a_resumed_run_takes_the_very_same_steps(model_path: Path, tmp_path: Pat
 
     expected = dict(uninterrupted.model.named_parameters())
     assert all(torch.equal(expected[name], p) for name, p in resumed.model.named_parameters())
+    counts = [metrics["num_tokens"] for _, metrics in resumed.sink.logged]  # type: ignore[attr-defined]
+    assert counts == [m["num_tokens"] for _, m in uninterrupted.sink.logged][-len(counts) :]  # type: ignore[attr-defined]
+    assert counts == sorted(set(counts)), "it goes on growing where the run was interrupted"
     losses = {step: metrics["loss"] for step, metrics in uninterrupted.sink.logged}  # type: ignore[attr-defined]
     assert {step: metrics["loss"] for step, metrics in resumed.sink.logged} == {  # type: ignore[attr-defined]
         step: losses[step] for step in (4, 5, 6)

@@ -101,4 +101,6 @@ def test_clip_tally_counts_by_sign_and_adds_up() -> None:
         "clip_ratio/low_mean": 1 / 5,
         "clip_ratio/high_mean": 2 / 5,
         "clip_ratio/region_mean": pytest.approx(3 / 5),
+        "clip_ratio/low_min": 0,
+        "clip_ratio/high_max": 1 / 2,
     }

@@ -1,4 +1,6 @@
 import pytest
+import torch
+from transformers import get_linear_schedule_with_warmup
 
 from syncline.config.schema import Optimizer
 from syncline.learner.schedule import learning_rate
@@ -23,6 +25,21 @@ def test_warm_up_then_cosine(step: int, expected: float) -> None:
 def test_constant_after_the_warm_up() -> None:
     config = Optimizer(learning_rate=3.0, schedule="constant", num_warmup_steps=3)
     assert [learning_rate(step, config, num_steps=5) for step in range(5)] == pytest.approx([1.0, 2.0, 3.0, 3.0, 3.0])
+
+
+@pytest.mark.parametrize(("num_warmup_steps", "num_steps"), [(0, 7), (3, 10), (9, 10)])
+def test_a_line_after_the_warm_up_is_transformers(num_warmup_steps: int, num_steps: int) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = get_linear_schedule_with_warmup(torch.optim.SGD([parameter], lr=2.0), num_warmup_steps, num_steps)
+    config = Optimizer(learning_rate=2.0, schedule="linear", num_warmup_steps=num_warmup_steps)
+    for step in range(num_steps):
+        ours, rate = learning_rate(step, config, num_steps=num_steps), 2.0 * theirs.lr_lambdas[0](step)
+        assert ours == pytest.approx(rate if step >= num_warmup_steps else rate + 2.0 / num_warmup_steps)
+
+
+def test_a_line_ends_at_the_minimum() -> None:
+    config = Optimizer(learning_rate=1.0, min_learning_rate=0.2, schedule="linear")
+    assert [learning_rate(step, config, num_steps=4) for step in range(4)] == pytest.approx([1.0, 0.8, 0.6, 0.4])
 
 
 def test_no_step_runs_at_zero() -> None:

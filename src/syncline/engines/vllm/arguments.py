@@ -1,20 +1,24 @@
 """Our configuration → the options of vLLM's own parser, which checks what is passed through."""
 
 import json
+import logging
 import os
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from syncline.config import RunConfig
-from syncline.config.model_folder import MXFP4
+from syncline.config.model_folder import MXFP4, expert_faults, known_settings
 from syncline.config.rules import ENGINE_LORA_RANKS, serves_adapters
 from syncline.config.servers import engines_on_a_gpu, num_stages
 from syncline.engines.vllm import compat
-from syncline.engines.vllm.packed_experts import refuse_unservable, stored_format
+from syncline.engines.vllm.packed_experts import stored_format
 from syncline.engines.vllm.plugin import ATTACHED, UNPACKED, WITNESSED
 from syncline.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,10 @@ def set_environment(config: RunConfig, device: str) -> None:
     """Variables vLLM reads at import. Only in the engine's own process, before vLLM is imported."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for what a verb prints
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if config.bridge.name == "shared" and device == "cuda":
+        _export_whole_segments()
     if device == "cpu":
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -56,15 +63,60 @@ def set_environment(config: RunConfig, device: str) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads // ranks)))
 
 
+def _export_whole_segments() -> None:
+    """CUDA IPC hands out what cudaMalloc gave. torch's expandable segments are mapped piece by piece, and another
+    process opens such ones by file descriptors that containers forbid, or not at all."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        asked = [part for part in os.environ.get(name, "").split(",") if part]
+        kept = [part for part in asked if part.partition(":")[0].strip() != "expandable_segments"]
+        if kept != asked:
+            os.environ[name] = ",".join(kept)
+            log.warning(
+                "%s: expandable_segments is left out in the engine, whose weights bridge.name = 'shared' hands to the "
+                "learner by CUDA IPC, as no expandable segment can be", name,
+            )  # fmt: skip
+
+
 def parse(config: RunConfig, device: str, start: Start) -> Namespace:
-    """vLLM's argument namespace. What it does not know of `engine.extra` ends the process with its own message."""
+    """vLLM's argument namespace. Raises `ConfigError` for what its parser does not take of `engine.extra`."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parts = compat.server_parts()
     parser = parts.make_arg_parser(FlexibleArgumentParser(prog="syncline serve"))
-    args = parser.parse_args(_options(config, device, start))
-    parts.validate_args(args)
+
+    def refuse(message: str) -> NoReturn:
+        raise _refused(config, message)
+
+    parser.error = refuse  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        args = parser.parse_args(_options(config, device, start))
+        parts.validate_args(args)
+    except (ValueError, TypeError) as error:
+        raise _refused(config, str(error)) from error
     return args
+
+
+def refuse_unusable(config: RunConfig, args: Namespace) -> None:
+    """Raises `ConfigError` for what an engine would refuse before it loads a model: all of vLLM's configuration is
+    made, from these arguments and the model's config.json."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    try:
+        AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    except (ValueError, TypeError, AssertionError, OSError, RuntimeError, ImportError) as error:
+        raise _refused(config, str(error)) from error
+
+
+def _refused(config: RunConfig, told: str) -> ConfigError:
+    """In vLLM's words, with the field: the option of `engine.extra` that it speaks of, by its flag or otherwise."""
+    named = [
+        f"engine.extra.{option}: {value!r}"
+        for option, value in config.engine.extra.items()
+        if re.search(rf"\b{option.replace('_', '[-_ ]')}\b", told, re.IGNORECASE)
+    ]
+    if named:
+        return ConfigError([f"{', '.join(named)} is refused by vLLM {compat.vllm_version()}; change it: {told}"])
+    return ConfigError([f"engine: vLLM {compat.vllm_version()} refuses what it would be started with: {told}"])
 
 
 def _options(config: RunConfig, device: str, start: Start) -> list[str]:
@@ -105,8 +157,8 @@ def _options(config: RunConfig, device: str, start: Start) -> list[str]:
     if serves_adapters(config):
         values |= _adapter_options(config)
     shares, packing = config.bridge.name == "shared", stored_format(config)
-    if packing == MXFP4:
-        refuse_unservable(config)
+    if packing == MXFP4 and (faults := [*expert_faults(config, known_settings(config.model.path))]):
+        raise ConfigError(faults)
     if device != "cpu" and (packing or shares):
         values |= {"load_format": WITNESSED}
     values |= engine.extra

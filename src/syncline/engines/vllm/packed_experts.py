@@ -17,12 +17,10 @@ from syncline.bridges.repacked import packed_layers
 from syncline.config.model_folder import quantisation
 from syncline.config.schema import RunConfig
 from syncline.engines.vllm.packed_layers import side_by_side
-from syncline.errors import ConfigError, SyncError
+from syncline.errors import SyncError
 
 GPT_OSS_MXFP4 = "gpt_oss_mxfp4"
 """vLLM's name for it."""
-WITH_ADAPTERS = ("auto", "marlin")
-"""Of `moe_backend`: kernels whose packing can be measured, and which add adapters."""
 
 
 def stored_format(config: RunConfig) -> str | None:
@@ -37,21 +35,6 @@ def stored_format(config: RunConfig) -> str | None:
     except (OSError, ValueError):
         return None
     return (getattr(settings, "quantization_config", None) or {}).get("quant_method")
-
-
-def refuse_unservable(config: RunConfig) -> None:
-    """Raises `ConfigError` for options under which MXFP4 experts cannot be adapted, or cannot be proved."""
-    extra, faults = config.engine.extra, []
-    if (backend := extra.get("moe_backend", "auto")) not in WITH_ADAPTERS:
-        faults.append(
-            f"engine.extra.moe_backend: {backend!r} has no adapters of MXFP4 experts, or keeps them where nobody can "
-            "measure them; leave it out, or set it to marlin"
-        )
-    for option in ("enable_expert_parallel", "fully_sharded_loras", "enable_mixed_moe_lora_format"):
-        if extra.get(option):
-            faults.append(f"engine.extra.{option}: true lays adapters of experts out otherwise; leave it out")
-    if faults:
-        raise ConfigError(faults)
 
 
 def is_packed(module: Any) -> bool:
