@@ -113,6 +113,7 @@ CHOICES: dict[str, dict[Any, dict[str, Any]]] = {
         "cosine": {"learner.optimizer.schedule": "cosine"},
         "cosine_with_min_lr": {"learner.optimizer.schedule": "cosine"},
         "cosine_warmup_with_min_lr": {"learner.optimizer.schedule": "cosine"},
+        "linear": {"learner.optimizer.schedule": "linear"},
         "constant": {"learner.optimizer.schedule": "constant"},
         "constant_with_warmup": {"learner.optimizer.schedule": "constant"},
     },

@@ -1,7 +1,7 @@
 """`training.log`, as TRL's scripts leave it, and a CSV of completions: for people and programs that read those.
 
 The log gets everything this process logs, in the same format, from the start of the sink to its end; a resumed run
-appends. Metrics have TRL's names already; `num_tokens` is added up here, as TRL does.
+appends. Metrics have TRL's names already.
 """
 
 import csv
@@ -11,9 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from syncline.config.schema import RunConfig
-from syncline.observe.files import read_lines
 from syncline.observe.logs import FORMAT
-from syncline.observe.sinks import METRICS_FILE
 from syncline.types import RolloutGroup
 
 TRAINING_LOG = "training.log"
@@ -28,7 +26,6 @@ class TrainingLog:
     def __init__(self, config: RunConfig, engine_urls: Sequence[str]) -> None:
         self._folder = Path(config.run.dir)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._num_tokens: float | None = None
         self._handler = logging.FileHandler(self._folder / TRAINING_LOG, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter(FORMAT))
         logging.getLogger().addHandler(self._handler)
@@ -36,11 +33,7 @@ class TrainingLog:
             log.info(line)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._num_tokens is None:  # of a resumed run: what was sampled before, as far as it was kept
-            before = [row for row in read_lines(self._folder / METRICS_FILE) if row["step"] < step]
-            self._num_tokens = float(sum(row.get("tokens/sampled") or 0.0 for row in before))
-        self._num_tokens += metrics.get("tokens/sampled", 0.0)
-        shown = dict(metrics) | {"num_tokens": self._num_tokens, "step": step}
+        shown = dict(metrics) | {"step": step}
         log.info("{%s}", ", ".join(f"'{name}': {value:.6g}" for name, value in shown.items()))
 
     def log_rollouts(
