@@ -222,8 +222,8 @@ class Optimizer(Section):
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this norm; null: never."""
     moments: Literal["float32", "int8"] = "float32"
-    """Of AdamW: 8 bytes a parameter, or 2 and the package torchao (blocks of 256 share a scale; norms and biases stay
-    in float32)."""
+    """Of AdamW: 8 bytes a parameter, or 2.03 to 2.5 and the package torchao: 256 to 16 elements of a row share a scale.
+    Norms, biases and what the log names stay in float32."""
     in_backward: bool = False
     """Each parameter is stepped by the last micro-batch's backward pass as soon as its gradient is whole, and the
     gradient freed. With one micro-batch a step no two gradients ever exist at once."""
