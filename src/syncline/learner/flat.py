@@ -20,4 +20,4 @@ def spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     """Back to where `joined` had it from, in place."""
     if flat.data_ptr() != tensors[0].data_ptr():
         views = [part.view(tensor.shape) for part, tensor in zip(parts(flat, tensors), tensors, strict=True)]
-        torch._foreach_copy_(list(tensors), views)
+        torch._foreach_copy_(list(tensors), views)  # pyright: ignore[reportPrivateImportUsage]

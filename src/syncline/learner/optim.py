@@ -242,7 +242,7 @@ class SplitMasterAdamW:
             for pieces in _batches(alike):
                 self._update_batch(pieces, count, clip=clip, options=options)
 
-    def _update_batch(self, pieces: Sequence[_Piece], count: Tensor, *, clip: float, options: dict[str, float]) -> None:
+    def _update_batch(self, pieces: Sequence[_Piece], count: Tensor, *, clip: float, options: dict[str, Any]) -> None:
         """At most `CHUNK_ELEMENTS`, or a row: their masters, scaled gradients and decoded moments exist at once."""
         weights = [piece.of(local(piece.slot.parameter).detach()) for piece in pieces]
         low_bits = [piece.of(piece.slot.low_bits) for piece in pieces if piece.slot.low_bits is not None]
@@ -253,7 +253,7 @@ class SplitMasterAdamW:
             in_float32([slot.exp_avg for slot in slots], rows) as exp_avgs,
             in_float32([slot.exp_avg_sq for slot in slots], rows) as exp_avg_sqs,
         ):
-            torch._fused_adamw_(
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
                 parts(master, weights),
                 _scaled([piece.of(piece.gradient) for piece in pieces], clip),
                 exp_avgs,
@@ -301,7 +301,8 @@ def _global_norm(graded: list[tuple[_Slot, Tensor]], ranks: Ranks) -> float:
     """Over every element of the whole model once, whichever rank has it."""
     if not graded:
         raise ValueError("no parameter has a gradient")
-    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in graded], dtype=torch.float32))
+    gradients = [gradient for _, gradient in graded]
+    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))  # pyright: ignore[reportPrivateImportUsage]
     counted = torch.tensor([slot.place.counted for slot, _ in graded], device=norms.device)
     norms = ranks.stacked(norms.where(counted, 0.0))
     norm = torch.linalg.vector_norm(norms)
@@ -321,7 +322,7 @@ def _scaled(gradients: Sequence[Tensor], clip: float) -> list[Tensor]:
         flat = [gradient.contiguous().view(-1) for gradient in gradients]
     else:
         flat = parts(joined(gradients).float(), gradients)
-    return flat if clip == 1.0 else torch._foreach_mul(flat, clip)
+    return flat if clip == 1.0 else list(torch._foreach_mul(flat, clip))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _batches(graded: Sequence[_Graded]) -> Iterator[list[_Piece]]:

@@ -14,7 +14,7 @@ from syncline.config.schema import Optimizer
 from syncline.learner import moments, optim
 from syncline.learner.optim import SplitMasterAdamW, join_master, split_master
 
-SHAPES = ((37, 13), (7,), (), (64, 512), (0, 5), (64, 896), (1, 1), (128, 48), (4097,), (3, 5, 7), (33, 256))
+SHAPES = ((37, 13), (7,), (), (9, 512), (0, 5), (5, 896), (1, 1), (90, 48), (4097,), (3, 5, 7), (17, 256))
 
 
 def chunks(tensor: Tensor) -> list[Tensor]:
