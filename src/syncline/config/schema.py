@@ -260,7 +260,8 @@ class Learner(Section):
     Several, with commas between: the first that works here, as the log says:
     `kernels-community/vllm-flash-attn3,auto`."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch compiles the layers at the first step. auto: dense layers, where one GPU has the whole model."""
+    """torch compiles the layers at the first step. auto: dense layers on GPUs, but not with
+    tensor_parallel_size above 1."""
     recomputation: Recomputation = Recomputation()
     loss: Loss = Loss()
     gradients: Literal["float32", "bfloat16"] = "float32"
