@@ -99,10 +99,11 @@ class RolloutSink(Protocol):
 class RolloutSource(Protocol):
     """Where the learner takes whole groups. Leased groups stay the server's until a checkpoint holds their effect."""
 
-    def start(self, *, policy_version: int, step: int) -> None:
+    def start(self, *, policy_version: int, step: int, resumed_version: int | None = None) -> None:
         """Declares the policy now served and the step the learner (re)starts from.
 
-        Groups consumed by steps after `step` (lost with the process that trained on them) are handed out again.
+        Groups consumed by steps after `step` (lost with the process that trained on them) are handed out again. What
+        was sampled under versions above `resumed_version` is dropped: a life that is lost published them.
         """
         ...
 

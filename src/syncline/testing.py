@@ -104,13 +104,14 @@ class InMemoryTrajectories:
             elif self._settled.get(permit.permit_id, "") is not None:
                 raise TrajectoryError(f"permit {permit.permit_id!r} is unknown or used up")
 
-    def start(self, *, policy_version: int, step: int) -> None:
+    def start(self, *, policy_version: int, step: int, resumed_version: int | None = None) -> None:
         with self._changed:
+            kept = policy_version if resumed_version is None else resumed_version
             self.policy_version = policy_version
             self.commit(step=step)
             for held in self._held:
                 held.leased, held.step = False, None
-            lost = [held for held in self._held if (held.group.newest_policy_version or 0) > policy_version]
+            lost = [held for held in self._held if (held.group.newest_policy_version or 0) > kept]
             for held in lost:
                 self._held.remove(held)
                 self._returned.setdefault(held.group.environment, []).append(held.group.task_index)

@@ -63,6 +63,12 @@ class Message:
     images: tuple[ImageRef, ...] = ()
     """Shown before the text, in order."""
 
+    def __post_init__(self) -> None:
+        try:
+            self.content.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise ValueError(f"content must be a text that can be written as UTF-8: {error}") from error
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -258,15 +264,17 @@ class RolloutGroup:
     @property
     def oldest_policy_version(self) -> int | None:
         """The smallest version any token was sampled under; `None` when nothing was sampled."""
-        return min(self._versions(), default=None)
+        return min(self.policy_versions, default=None)
 
     @property
     def newest_policy_version(self) -> int | None:
         """The largest version any token was sampled under; `None` when nothing was sampled."""
-        return max(self._versions(), default=None)
+        return max(self.policy_versions, default=None)
 
-    def _versions(self) -> list[int]:
-        return [v.policy_version for r in self.rollouts for s in r.samples for v in s.versions]
+    @property
+    def policy_versions(self) -> set[int]:
+        """Every version that a token was sampled under."""
+        return {v.policy_version for r in self.rollouts for s in r.samples for v in s.versions}
 
 
 def _check_finite(name: str, values: tuple[float, ...]) -> None:

@@ -75,3 +75,22 @@ def test_an_engine_that_died_is_named_and_the_other_stays_paused(sides: list[Sid
     noticed("engine killed at an update", "shared", by="learner", told=told.value)
     assert first.engine._call("GET", "/health", None, 10)["paused"] is True
     bridge.close()
+
+
+def test_an_owner_that_dies_while_its_memory_is_written_is_named_and_nothing_is_published(
+    sides: list[Side], noticed: Noticed
+) -> None:
+    """The last of all: on a GPU the memory is gone with its owner, and whoever writes there may lose its own device."""
+    owner = sides[0]
+    bridge = SharedBridge([owner.engine], Bridge(name="shared"), shards=checkpoint_shards)
+    bridge.attach(owner.model)
+    bridge.publish(owner.model, policy_version=(version := owner.next_version()))
+    lost = (EngineError, torch.AcceleratorError) if torch.cuda.is_available() else EngineError
+    with pytest.raises(lost, match=owner.engine.url if lost is EngineError else None) as told, bridge.updating():
+        os.killpg(owner.engine.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        owner.engine.process.wait(30)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for parameter in owner.model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        bridge.publish(owner.model, policy_version=version + 1)
+    noticed("owner killed at an update", "shared", by="learner", told=told.value)

@@ -3,6 +3,7 @@ file once the engine is gone."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,11 +54,15 @@ def test_a_learner_started_apart_trains_on_the_weights_of_the_engine_it_found(
         services.enter_context(running("trajectories", file, "--port", str(port)))
         urls = ("--engine-url", engine.url, "--trajectories-url", trajectories)  # type: ignore[attr-defined]
         services.enter_context(running("env", file, "--index", "0", *urls))
-        done = subprocess.run(train, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert [(step["policy_version"], step["sync/bytes"]) for step in steps] == [(1, 0), (2, 0)]
-        assert engine.receipt().policy_version == NUM_STEPS
+        for first in (0, NUM_STEPS + 1):  # another life, whose checkpoints are lost, goes on above what was served
+            done = subprocess.run(train, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-3000:]
+            steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+            published = [(step["step"], step["policy_version"], step["sync/bytes"]) for step in steps]
+            assert published == [(1, first + 1, 0), (2, first + 2, 0)]
+            assert engine.receipt().policy_version == first + NUM_STEPS
+            shutil.rmtree(tmp_path / "run" / "checkpoints")
+        assert "served version 2 already, and the weights resumed are those of 0: going on as 3" in done.stderr
         os.killpg(engine.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         engine.process.wait(30)  # type: ignore[attr-defined]
         stale = subprocess.run(train, capture_output=True, text=True, timeout=300)

@@ -7,6 +7,7 @@ import pytest
 from syncline.types import (
     Completion,
     FinishReason,
+    Message,
     Rollout,
     RolloutGroup,
     RolloutStatus,
@@ -82,6 +83,12 @@ def test_an_error_is_a_status_without_a_reward_and_never_a_zero(fields: dict, me
     assert Rollout(**values).reward == 1.0
     with pytest.raises(ValueError, match=message):
         Rollout(**(values | fields))
+
+
+@pytest.mark.parametrize("content", ["half a \ud83d", None, ["text"]])
+def test_a_message_is_a_text_that_every_wire_and_file_takes(content: object) -> None:
+    with pytest.raises(ValueError, match="content must be a text that can be written as UTF-8"):
+        Message("user", content)  # type: ignore[arg-type]
 
 
 def test_a_group_knows_its_oldest_and_newest_version() -> None:

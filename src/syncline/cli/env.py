@@ -31,8 +31,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(["--engine-url, --trajectories-url: missing; say where engine and trajectory server listen"])
     set_up_logging()
     config = load(args.file, args.overrides)
+    check_index(config, args)
     asyncio.run(_work(config, args))
     return 0
+
+
+def check_index(config: RunConfig, args: argparse.Namespace) -> None:
+    """Raises `ConfigError` for an environment that the file does not have."""
+    if not 0 <= args.index < len(config.environments):
+        raise ConfigError([f"--index: {args.index}, but {args.file} has {len(config.environments)} environments"])
 
 
 def _new(names: list[str], folder: Path) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from syncline.cli.files import add_file, file_of
 from syncline.config import RunConfig, load
+from syncline.config.servers import all_devices
 from syncline.errors import ConfigError
 from syncline.launch.estimate import GPUS, Part, kv_bytes_per_token, total
 from syncline.launch.shape import Shape, read_shape
@@ -21,10 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load(*file_of(args))
-    num_gpus = args.num_gpus or len({*config.engine.devices, *config.learner.devices})
+    num_gpus = args.num_gpus
+    if num_gpus is None:
+        num_gpus = len({*all_devices(config), *config.learner.devices})
     if num_gpus < 1:
         raise ConfigError([f"--num-gpus: {num_gpus} must be above 0"])
-    shape = read_shape(config.model.path)
+    shape, lists_engines = read_shape(config.model.path), bool(config.engine.servers)
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"servers": ()})})
     found = splits(config, shape, num_gpus=num_gpus, gpu=args.gpu)
     print("\n".join(_head(config, shape, num_gpus, args.gpu)))
     faster = fastest_recomputation(config, shape, num_gpus=num_gpus, gpu=args.gpu)
@@ -35,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         more = "learner.optimizer.moments=int8 or a smaller learner.token_budget may"
         raise ConfigError([f"{fault}; more or larger GPUs, model.lora, {more}"])
     print("\n".join([*_table(found), "", *_best(found[0], args.gpu)]))
+    if lists_engines:
+        print("  engine.servers=[]")
     if faster and faster[1].step < found[0].step:
         print(f"with learner.recomputation.what={faster[0]} a step would take {faster[1].step:.1f} s")
     return 0

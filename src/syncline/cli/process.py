@@ -8,6 +8,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+from syncline.cli.env import check_index
 from syncline.config import RunConfig, load
 from syncline.errors import ConfigError
 
@@ -33,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     set_up_logging()
     config = load(args.file, args.overrides)
-    if not 0 <= args.index < len(config.environments):
-        raise ConfigError([f"--index: {args.index}, but {args.file} has {len(config.environments)} environments"])
+    check_index(config, args)
     if args.num_groups < 1:
         raise ConfigError([f"--num-groups: {args.num_groups} samples nothing; give 1 or more"])
     groups = args.out if args.out.suffix == ".jsonl" else args.out / GROUPS_FILE

@@ -66,7 +66,10 @@ def _serve_all(config: RunConfig, folder: Path) -> int:
     from syncline.launch.run_folder import servers_folder
     from syncline.launch.supervisor import Interrupted, Supervisor
 
-    with lease_ports(wanted_engine_ports(config)) as ports, servers_folder(config, folder) as path:
+    wanted = wanted_engine_ports(config)
+    if not wanted:
+        raise ConfigError(["engine.servers: every one has a url and runs already; there is none to start"])
+    with lease_ports(wanted) as ports, servers_folder(config, folder) as path:
         specs = plan_servers(config, ports=ports, machine=Machine.here(), folder=path)
         for spec in specs:
             print(f"{spec.name}: http://{config.engine.host}:{spec.ports[0]}, log {spec.log}", flush=True)

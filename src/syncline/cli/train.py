@@ -153,6 +153,7 @@ def assemble(
         ranks.from_first(lambda: await_servers(config, engines))
         bridge = build_bridge(config, engines, assets, ranks=ranks)
         stack.callback(bridge.close)
+        newest = ranks.from_first(lambda: max((e.health()["newest_version"] for e in engines), default=-1))
         bridge.attach(model)
         named = folder / config.learner.checkpoint_name
         checkpoints = Checkpoints(named.parent, config.learner.num_checkpoints, assets, ranks, named.name)
@@ -174,6 +175,7 @@ def assemble(
             checkpoints=checkpoints,
             gate=_gate(config, [engine.url for engine in engines], ranks, model),
             device=device,
+            newest_served=newest,
         )
 
 

@@ -25,7 +25,7 @@ def write_page(file: Path, out: Path, *, limit: int) -> Path:
     from syncline.observe.page import write_rollouts_page
 
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file}: cannot be read ({error}); give a file of JSON lines"]) from error
     return write_rollouts_page([_group(line, f"{file}:{n}") for n, line in enumerate(lines, 1)], out, limit=limit)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, applies `a.b=c` overrides in order, validates. Raises `ConfigError` with all faults."""
     values = _read(Path(path))
-    if is_ms_swift(values):
+    if is_ms_swift(values) or ("extends" in values and "run" not in values):
         return _load_ms_swift(Path(path), values, overrides)
     _apply_all(values, overrides)
     return resolve(values)
@@ -36,6 +36,8 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 def _load_ms_swift(path: Path, values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     """Overrides of their sections change the file, others what it was translated to. A fault names both paths."""
     values = _with_bases(path, values)
+    if not is_ms_swift(values):
+        raise ConfigError([f"{path}: extends: is for files of ms-swift, and no file here has their section rlhf"])
     own = [override for override in overrides if override.partition(".")[0] in RunConfig.model_fields]
     _apply_all(values, [override for override in overrides if override not in own])
     found = translate(values)
@@ -62,8 +64,11 @@ def _with_bases(path: Path, values: dict[str, Any], seen: tuple[Path, ...] = ())
     if here in seen:
         raise ConfigError([f"{path}: extends: comes back to itself; leave one of {[p.name for p in seen]} out"])
     bases = values.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError([f"{path}: extends: {bases!r} must be a file's name, or a list of them"])
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         other = path.parent / base
         merged = _merged(merged, _with_bases(other, _read(other), (*seen, here)))
     return _merged(merged, values)
@@ -79,7 +84,7 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(), Loader=_StrictLoader)
+        values = _parsed(path.read_bytes())
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]) from error
     except yaml.YAMLError as error:
@@ -89,6 +94,14 @@ def _read(path: Path) -> dict[str, Any]:
             [f"{path}: holds a {type(values).__name__}; a run file is a mapping with the keys run, model, …"]
         )
     return values
+
+
+def _parsed(text: str | bytes) -> Any:
+    """Raises `yaml.YAMLError`, also for what is no value where YAML's own types say it is one: 2024-13-45, `0x_`."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
 
 
 def _apply_all(values: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -124,11 +137,11 @@ def _apply(values: dict[str, Any], override: str) -> list[str]:
         if here is None:
             return [f"override {override!r}: {part!r} is not a section with fields"]
     try:
-        value = yaml.load(text, Loader=_StrictLoader)
+        value = _parsed(text)
     except yaml.YAMLError:
         return [f"override {override!r}: {text!r} is not a YAML value; quote it"]
     if isinstance(here, list):
-        if not last.isdigit() or int(last) >= len(here):
+        if not last.isdecimal() or int(last) >= len(here):
             return [f"override {override!r}: {last!r} is not an index below {len(here)}"]
         here[int(last)] = value
     else:
@@ -139,7 +152,7 @@ def _apply(values: dict[str, Any], override: str) -> list[str]:
 def _child(here: Any, part: str) -> Any:
     """The mapping or list under `part`, made when a mapping lacks it; `None` when there is none."""
     if isinstance(here, list):
-        found = here[int(part)] if part.isdigit() and int(part) < len(here) else None
+        found = here[int(part)] if part.isdecimal() and int(part) < len(here) else None
     else:
         if here.get(part) is None:
             here[part] = {}
@@ -156,6 +169,8 @@ def _explain(error: Any, schema: type[BaseModel]) -> str:
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}"
     remedy = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "literal_error" and isinstance(error["input"], bool):
+        remedy += ", in quotes: YAML takes a bare on, off, yes or no for true or false"
     return f"{where}: {error['input']!r} is not usable: {remedy}"
 
 
@@ -183,16 +198,16 @@ def _fields_at(loc: tuple[str | int, ...], schema: type[BaseModel]) -> list[str]
 class _StrictLoader(yaml.SafeLoader):
     """YAML that refuses a key written twice, and reads `1e-6` as the number people mean."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is written twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Here a mapping is as it was written: nothing is merged into it yet (`<<: *base`)."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                fault = f"key {key.value!r} is written twice"
+                raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def _register_scientific_floats() -> None:

@@ -47,6 +47,7 @@ def is_ms_swift(values: Mapping[str, Any]) -> bool:
 def translate(values: Mapping[str, Any]) -> Translation:
     """Every key of the file, read once. What is left over at the end is unknown."""
     found, given = Translation(), _Given(_flat(values))
+    found.faults += _numbers(given.left)
     for path, ours in keys.TRANSLATED.items():
         if (value := given.take(path)) is not _MISSING and value is not None:
             found.set(ours, value, path)
@@ -72,6 +73,19 @@ class _Given:
         return self.left.pop(path, default)
 
 
+def _numbers(left: dict[str, Any]) -> Iterator[str]:
+    """Numbers that are reckoned with, as such; others are left out."""
+    for path in sorted(keys.NUMBERS & left.keys()):
+        value = left[path]
+        number = value if _is_number(value) and math.isfinite(value) else _whole(value)
+        if value is None or number is None:
+            del left[path]
+        else:
+            left[path] = number
+        if value is not None and number is None:
+            yield f"{path}: {value!r} must be a number"
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted path → value; the mappings that are values themselves stay whole."""
     flat: dict[str, Any] = {}
@@ -93,7 +107,16 @@ def _choose(found: Translation, given: _Given, path: str, choices: Mapping[Any, 
         found.faults.append(f"{path}: {value!r} has no counterpart here; use one of {known}")
         return
     for ours, translated in choices[value].items():
+        if (other := found.origins.get(ours)) and (said := _at(found, ours)) not in (translated, keys.PLAIN_LOSS):
+            found.faults.append(f"{path}: {value!r} is {translated!r} here, and {other} says {said!r}; leave one out")
         found.set(ours, translated, path)
+
+
+def _at(found: Translation, ours: str) -> Any:
+    here: Any = found.values
+    for part in ours.split("."):
+        here = here[part]
+    return here
 
 
 def _server(found: Translation, given: _Given) -> Iterator[str]:
@@ -211,7 +234,7 @@ def _model(found: Translation, given: _Given) -> Iterator[str]:
     if "path" not in found.values.get("model", {}):
         yield "model.model: required, but missing; name a folder or a model of the hub"
     if (implementation := given.take("model.attn_impl", None)) is not None:
-        found.set("learner.attention", keys.ATTENTION.get(implementation, implementation), "model.attn_impl")
+        found.set("learner.attention", keys.ATTENTION.get(str(implementation), implementation), "model.attn_impl")
     fate = "adapted" if given.left.get("tuner.train_type", "lora") == "lora" else "trained"
     for part, ours in (("vit", "vision"), ("aligner", "aligner")):
         frozen, rate = given.take(f"tuner.freeze_{part}", True), given.take(f"training.{part}_lr", None)
@@ -266,7 +289,7 @@ def _sampling(found: Translation, given: _Given) -> Iterator[str]:
 
 def _batch(found: Translation, given: _Given) -> Iterator[str]:
     """Completions of a step and of a micro-batch → groups and tokens."""
-    group = found.values.get("run", {}).get("rollouts_per_group", 8)
+    group = max(1, found.values.get("run", {}).get("rollouts_per_group", 8))
     total = given.take("training.effective_batch_size", None)
     sampled = given.take("rlhf.generation_batch_size", None)
     per_device = given.take("training.per_device_train_batch_size", 1)
@@ -317,12 +340,12 @@ def _steps(found: Translation, given: _Given, groups: int) -> Iterator[str]:
 def _optimizer(found: Translation, given: _Given) -> Iterator[str]:
     steps = found.values.get("run", {}).get("num_steps")
     ratio = given.take("training.warmup_ratio", None)
-    if ratio is not None and steps:
+    if ratio is not None and steps and not found.values.get("learner", {}).get("optimizer", {}).get("num_warmup_steps"):
         found.set("learner.optimizer.num_warmup_steps", math.ceil(ratio * steps), "training.warmup_ratio")
     options = given.take("training.lr_scheduler_kwargs", None) or {}
-    if set(options) - {"min_lr"}:
+    if not isinstance(options, dict) or set(options) - {"min_lr"}:
         yield f"training.lr_scheduler_kwargs: {options} has keys other than min_lr; leave them out"
-    if "min_lr" in options:
+    elif "min_lr" in options:
         found.set("learner.optimizer.min_learning_rate", options["min_lr"], "training.lr_scheduler_kwargs.min_lr")
     betas = [given.take(f"training.adam_beta{i}", default) for i, default in ((1, 0.9), (2, 0.95))]
     found.set("learner.optimizer.betas", betas, "training.adam_beta1")
@@ -353,8 +376,8 @@ def _rewards(found: Translation, given: _Given) -> Iterator[str]:
     for i, name in enumerate(functions):
         if not isinstance(name, str) or ":" not in name:
             yield f"rlhf.reward_funcs.{i}: {name!r} is no import path; write module:function, as my_rewards:accuracy"
-    if weights is not None and len(weights) != len(functions):
-        yield f"rlhf.reward_weights: {len(weights)} numbers for {len(functions)} rlhf.reward_funcs; give one each"
+    if weights is not None and (num := len(_listed(weights))) != len(functions):
+        yield f"rlhf.reward_weights: {num} numbers for {len(functions)} rlhf.reward_funcs; give one each"
     if not train:
         yield "custom.train_jsonl: required, but missing; name the JSONL file of the training rows"
     args = {"rewards": functions, "weights": weights, "path": train, "heldout_path": heldout}

@@ -41,6 +41,14 @@ ENGINE_OPTIONS = {name.removeprefix("vllm_") for name in SERVER_KEYS}
 WHOLE = ("training.lr_scheduler_kwargs", *(f"{s}.{n}" for s in ("rlhf", "custom.extra.rollout_server") for n in (
     "vllm_engine_kwargs", "vllm_limit_mm_per_prompt")))  # fmt: skip
 """Mappings that are values."""
+NUMBERS = {
+    *("global_max_length", "rlhf.max_completion_length", "rlhf.num_generations", "rlhf.max_resample_times"),
+    *("training.max_steps", "training.num_train_epochs", "training.warmup_ratio", "training.warmup_steps"),
+    *(f"{section}.vllm_max_lora_rank" for section in ("rlhf", "custom.extra.rollout_server")),
+}
+"""What is reckoned with before our schema sees it."""
+PLAIN_LOSS = "grpo"
+"""The loss that another key makes another of: with ratios of whole sequences it is GSPO."""
 LORA = {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
 ATTENTION = {"flash_attention_2": "flash", "flash_attn": "flash", "flash_attention_3": "flash3"}
 TRANSLATED = {

@@ -7,6 +7,7 @@ from syncline.config.schema import RunConfig
 from syncline.config.server_rules import server_rules
 from syncline.config.servers import all_devices, engines_on_a_gpu, num_stages, servers
 
+MAX_PORT = 65535
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENGINE_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's slots may hold; a smaller adapter's slot is filled up with zeros."""
@@ -400,6 +401,11 @@ def _ports(config: RunConfig) -> Iterator[str]:
     engine_ports = range(config.engine.port, config.engine.port + len(servers(config)))
     if config.engine.port and config.trajectory.port in engine_ports:
         yield f"trajectory.port: {config.trajectory.port} is an engine's port too; set one of the two to 0 or another"
+    if engine_ports and engine_ports[-1] > MAX_PORT:
+        yield (
+            f"engine.port: {config.engine.port} + {len(engine_ports) - 1} is the last engine's, and ports end at "
+            f"{MAX_PORT}; lower it"
+        )
     for section in ("engine", "trajectory"):
         host = getattr(config, section).host
         if host not in LOOPBACK:

@@ -6,7 +6,16 @@ every fault at once. Nothing rewrites a value after loading.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -128,6 +137,15 @@ class Engine(Section):
     """A group must be sampled and scored within it; below trajectory.lease_seconds."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """vLLM's own options, passed through and checked by vLLM: `{max_num_batched_tokens: 8192}`."""
+
+    @field_validator("extra")
+    @classmethod
+    def _counts(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        """Of vLLM's options those that are counted with here."""
+        for option in ("pipeline_parallel_size", "max_loras"):
+            if option in extra and not (type(extra[option]) is int and extra[option] > 0):
+                raise ValueError(f"{option} = {extra[option]!r} must be a whole number above 0")
+        return extra
 
 
 class Overlong(Section):

@@ -149,7 +149,8 @@ class EngineController:
             pause = min(1.5 * pause, MAX_RETRY_SECONDS)
 
     def health(self) -> dict[str, Any]:
-        """What `/health` tells: `status`, the engine's name, version, device and model, and its receipt."""
+        """What `/health` tells: `status`, the engine's name, version, device and model, its receipt, and the newest
+        policy version that it has sampled from."""
         return self._call("GET", "/health", None, self._start_timeout_seconds)
 
     def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:

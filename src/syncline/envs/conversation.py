@@ -9,7 +9,8 @@ on the attempts go their own ways side by side, each waiting for its own replies
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from syncline.envs.rendering import NoRoom
@@ -92,6 +93,14 @@ class Conversation:
         return Rollout(tuple(self.samples), None, status, messages=self.messages, error=error)
 
 
+def checked_messages(what: str, value: object) -> Messages:
+    """What an environment's own code said. Raises `TypeError` for a text, a single message, or anything else."""
+    found = tuple(value) if isinstance(value, Iterable) else None
+    if found is None or not all(isinstance(one, Message) for one in found):
+        raise TypeError(f"{what}() must return a list of messages, got {value!r:.80}")
+    return found
+
+
 def shown(messages: Sequence[Message]) -> tuple[ImageRef, ...]:
     """The images of a conversation, in order."""
     return tuple(image for message in messages for image in message.images)
@@ -123,7 +132,7 @@ async def _go_on(attempt: Conversation, reply: Reply, max_turns: int) -> None:
     for turn in range(1, max_turns + 1):
         if attempt.over:
             return
-        said, attempt.fault = await boundary("reply", lambda: reply(attempt.messages))
+        said, attempt.fault = await boundary("reply", lambda: _said(reply, attempt.messages))
         if not said:
             return
         attempt.messages = (*attempt.messages, *said)
@@ -131,6 +140,11 @@ async def _go_on(attempt: Conversation, reply: Reply, max_turns: int) -> None:
             attempt.out_of_room = True
         else:
             await attempt.ask()
+
+
+async def _said(reply: Reply, messages: Messages) -> Messages:
+    said = reply(messages)
+    return checked_messages("reply", (await said if inspect.isawaitable(said) else said) or ())
 
 
 async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -88,7 +88,8 @@ async def evaluate(
         async with asyncio.timeout(timeout_seconds):
             attempts = await asyncio.gather(*(attempt(task) for task in tasks))
     except TimeoutError as error:
-        raise EngineTimeout(f"{num_tasks} {split} tasks of {name!r} were not done in {timeout_seconds:g} s") from error
+        fault = f"{num_tasks} {split} tasks of {name!r} were not done in {timeout_seconds:g} s"
+        raise EngineTimeout(f"{fault}; raise engine.request_timeout_seconds, or evaluate fewer") from error
     return summarize(tasks, attempts, name=name, split=split, answer=getattr(environment, "answer", None))
 
 
@@ -136,8 +137,14 @@ def _majorities(
     hits: Sequence[Sequence[float]],
     answer: Callable[[Any, str], str | None],
 ) -> dict[str, AtK]:
-    answers = [[answer(task, r.messages[-1].content) for r in own] for task, own in scored]
+    answers = [[answer(task, said) if (said := _said(r)) is not None else None for r in own] for task, own in scored]
     return _at_each_k(hits, lambda i, k: majority_at(answers[i], [hit == 1.0 for hit in hits[i]], k=k))
+
+
+def _said(rollout: Rollout) -> str | None:
+    """The final answer; `None` where somebody else had the last word, as when the turns are used up."""
+    last = rollout.messages[-1:]
+    return last[0].content if last and last[0].role == "assistant" else None
 
 
 def _at_each_k(hits: Sequence[Sequence[float]], rate: Callable[[int, int], float]) -> dict[str, AtK]:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
-from syncline.envs.conversation import Conversation, Messages, converse, score_each
+from syncline.envs.conversation import Conversation, Messages, checked_messages, converse, score_each
 from syncline.envs.scoring import Score, boundary
 from syncline.protocols import Policy
 from syncline.types import Message, Rollout
@@ -39,7 +39,7 @@ class MultiTurn(ABC):
         """The whole conversation's worth. May be `async`."""
 
     async def rollouts(self, task: Any, num_rollouts: int, policy: Policy) -> list[Rollout]:
-        messages, fault = await boundary("prompt", lambda: tuple(self.prompt(task)))
+        messages, fault = await boundary("prompt", lambda: checked_messages("prompt", self.prompt(task)))
         if messages is None:
             return [Conversation(policy, ()).rollout(None, fault)] * num_rollouts
         attempts = await converse(

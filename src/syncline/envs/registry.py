@@ -35,6 +35,10 @@ def build_environment(config: EnvironmentConfig, *, position: int, seed: int) ->
         environment = build(**args)
     except ConfigError as error:
         raise ConfigError([_placed(fault, field) for fault in error.faults]) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        if config.task not in BUILT_IN:  # the user's own bug, with its traceback
+            raise
+        raise ConfigError([f"{field}.args: {args} are not of the types that it takes: {error}"]) from error
     _check_environment(environment, task=config.task, field=f"{field}.task")
     return environment
 

@@ -43,9 +43,12 @@ def prompt_row(row: Any, where: str) -> PromptRow:
         if not prompt:
             raise TypeError("no prompt")
         said = prompt if isinstance(prompt, str) else tuple(Message(m["role"], m["content"]) for m in prompt)
-    except (TypeError, KeyError) as error:
-        raise ConfigError([f"{where}: field 'prompt' must be a text or a list of {{role, content}}"]) from error
-    return PromptRow(said, {name: value for name, value in row.items() if name not in _NOT_COLUMNS})
+        made = PromptRow(said, {name: value for name, value in row.items() if name not in _NOT_COLUMNS})
+        made.messages  # noqa: B018  a text is checked as a message is
+    except (TypeError, KeyError, ValueError) as error:
+        fault = f"field 'prompt' must be a text or a list of {{role, content}}: {error}"
+        raise ConfigError([f"{where}: {fault}"]) from error
+    return made
 
 
 class Rows(Generic[T]):
@@ -61,6 +64,8 @@ class Rows(Generic[T]):
         seed: int,
     ) -> None:
         self.train = [build(row, where) for where, row in train]
+        if not self.train:
+            raise ConfigError(["path: has no training rows; give a data set that has some"])
         self._load_heldout = heldout
         self._build, self._key, self._seed = build, key, seed
 
@@ -109,10 +114,10 @@ def _heldout_rows(path: str | None) -> Source:
 def file_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Of a JSON lines file."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"path: {path!r} cannot be read ({error}); give a JSONL file"]) from error
-    if not lines:
+    if lines == [""]:
         raise ConfigError([f"path: {path} has no rows"])
     for n, line in enumerate(lines, start=1):
         yield f"{path}:{n}", _json(line, where=f"{path}:{n}")

@@ -35,7 +35,12 @@ async def boundary(what: str, call: Callable[[], T | Awaitable[T]]) -> tuple[T, 
     except EngineError:
         raise
     except Exception as error:
-        return None, f"{what} raised {type(error).__name__}: {error}"
+        return None, f"{what} raised {in_words(error)}"
+
+
+def in_words(error: BaseException) -> str:
+    """Words that every wire and file can take, whatever halves of characters the error quotes."""
+    return f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
 
 
 def checked(score: object) -> Score:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
-from syncline.envs.conversation import Conversation, converse, score_each
+from syncline.envs.conversation import Conversation, checked_messages, converse, score_each
 from syncline.envs.scoring import Score, boundary
 from syncline.envs.toolbox import Toolbox
 from syncline.errors import ConfigError
@@ -39,7 +39,7 @@ class SingleTurn(ABC):
 
     async def rollouts(self, task: Any, num_rollouts: int, policy: Policy) -> list[Rollout]:
         """`num_rollouts` attempts. A prompt that cannot be built or does not fit is `ERROR` for all of them."""
-        messages, fault = await boundary("prompt", lambda: tuple(self.prompt(task)))
+        messages, fault = await boundary("prompt", lambda: checked_messages("prompt", self.prompt(task)))
         if messages is None:
             return [Conversation(policy, ()).rollout(None, fault)] * num_rollouts
         if self.toolbox is None:

@@ -10,7 +10,10 @@ import inspect
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from syncline.envs.conversation import Conversation, Messages, converse
 from syncline.envs.imports import imported
@@ -44,13 +47,14 @@ class Toolbox:
             raise ConfigError([f"max_turns: {max_turns} leaves no turn to use a tool's result; give 2 or more"])
         schemas = [_schema(tool) for tool in tools]
         self._tools: Mapping[str, Tool] = {s["name"]: tool for s, tool in zip(schemas, tools, strict=True)}
+        self._takes = {s["name"]: get_type_hints(tool) for s, tool in zip(schemas, tools, strict=True)}
         self._max_turns = max_turns
         self._instructions = instructions(schemas)
 
     async def converse(self, policy: Policy, messages: Sequence[Message], num_attempts: int) -> list[Conversation]:
         """The attempts at a prompt whose first message also says which tools there are."""
         first, *rest = messages
-        told = (Message(first.role, self._instructions + first.content), *rest)
+        told = (replace(first, content=self._instructions + first.content), *rest)
         return await converse(policy, told, num_attempts, reply=self._reply, max_turns=self._max_turns)
 
     async def _reply(self, messages: Messages) -> Sequence[Message]:
@@ -68,7 +72,7 @@ class Toolbox:
     def _parsed(self, call: str) -> tuple[Tool, dict[str, Any]]:
         try:
             asked = json.loads(call)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ToolError(f"a call must be one JSON object ({error})") from error
         if not isinstance(asked, dict) or not isinstance(asked.get("arguments", {}), dict):
             raise ToolError('a call must look like {"name": "...", "arguments": {...}}')
@@ -79,7 +83,13 @@ class Toolbox:
             inspect.signature(self._tools[name]).bind(**arguments)
         except TypeError as error:
             raise ToolError(f"{name}: {error}") from error
-        return self._tools[name], arguments
+        return self._tools[name], {given: self._typed(name, given, value) for given, value in arguments.items()}
+
+    def _typed(self, name: str, argument: str, value: Any) -> Any:
+        try:
+            return TypeAdapter(self._takes[name].get(argument, Any)).validate_python(value)
+        except ValidationError as error:
+            raise ToolError(f"{name}: {argument} = {value!r}: {error.errors()[0]['msg']}") from error
 
 
 def instructions(schemas: Sequence[Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ import logging
 import signal
 from dataclasses import dataclass, field
 
+from syncline.envs.scoring import in_words
 from syncline.errors import EngineGone, EngineTimeout, SynclineError
 from syncline.protocols import Environment, Permit, Policy, RolloutSink
 from syncline.types import RolloutGroup, RolloutStatus
@@ -125,7 +126,7 @@ class EnvironmentWorker:
         elif error := sampling.exception():
             log.debug("task %d of %s", permit.task_index, self._name, exc_info=error)
             its_own = not isinstance(error, EngineGone | EngineTimeout)
-            await self._failed(permit, f"{type(error).__name__}: {error}", its_own=its_own)
+            await self._failed(permit, in_words(error), its_own=its_own)
         else:
             await self._put(sampling.result(), permit)
 

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from syncline.config.rules import LOOPBACK
 from syncline.launch import tether
 from syncline.launch.groups import process_stat, stop_group
 from syncline.launch.plan import ProcessSpec
+
+PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class Child:
 def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:
     spec.log.parent.mkdir(parents=True, exist_ok=True)
     tethered = [sys.executable, "-I", "-S", str(Path(tether.__file__)), str(os.getpid()), *spec.argv]
-    environment: Mapping[str, str] = {**os.environ, **spec.env}
+    environment: Mapping[str, str] = {**os.environ, **_direct(os.environ), **spec.env}
     with spec.log.open("ab") as log:
         return subprocess.Popen(
             tethered,
@@ -99,3 +102,11 @@ def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def _direct(environ: Mapping[str, str]) -> dict[str, str]:
+    """A run's processes speak to each other past the proxy of the environment, which reaches a loopback of its own."""
+    if not any(environ.get(name) for name in PROXIES):
+        return {}
+    kept = environ.get("no_proxy") or environ.get("NO_PROXY")
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join([*([kept] if kept else []), *LOOPBACK]))

@@ -103,7 +103,7 @@ def _lock(stack: ExitStack, path: Path) -> str | None:
     file.write(json.dumps({"pid": os.getpid()}))
     file.flush()
     stack.callback(file.close)
-    stack.callback(path.unlink)
+    stack.callback(path.unlink, missing_ok=True)  # temporary folders are swept while a run goes on for weeks
     return None
 
 

@@ -94,7 +94,7 @@ def servers_folder(config: RunConfig, path: Path) -> Iterator[Path]:
 
 def config_text(config: RunConfig) -> str:
     """The resolved configuration as YAML that loads to an equal one."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def changed_fields(old: Any, new: Any, *, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -70,7 +70,8 @@ class Split:
             "engine.gpu_memory_utilization": self.utilisation,
             "engine.max_num_seqs": self.num_at_once,
             "learner.devices": list(range(first, first + self.learner_gpus)),
-            f"learner.{'tensor' if self.bridge == 'shared' else 'data'}_parallel_size": self.learner_gpus,
+            "learner.tensor_parallel_size": self.learner_gpus if self.bridge == "shared" else 1,
+            "learner.data_parallel_size": 1 if self.bridge == "shared" else self.learner_gpus,
         }
 
 

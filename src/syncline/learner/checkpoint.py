@@ -45,6 +45,10 @@ class TrainState:
     def next(self, *, trained_tokens: int, publishes: bool = True) -> "TrainState":
         return TrainState(self.step + 1, self.policy_version + publishes, self.trained_tokens + trained_tokens)
 
+    def beyond(self, served: int) -> "TrainState":
+        """The same; under a version above `served` where that is a later one."""
+        return self if served <= self.policy_version else replace(self, policy_version=served + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:

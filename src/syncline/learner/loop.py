@@ -4,6 +4,7 @@ Who waits for whom: `next_batch` waits for the environments (through the traject
 engine. Environments sample again as soon as `acknowledge` frees their permits, under the version just published.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from syncline.learner.versions import refuse_unknown_tokens, refuse_unproved
 from syncline.observe.metrics import Metrics
 from syncline.protocols import MetricSink, RolloutSource, SyncReport, WeightBridge
 
+log = logging.getLogger("syncline.train")
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -42,24 +45,31 @@ class Parts:
     device: torch.device
     stop: StopRequest = field(default_factory=StopRequest)
     """Whoever listens for signals says here that somebody asked to stop."""
+    newest_served: int = -1
+    """The newest version that an engine has sampled from: of this run's earlier life, or of another run."""
 
 
 def train(config: RunConfig, parts: Parts) -> TrainState:
     """Trains until `run.num_steps`, from the newest checkpoint if there is one. Returns the final state."""
     model, optimizer = parts.model, parts.optimizer
-    state, digest = resume(parts)
+    resumed, digest = resume(parts)
+    state = resumed.beyond(parts.newest_served)
+    if state != resumed:
+        told = "an engine has served version %d already, and the weights resumed are those of %d: going on as %d"
+        log.warning(told, parts.newest_served, resumed.policy_version, state.policy_version)
     synced = parts.bridge.publish(model, policy_version=state.policy_version)
     if digest not in (None, synced.receipt.digest):
         raise CheckpointError(
             f"the weights of step {state.step} have digest {synced.receipt.digest[:12]}, not the saved {digest[:12]}"
         )
     parts.gate.check(model, device=parts.device)
-    parts.source.start(policy_version=state.policy_version, step=state.step)
+    parts.source.start(policy_version=state.policy_version, step=state.step, resumed_version=resumed.policy_version)
+    lost = range(resumed.policy_version + 1, state.policy_version)
     while state.step < config.run.num_steps:
         report, started = Metrics(), time.perf_counter()
         with _saved_when_stopped(config, parts, state, synced.receipt.digest):
             groups = parts.source.next_batch(config.run.groups_per_step)
-        refuse_unproved(groups, proved=state.policy_version)
+        refuse_unproved(groups, proved=state.policy_version, lost=lost)
         refuse_unknown_tokens(groups, vocabulary_size=vocabulary_size(model))
         sampled = time.perf_counter()
         report.update(staleness(groups, policy_version=state.policy_version))

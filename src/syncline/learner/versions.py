@@ -3,7 +3,8 @@ none that the model does not know.
 
 A `publish` returns only with a proof, versions grow by one, and a checkpoint holds none but proved ones. So what is
 proved is every version up to the one published last; a token of a later one was sampled by an engine that nobody
-synced, or by a life of the run that was lost. (That every sampled token has a version, the data type sees to; where
+synced, or by a life of the run that was lost. Where that life's engines outlived it, this one's versions begin above
+theirs, and those between, `lost`, prove nothing. (That every sampled token has a version, the data type sees to; where
 `learner.unrecorded` accepts samples without, nobody knows.)
 """
 
@@ -13,9 +14,14 @@ from syncline.errors import SyncError, TrainingError
 from syncline.types import RolloutGroup
 
 
-def refuse_unproved(groups: Iterable[RolloutGroup], *, proved: int) -> None:
-    """Raises `SyncError` naming the first group with a token of a version above `proved`."""
+def refuse_unproved(groups: Iterable[RolloutGroup], *, proved: int, lost: range = range(0)) -> None:
+    """Raises `SyncError` naming the first group with a token of a version above `proved`, or of one that is `lost`."""
     for group in groups:
+        if found := group.policy_versions.intersection(lost):
+            raise SyncError(
+                f"group {group.group_id!r} of {group.environment} holds tokens of policy version {min(found)}, which "
+                f"an earlier life of the run published and this one, which goes on from {lost.start - 1}, never held"
+            )
         newest = group.newest_policy_version
         if newest is not None and newest > proved:
             raise SyncError(

@@ -24,7 +24,7 @@ from syncline.trajectory import wire
 from syncline.trajectory.atropos_wire import EnvIdentifier, RegisterEnv, Registration, ScoredData, from_group, to_group
 from syncline.trajectory.guard import read_json
 from syncline.trajectory.openapi import takes
-from syncline.trajectory.queue import PutOutcome, TrajectoryQueue
+from syncline.trajectory.queue import PutOutcome, Refused, TrajectoryQueue
 from syncline.trajectory.shares import Ask
 from syncline.trajectory.status import why_no_permit
 from syncline.trajectory.store import TrajectoryStore, pack, unpack
@@ -327,7 +327,14 @@ def _add_upload_routes(app: FastAPI, at: AtroposWire) -> None:
     @app.post("/scored_data_list", **takes(ScoredData, many=True))
     async def scored_data_list(request: Request) -> dict[str, Any]:
         groups = await at.pack(_GROUPS, await read_json(request))
-        answers = [await at.take(group, request) for group in groups]
+        answers: list[dict[str, Any]] = []
+        try:
+            for group in groups:
+                answers.append(await at.take(group, request))
+        except (HTTPException, Refused):
+            taken = groups[: len(answers)]
+            await at.turns.take(lambda queue: [queue.note_unanswered(group.digest) for group in taken])
+            raise
         buffered = [answer["buffer_size"] for answer in answers if answer["status"] == "buffered"]
         answer: dict[str, Any] = {"status": "received", "groups_processed": len(groups)}
         return answer | ({"buffered": len(buffered), "last_buffer_size": buffered[-1]} if buffered else {})

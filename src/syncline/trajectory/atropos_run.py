@@ -55,7 +55,12 @@ def begin(queue: TrajectoryQueue, asked: StartRequest) -> None:
         if asked.step == 0 or state.terms is None or state.terms.run_id != asked.terms.run_id:
             _forget(queue, HOLDS_GROUP)
         state.terms = asked.terms
-    queue.start(learner=asked.learner, policy_version=asked.policy_version, step=asked.step)
+    queue.start(
+        learner=asked.learner,
+        policy_version=asked.policy_version,
+        step=asked.step,
+        resumed_version=asked.resumed_version,
+    )
 
 
 def register(queue: TrajectoryQueue, asked: Registration) -> None:
@@ -238,6 +243,7 @@ def reset(queue: TrajectoryQueue) -> None:
         state.lines.pop(env.name, None)
     state.learner, state.policy_version, state.training, state.terms = "", -1, False, None
     state.atropos = AtroposState()
+    queue.asks.clear()  # uploads that wait were of environments that are no more
     queue.learner_heard = False
 
 

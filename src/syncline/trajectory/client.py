@@ -172,8 +172,14 @@ class TrajectorySource:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def start(self, *, policy_version: int, step: int) -> None:
-        body = wire.StartRequest(learner=self._learner, policy_version=policy_version, step=step, terms=self._terms)
+    def start(self, *, policy_version: int, step: int, resumed_version: int | None = None) -> None:
+        body = wire.StartRequest(
+            learner=self._learner,
+            policy_version=policy_version,
+            step=step,
+            terms=self._terms,
+            resumed_version=resumed_version,
+        )
         self._ask("/start", body, f"start after step {step}")
 
     def next_batch(self, num_groups: int) -> list[RolloutGroup]:

@@ -14,6 +14,7 @@ from syncline.errors import TrajectoryError
 from syncline.trajectory.ledger import Ledger, QueueLimits
 from syncline.trajectory.shares import Ask, allot, start_tag
 from syncline.trajectory.tickets import HOLDS_GROUP, Line, QueueState, Ticket, TicketState, Wire
+from syncline.trajectory.wire import MAX_NAME
 from syncline.types import RolloutGroup, RolloutStatus
 
 REPEAT_SECONDS = 300.0
@@ -181,21 +182,31 @@ class TrajectoryQueue:
 
     # The learner
 
-    def start(self, *, learner: str, policy_version: int, step: int, capacity: int | None = None) -> None:
+    def start(
+        self,
+        *,
+        learner: str,
+        policy_version: int,
+        step: int,
+        capacity: int | None = None,
+        resumed_version: int | None = None,
+    ) -> None:
         """A learner begins after `step`, serving `policy_version`: what later steps consumed is queued again,
         in its old order, and what was sampled under later versions is dropped. Only this learner is heard from now on.
-        `capacity`, in groups, is set where the learner knows better than the configuration.
+        `capacity`, in groups, is set where the learner knows better than the configuration; `resumed_version` where
+        versions between it and `policy_version` are those of a life that is lost.
         """
         self.expire()
+        kept = policy_version if resumed_version is None else resumed_version
         for ticket in self.ledger.within(*HOLDS_GROUP):
             if ticket.step is not None and ticket.step <= step:
                 self.ledger.train(ticket)
-            elif _above(ticket.newest, policy_version):
+            elif _above(ticket.newest, kept):
                 self.ledger.hand_back(ticket, TicketState.REWOUND)
             elif ticket.state is not TicketState.QUEUED:
                 self.ledger.enqueue(ticket)
         for ticket in self.ledger.within(TicketState.PERMITTED):
-            ticket.ceiling = policy_version if ticket.ceiling is None else min(ticket.ceiling, policy_version)
+            ticket.ceiling = kept if ticket.ceiling is None else min(ticket.ceiling, kept)
             self.ledger.touch(ticket)
         state = self.state
         state.learner, state.policy_version, state.step, state.training = learner, policy_version, step, False
@@ -229,8 +240,11 @@ class TrajectoryQueue:
         return tickets
 
     def ready(self) -> list[Ticket]:
-        """What may be leased, oldest first: not groups of a version the learner has not announced yet."""
-        return [t for t in self.ledger.within(TicketState.QUEUED) if not _above(t.newest, self.state.policy_version)]
+        """What may be leased: not groups of a version the learner has not announced yet. First those that the next
+        version makes too old, or who sampled long would be the one to be dropped; then in the order they came."""
+        served, oldest_next = self.state.policy_version, self.state.policy_version - self.limits.max_staleness
+        found = [t for t in self.ledger.within(TicketState.QUEUED) if not _above(t.newest, served)]
+        return sorted(found, key=lambda t: t.oldest is None or t.oldest > oldest_next)
 
     def acknowledge(self, group_ids: Collection[str], *, learner: str, step: int, policy_version: int) -> None:
         """`step` trained on these groups and `policy_version` is served now. Taken also after the lease expired, as
@@ -297,6 +311,10 @@ class TrajectoryQueue:
         if len(group.rollouts) != size:
             raise Refused(
                 f"group {group.group_id!r} has {len(group.rollouts)} rollouts; run.rollouts_per_group is {size}"
+            )
+        if len(group.group_id) > MAX_NAME:
+            raise Refused(
+                f"group_id {group.group_id[:40]!r}... has more than {MAX_NAME} characters; no learner names it"
             )
         if any(other.group_id == group.group_id for other in self.ledger.live.values()):
             raise Refused(f"group_id {group.group_id!r} is taken by another group of this run")

@@ -168,7 +168,7 @@ class TrajectoryStore:
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {rows} COMMIT;")
         found = dict(self._db.execute("SELECT key, value FROM meta"))
         for key, value in identity.items():
-            if found.get(key) != value:
+            if _kept(found.get(key, "")) != _kept(value):
                 raise TrajectoryError(
                     f"{self.path}: written with {key} {found.get(key)!r}, but this run has {value!r}; "
                     "resume the run that wrote it, or give run.dir another folder"
@@ -203,6 +203,11 @@ class TrajectoryStore:
         forgotten = [(permit_id,) for permit_id in queue.ledger.take_forgotten()]
         self._db.executemany("DELETE FROM tickets WHERE permit_id = ?", forgotten)
         self._db.execute("INSERT OR REPLACE INTO state VALUES (1, ?)", (_STATE.dump_json(queue.state).decode(),))
+
+
+def _kept(identity: str) -> str:
+    """What stays when the run's folder is renamed: of `name, seed 0` the seed."""
+    return identity.rpartition(", ")[2]
 
 
 def pack(body: bytes) -> bytes:

@@ -22,7 +22,8 @@ _WireGroup = NewType("_WireGroup", RolloutGroup)
 """pydantic takes no config for a plain dataclass, but for a new name of it."""
 _GROUP = TypeAdapter(_WireGroup, config=_STRICT)
 
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+MAX_NAME = 256
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 PollSeconds = Annotated[float, Field(ge=0, le=MAX_POLL_SECONDS)]
@@ -76,6 +77,9 @@ class StartRequest(WireMessage):
     policy_version: Count
     step: Count
     terms: RunTerms | None = None
+    resumed_version: Count | None = None
+    """Its weights' version before it went on above those that engines had served: what was sampled under one between
+    the two is dropped. `None`: there are none between."""
 
 
 class LeaseRequest(WireMessage):

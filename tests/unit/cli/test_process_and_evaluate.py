@@ -11,7 +11,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from syncline.cli import main
-from syncline.trajectory.wire import decode_group
+from syncline.trajectory.wire import decode_group, encode_group
+from syncline.types import Message, Rollout, RolloutGroup, RolloutStatus, TrainingSample, VersionSpan
 
 Capture = pytest.CaptureFixture[str]
 CHARACTERS = "0123456789+-="
@@ -106,6 +107,16 @@ def test_view_shows_the_first_groups_and_escapes(engine: Engine, config: str, tm
     page = (tmp_path / "rollouts.html").read_text()
     assert page.count("<details>") == 2 and "3, the first 2 of them below" in page
     assert "<b>evil" not in page
+
+
+def test_view_reads_texts_with_any_character_in_them(tmp_path: Path):
+    sample = TrainingSample((1, 2), (False, True), (0.0, -1.0), (VersionSpan(0, 1, 2),))
+    said = (Message("user", "next\u2028line"), Message("assistant", "x\x85y"))
+    rollout = Rollout((sample,), 1.0, RolloutStatus.COMPLETED, messages=said)
+    file = tmp_path / "groups.jsonl"
+    file.write_bytes(encode_group(RolloutGroup("g", "e", 0, (rollout,))) + b"\n")
+    assert main(["view", str(file)]) == 0
+    assert "next\u2028line" in (tmp_path / "groups.html").read_text()
 
 
 @pytest.mark.parametrize("line", ["no json", "[1]", "3", '{"group_id": "x"}'])

@@ -52,6 +52,10 @@ def test_overrides_set_fields_of_any_depth_and_type(file: Path) -> None:
         ("run.seed.deep=3", r"(?s)run\.seed"),
         ("environments.4.task=x", r"'4' is not a section"),
         ("run.seed={", r"is not a YAML value"),
+        ("run.dir=2024-13-45", r"is not a YAML value"),
+        ("run.seed=0x_", r"is not a YAML value"),
+        ("environments.².name=a", r"'²' is not a section"),
+        ("learner.compile=off", r"should be 'auto', 'on' or 'off', in quotes: YAML takes a bare on, off"),
     ],
 )
 def test_a_bad_override_is_refused_with_the_remedy(file: Path, override: str, message: str) -> None:
@@ -63,6 +67,29 @@ def test_a_key_written_twice_is_refused(file: Path) -> None:
     file.write_text(TEXT + "run: {dir: y}\n")
     with pytest.raises(ConfigError, match="key 'run' is written twice"):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (b"a: caf\xe9\n", "invalid continuation byte"),
+        (b"a: {{ name }}\n", "found unhashable key"),
+        (b"a: 2024-13-45\n", "month must be in 1..12"),
+        (b"a: " + b"[" * 3_000, "recursion"),
+    ],
+    ids=["latin-1", "a template's braces", "no date", "deep"],
+)
+def test_a_file_that_is_no_yaml_is_refused_by_its_path(file: Path, text: bytes, fault: str) -> None:
+    file.write_bytes(TEXT.encode() + text)
+    with pytest.raises(ConfigError, match=rf"run\.yaml: not valid YAML: (?s:.*){fault}"):
+        load(file)
+
+
+def test_mappings_are_merged_as_yaml_merges_them(file: Path) -> None:
+    tasks = "[{task: a, args: {deep: &b {<<: &a {x: 1, y: 1}, x: 2}}}, {task: b, args: {<<: *b, y: 3}}]"
+    file.write_text(TEXT.replace("[{task: arithmetic}]", tasks))
+    first, second = load(file).environments
+    assert (first.args, second.args) == ({"deep": {"x": 2, "y": 1}}, {"x": 2, "y": 3})
 
 
 def test_faults_of_several_fields_come_together(file: Path) -> None:

@@ -117,6 +117,39 @@ def test_epochs_count_the_rows(tmp_path: Path) -> None:
     assert loaded(tmp_path, values).run.num_steps == 25
 
 
+def test_whole_sequences_make_gspo_of_grpo(tmp_path: Path) -> None:
+    sequences = {"rlhf.importance_sampling_level": "sequence"}
+    assert loaded(tmp_path, sequences).learner.loss.name == "gspo"
+    assert loaded(tmp_path, {"rlhf.loss_type": "grpo"} | sequences).learner.loss.name == "gspo"
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(0, 20), (7, 7)])
+def test_warmup_steps_go_before_a_ratio_as_in_transformers(tmp_path: Path, steps: int, warmup: int) -> None:
+    values = {"training.warmup_steps": steps, "training.warmup_ratio": 0.1, "training.max_steps": 200}
+    assert loaded(tmp_path, values).learner.optimizer.num_warmup_steps == warmup
+
+
+def test_a_key_that_is_null_has_its_default(tmp_path: Path) -> None:
+    nothing = {"rlhf": {**file()["rlhf"], "dynamic_sample": True, "max_resample_times": None}}
+    assert loaded(tmp_path, nothing).run.max_refills == 3 * 8
+
+
+def test_a_file_that_only_extends_others_is_theirs_too(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(file()))
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\ntraining: {learning_rate: 3e-5}\n")
+    assert load(tmp_path / "run.yaml").learner.optimizer.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("extends: null\n", "extends: None must be a file's name"), ("extends: []\nrum: 3\n", "extends: is for files of")],
+)
+def test_what_extends_nothing_is_refused(tmp_path: Path, text: str, fault: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=fault):
+        load(tmp_path / "run.yaml")
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rlhf.use_vllm": False}, "rlhf.use_vllm: False, but vLLM alone samples here"),
     ({"rlhf.use_vllm": "true"}, "rlhf.use_vllm: 'true', but vLLM"),
@@ -165,6 +198,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rlhf.kl_in_reward": True}, "rlhf.kl_in_reward: true, but KL is a term of the loss"),
     ({"rlhf.reward_funcs": ["summary.format", "a:b"]}, "rlhf.reward_funcs.0: 'summary.format' is no import path"),
     ({"rlhf.reward_weights": [1.0]}, "rlhf.reward_weights: 1 numbers for 2 rlhf.reward_funcs"),
+    ({"rlhf.reward_weights": 2}, "rlhf.reward_weights: 1 numbers for 2 rlhf.reward_funcs"),
+    (
+        {"rlhf.loss_type": "dr_grpo", "rlhf.importance_sampling_level": "sequence"},
+        "rlhf.importance_sampling_level: 'sequence' is 'gspo' here, and rlhf.loss_type says 'dr_grpo'; leave one out",
+    ),
+    ({"rlhf.num_generations": 0}, "rlhf.num_generations (run.rollouts_per_group): 0 is not usable"),
+    ({"rlhf.num_generations": []}, "rlhf.num_generations: [] must be a number"),
+    ({"rlhf.max_completion_length": "long"}, "rlhf.max_completion_length: 'long' must be a number"),
+    ({"global_max_length": "x"}, "global_max_length: 'x' must be a number"),
+    ({"training.warmup_ratio": float("nan")}, "training.warmup_ratio: nan must be a number"),
+    ({"training.lr_scheduler_kwargs": 3}, "training.lr_scheduler_kwargs: 3 has keys other than min_lr"),
+    ({"model.attn_impl": []}, "model.attn_impl (learner.attention): [] is not usable"),
     ({"custom.grpo.chord.enabled": True}, "custom.grpo.chord.enabled: True mixes fine-tuning into the loss"),
     ({"custom.colour": 1}, "custom.colour: unknown key (value 1)"),
     ({"model.model": None}, "model.model: required, but missing"),

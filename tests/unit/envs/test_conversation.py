@@ -14,7 +14,7 @@ from syncline.envs.multi_turn import MultiTurn
 from syncline.envs.rendering import ChatPolicy
 from syncline.envs.scoring import Score
 from syncline.errors import EngineTimeout
-from syncline.testing import FakeGenerate
+from syncline.testing import FakeGenerate, ScriptedPolicy
 from syncline.types import Completion, FinishReason, Message, Rollout, RolloutStatus, SamplingParams, VersionSpan
 
 CHATML = (
@@ -175,6 +175,15 @@ def test_game_is_played_to_its_end():
 def test_out_of_turns_is_truncated_and_scored():
     [rollout] = play(Guess(), lambda said: completion("9"))
     assert (rollout.status, rollout.reward, rollout.samples[0].num_sampled) == (RolloutStatus.TRUNCATED, 0.0, 3)
+
+
+@pytest.mark.parametrize("said", ["what?", Message("user", "what?"), ["what?"]])
+def test_reply_that_is_no_list_of_messages_is_an_error_of_its_attempt(said: object):
+    policy = ScriptedPolicy(lambda seen: "so?")
+    conversations = converse(policy, [Message("user", "hi")], 1, reply=lambda _: said, max_turns=2)  # type: ignore
+    [attempt] = asyncio.run(conversations)
+    assert (attempt.fault or "").startswith("reply raised TypeError: reply() must return a list of messages, got ")
+    assert len(attempt.messages) == 2
 
 
 def test_reply_that_raises_is_an_error_of_that_attempt_alone():

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from character_tokenizer import CharacterTokenizer, completion
@@ -76,6 +76,14 @@ def test_one_set_of_samples_gives_pass_and_majority_at_every_k():
     assert json.loads(json.dumps(asdict(result)))["pass_at"]["2"]["num_tasks"] == 3
 
 
+def test_what_a_tool_said_last_is_nobodys_vote():
+    """The turns were used up: neither its text nor no message at all is an answer of the model's."""
+    cut = replace(rollout(0.0, "7", length=True), messages=(Message("assistant", "?"), Message("user", "7")))
+    attempts = [[rollout(1.0, "8"), cut, replace(cut, messages=())]]
+    result = summarize(["x"], attempts, name="sums", split="heldout", answer=lambda task, text: text)
+    assert (result.majority_at["1"].rate, result.majority_at["2"].rate) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
 def test_evaluates_heldout_tasks_one_attempt_each():
     def respond(prompt: Sequence[int], sampling: SamplingParams, i: int) -> Completion:
         left, right = map(int, "".join(map(chr, prompt)).rstrip("=").split("+"))
@@ -100,5 +108,5 @@ def test_deadline_names_what_was_not_done():
             return list(make_group("sums", 0).rollouts)
 
     policy = ChatPolicy(CharacterTokenizer(), FakeGenerate(lambda *_: completion("1")), SamplingParams(4), max_length=8)
-    with pytest.raises(EngineTimeout, match=r"3 heldout tasks of 'sums' were not done in 0\.01 s"):
+    with pytest.raises(EngineTimeout, match=r"3 heldout tasks of 'sums' were not done in 0\.01 s; raise engine\.req"):
         asyncio.run(evaluate(Silent(), policy, num_tasks=3, name="sums", timeout_seconds=0.01))

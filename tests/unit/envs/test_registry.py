@@ -92,6 +92,20 @@ def test_unusable_task_is_named_with_a_remedy(task: str, words: str):
         build(task, position=2)
 
 
+@pytest.mark.parametrize(
+    ("task", "args"),
+    [
+        ("arithmetic", {"levels": [{"digits": "2"}]}),
+        ("arithmetic", {"levels": [{"digits": 2.5}]}),
+        ("arithmetic", {"weights": ["correct"]}),
+        ("judged", {"judge": {"url": "http://x", "model": "m", "timeout_seconds": "60"}}),
+    ],
+)
+def test_args_of_another_type_are_refused_with_their_values(task: str, args: dict):
+    with pytest.raises(ConfigError, match=r"^environments\.0\.args[:.].*(levels|weights|judge)"):
+        build_environment(EnvironmentConfig(task=task, args=args), position=0, seed=0)
+
+
 def test_args_the_constructor_does_not_take_are_explained():
     with pytest.raises(
         ConfigError, match=r"^environments\.1\.args: .*missing a required argument: 'length'.*takes \(length"

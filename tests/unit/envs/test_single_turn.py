@@ -11,7 +11,8 @@ from syncline.envs.scoring import Score, check_weights, weighted_score
 from syncline.envs.single_turn import SingleTurn
 from syncline.errors import ConfigError, EngineError, EngineTimeout
 from syncline.testing import FakeGenerate
-from syncline.types import Completion, FinishReason, Message, Rollout, RolloutStatus, SamplingParams
+from syncline.trajectory.wire import encode_group
+from syncline.types import Completion, FinishReason, Message, Rollout, RolloutGroup, RolloutStatus, SamplingParams
 
 
 class Echo(SingleTurn):
@@ -30,6 +31,11 @@ class Echo(SingleTurn):
 
     def score(self, task: str, text: str) -> Score:
         return self._score(text)
+
+
+class HalfACharacter(Echo):
+    def prompt(self, task: str) -> list[Message]:
+        return [Message("user", "a \ud83d")]
 
 
 def attempt(environment: SingleTurn, *answers: Completion, max_length: int = 100) -> tuple[list[Rollout], FakeGenerate]:
@@ -129,3 +135,24 @@ def test_weighted_score_reports_parts_without_weight():
 def test_unusable_weights_are_refused_by_name(weights: dict):
     with pytest.raises(ConfigError, match="weights"):
         check_weights(weights, parts=("correct", "format"))
+
+
+def test_a_prompt_or_a_fault_with_half_a_character_can_still_be_sent():
+    """Data of the web has them; such a task must not end its worker when the group is put."""
+
+    def score(text: str) -> Score:
+        raise ValueError("\ud83d")
+
+    for environment, told in ((HalfACharacter(), "prompt raised ValueError"), (Echo(score), r"ValueError: \ud83d")):
+        [rollout], _ = attempt(environment, completion("7"))
+        assert rollout.status is RolloutStatus.ERROR and told in (rollout.error or "")
+        encode_group(RolloutGroup("g", "e", 0, (rollout,)))
+
+
+@pytest.mark.parametrize("prompt", ["2+2=", Message("user", "2+2="), [{"role": "user", "content": "2+2="}]])
+def test_a_prompt_that_is_no_list_of_messages_is_an_error_that_can_be_sent(prompt: object):
+    environment = Echo()
+    environment.prompt = lambda task: prompt  # type: ignore[method-assign, return-value]
+    [rollout], generate = attempt(environment, completion("7"))
+    assert (rollout.status, rollout.messages, generate.calls) == (RolloutStatus.ERROR, (), [])
+    assert (rollout.error or "").startswith("prompt raised TypeError: prompt() must return a list of messages, got ")

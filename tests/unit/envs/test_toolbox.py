@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from character_tokenizer import CharacterTokenizer, completion
 
+from syncline.envs.conversation import shown
 from syncline.envs.rendering import ChatPolicy
 from syncline.envs.scoring import Score
 from syncline.envs.single_turn import SingleTurn
 from syncline.envs.toolbox import Toolbox, build_toolbox
 from syncline.errors import ConfigError
-from syncline.testing import FakeGenerate
-from syncline.types import Message, Rollout, RolloutStatus, SamplingParams
+from syncline.testing import FakeGenerate, ScriptedPolicy
+from syncline.types import ImageRef, Message, Rollout, RolloutStatus, SamplingParams
 
 
 def lookup(word: str, language: str = "en") -> str:
@@ -90,6 +91,9 @@ def test_several_calls_are_answered_in_order():
         ('<tool_call>{"name": "lookup", "arguments": "x"}</tool_call>', "Error: a call must look like"),
         (call("look", word="x"), "Error: there is no tool 'look'; there are: lookup"),
         (call("lookup", wrd="x"), "Error: lookup: missing a required argument: 'word'"),
+        (call("lookup", word=5), "Error: lookup: word = 5: Input should be a valid string"),
+        (call("lookup", word=None), "Error: lookup: word = None: Input should be a valid string"),
+        ('<tool_call>{"name": ' + "9" * 5_000 + "}</tool_call>", "Error: a call must be one JSON object"),
         ("<tool_call>" + "[" * 3_000 + "</tool_call>", "Error: a call must be one JSON object"),
     ],
 )
@@ -130,6 +134,14 @@ def test_calculator_and_python_by_name():
 def test_unusable_tools_are_refused_by_name(arguments: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words):
         build_toolbox(**{"max_turns": 3, **arguments})
+
+
+def test_images_of_the_prompt_stay_with_it():
+    image = ImageRef("a.png", "0" * 64)
+    [conversation] = asyncio.run(
+        Toolbox([lookup]).converse(ScriptedPolicy(lambda seen: "done"), [Message("user", "what is it?", (image,))], 1)
+    )
+    assert shown(conversation.messages) == (image,) == conversation.samples[0].images
 
 
 def test_no_names_no_toolbox():

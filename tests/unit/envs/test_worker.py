@@ -100,6 +100,16 @@ def test_failed_group_goes_back_with_the_reason_and_is_attempted_again():
     assert sorted(group.task_index for group in sink.groups) == list(range(6))
 
 
+def test_a_reason_with_half_a_character_is_told_not_the_workers_end():
+    async def attempt(task: int) -> None:
+        if not sink.given_back:
+            raise ValueError("cannot read \ud83d")
+
+    sink = Watched(max_permits=1)
+    asyncio.run(run_until(worker(Scripted(attempt), sink), lambda: len(sink.groups) == 1))
+    assert [reason for _, reason in sink.given_back] == [r"ValueError: cannot read \ud83d"]
+
+
 @pytest.mark.parametrize("fault", [EngineGone("it broke off"), EngineTimeout("no engine took the request")])
 def test_an_engines_fault_is_none_of_its_tasks_but_ends_a_worker_that_meets_nothing_else(fault: EngineError):
     failures: list[EngineError] = [fault] * 2

@@ -101,3 +101,9 @@ def test_a_holder_whose_name_is_cut_inside_a_character_is_named() -> None:
         assert port_holder(int(holder.stdout.readline())) == f"pid {holder.pid} (трениро\ufffd)"
         assert holder.stdin is not None
         holder.stdin.close()
+
+
+def test_a_swept_temporary_folder_does_not_spoil_the_end_of_a_run(tmp_path: Path) -> None:
+    with lease_ports({"engine.port": (HOST, 0)}, folder=tmp_path):
+        for path in tmp_path.iterdir():
+            path.unlink()

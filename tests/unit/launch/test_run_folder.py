@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ def test_config_text_loads_to_an_equal_config(tmp_path: Path, text: str) -> None
     )
     (tmp_path / "c.yaml").write_text(config_text(written))
     assert load(tmp_path / "c.yaml") == written
+
+
+def test_processes_get_the_values_that_the_file_has(tmp_path: Path) -> None:
+    """Not what JSON would make of them: its keys are all texts, and it knows no dates."""
+    args = {"weights": {1: 0.5, "2": 0.1}, "since": date(2024, 1, 1), "pairs": [[1, 2]]}
+    written = config(tmp_path, environments=[{"task": "arithmetic", "args": args}])
+    (tmp_path / "c.yaml").write_text(config_text(written))
+    assert load(tmp_path / "c.yaml").environments[0].args == args
 
 
 def test_an_existing_run_is_refused_with_the_ways_out(tmp_path: Path) -> None:

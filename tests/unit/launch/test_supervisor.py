@@ -221,6 +221,22 @@ def test_a_service_that_never_answers_is_named(tmp_path: Path) -> None:
     watched.assert_nothing_left(["engine", "learner"])
 
 
+@pytest.mark.parametrize(("excepted", "seen"), [(None, ""), ("a.example", "a.example,")])
+def test_processes_speak_to_each_other_past_a_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, excepted: str | None, seen: str
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    if excepted:
+        monkeypatch.setenv("NO_PROXY", excepted)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    told = "import os; print(os.environ['no_proxy'], os.environ['NO_PROXY'], os.environ['http_proxy'])"
+    with Supervisor([job(tmp_path, "j", told)], folder=tmp_path, show=lambda line: None) as supervisor:
+        supervisor.run()
+    around = f"{seen}127.0.0.1,localhost,::1"
+    assert (tmp_path / "j.log").read_text().split() == [around, around, "http://127.0.0.1:9"]
+
+
 def test_a_stranger_lives_on(tmp_path: Path) -> None:
     port = free_port()
     with subprocess.Popen([sys.executable, "-I", "-S", "-c", HTTP, str(port)]) as stranger:

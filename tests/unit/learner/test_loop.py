@@ -245,6 +245,27 @@ def test_a_group_of_a_version_that_was_never_published_stops_the_run_before_the_
     assert all(torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))
 
 
+def test_a_run_resumed_on_engines_that_outlived_it_goes_on_above_what_they_served(
+    model_path: Path, tmp_path: Path
+) -> None:
+    train(config_of(model_path, tmp_path, num_steps=3), parts_of(
+        config_of(model_path, tmp_path, num_steps=3), first_group=0, events=[]))  # fmt: skip
+    rest = config_of(model_path, tmp_path, num_steps=4, max_staleness=9)
+    parts = replace(parts_of(rest, first_group=6, events=[]), newest_served=7)
+    parts.source._held.insert(0, _held(group(0, policy_version=5)))  # type: ignore[attr-defined]
+    state = train(rest, parts)
+    assert parts.bridge.versions == [8, 9]  # type: ignore[attr-defined]
+    assert (state.step, state.policy_version) == (4, 9)
+    assert [index for held in parts.source._returned.values() for index in held] == [0], "of a life that is lost"  # type: ignore[attr-defined]
+
+
+def test_tokens_of_a_lost_life_are_refused_at_the_last_door() -> None:
+    kept, lost = (make_group("e", i, policy_version=version) for i, version in enumerate((3, 5)))
+    refuse_unproved([kept], proved=9, lost=range(4, 8))
+    with pytest.raises(SyncError, match=r"policy version 5, which an earlier life .* goes on from 3, never held"):
+        refuse_unproved([kept, lost], proved=9, lost=range(4, 8))
+
+
 def test_groups_of_earlier_versions_and_groups_without_tokens_are_proved() -> None:
     refuse_unproved([make_group("e", 0, policy_version=3), make_group("e", 1, rewards=(None, None))], proved=3)
 
@@ -272,8 +293,8 @@ class QueueAndEnvironment:
             self.queue.put(made, ticket.permit_id)
         return len(granted)
 
-    def start(self, *, policy_version: int, step: int) -> None:
-        self.queue.start(learner="L", policy_version=policy_version, step=step)
+    def start(self, *, policy_version: int, step: int, resumed_version: int | None) -> None:
+        self.queue.start(learner="L", policy_version=policy_version, step=step, resumed_version=resumed_version)
 
     def next_batch(self, num_groups: int) -> list[RolloutGroup]:
         if lacking := num_groups - len(self.queue.ready()):

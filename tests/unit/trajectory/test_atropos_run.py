@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from atropos_servers import our_server, scored
+from atropos_servers import our_server, registration, scored
 from atroposlib.envs.base import BaseEnv
 
 from syncline.trajectory import atropos_run
@@ -87,6 +87,41 @@ def test_a_batch_that_a_trainer_finished_with_is_forgotten_in_the_end(server):
     assert (status["num_consumed"], status["counters"]["trained"]) == (2, 4)
     server.register(batch_size=2, starting_step=4)
     assert [server.batch(), server.batch(), server.batch()] == [[4], [5], None]
+
+
+def test_a_list_that_is_taken_in_part_and_sent_again_is_taken_once(server):
+    server.start(batch_size=2)
+    server.register_env()
+    groups = [scored(mark) for mark in range(100)]
+    assert server.post("/scored_data_list", groups).status_code == 429
+    taken = server.get("/status").json()["num_queued"]
+    assert [server.batch() for _ in range(taken)] == [[mark] for mark in range(taken)]
+    assert server.post("/scored_data_list", groups[: taken + 1]).status_code == 200
+    assert [server.batch(), server.batch()] == [[taken], None]
+
+
+def test_uploads_that_wait_while_everything_is_reset_keep_nobody_else(tmp_path):
+    """They asked for environments that are no more; the next trainer's are served meanwhile."""
+    with our_server(tmp_path, hold_seconds=20.0) as server:
+        server.start(batch_size=2)
+        env = server.register_env()
+        for mark in range(8):
+            server.push(scored(mark, env_id=env))
+
+        async def scenario() -> list[int]:
+            transport = httpx.ASGITransport(server.http.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
+                waiting = asyncio.create_task(http.post("/scored_data", json=scored(9, env_id=env)))
+                while not await server.http.app.state.turns.take(lambda queue: len(queue.asks)):
+                    await asyncio.sleep(0.01)
+                await http.get("/reset_data")
+                await http.post("/register", json=registration(batch_size=2))
+                answers = [await http.post("/scored_data", json=scored(10 + mark)) for mark in range(2)]
+                done = waiting.done()
+                waiting.cancel()
+                return [done, *(answer.status_code for answer in answers)]
+
+        assert server.http.portal.call(scenario) == [False, 200, 200]
 
 
 def test_uploads_wait_for_room_in_the_order_of_the_weights(tmp_path):

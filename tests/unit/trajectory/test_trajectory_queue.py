@@ -36,8 +36,8 @@ class Bench:
         self.queue = TrajectoryQueue(self.limits, self.weights, clock=self.clock, new_id=lambda: f"p{next(self.ids)}")
         self.holding: dict[str, set[str]] = {}
 
-    def start(self, *, policy_version=0, step=0, learner="L") -> None:
-        self.queue.start(learner=learner, policy_version=policy_version, step=step)
+    def start(self, *, policy_version=0, step=0, learner="L", resumed_version=None) -> None:
+        self.queue.start(learner=learner, policy_version=policy_version, step=step, resumed_version=resumed_version)
 
     def ask(self, environment="math", num_permits=1) -> Ask:
         ask = Ask(environment, "0", num_permits)
@@ -259,6 +259,7 @@ def test_a_repeated_put_is_recognized_after_the_group_was_trained_on():
         (make_group("math", 1), "permit 'p1' is for task 0 of 'math', but the group holds task 1 of 'math'"),
         (make_group("math", 0, rewards=(1.0,)), "has 1 rollouts; run.rollouts_per_group is 2"),
         (make_group("math", 0, policy_version=1), "tokens of policy version 1, but 0 is served"),
+        (make_group("math", 0, group_id="x" * 257), "has more than 256 characters; no learner names it"),
         (make_group("math", 0, group_id="taken"), "group_id 'taken' is taken by another group"),
     ],
 )
@@ -424,6 +425,22 @@ def test_a_batch_that_could_never_be_formed_is_refused():
         bench.lease(3)
 
 
+def test_a_group_that_took_long_is_leased_before_later_ones_while_it_is_not_too_old():
+    bench = Bench(groups_per_step=2, max_staleness=1)
+    bench.start()
+    slow, *quick = bench.grant(num_permits=4)
+    for ticket in quick[:2]:
+        bench.put(ticket)
+    bench.acknowledge(bench.lease(2), step=1)
+    quick += bench.grant(num_permits=9)
+    for ticket in quick[2:]:
+        bench.put(ticket, policy_version=1)
+    bench.put(slow, policy_version=0)
+    assert indices(bench.queue.ready())[0] == slow.task_index
+    assert indices(bench.lease(2, lease_id="second")) == [slow.task_index, quick[2].task_index]
+    assert bench.counters.stale == 0
+
+
 def test_stale_groups_are_dropped_and_their_tasks_go_out_again():
     bench = Bench(groups_per_step=1, max_staleness=1)
     bench.start()
@@ -551,6 +568,21 @@ def test_a_group_of_the_lost_lineage_is_dropped_even_when_the_version_is_reached
     assert bench.put(slow, policy_version=1) is PutOutcome.REWOUND
     assert bench.counters.rewound == 2
     assert indices(bench.grant(num_permits=9)) == [0, 1]
+
+
+def test_a_learner_that_goes_on_above_what_was_served_takes_nothing_of_the_versions_between():
+    bench = Bench(groups_per_step=3, max_staleness=9)
+    bench.start(policy_version=5, step=5)
+    before, between, slow = bench.grant(num_permits=3)
+    bench.put(before, policy_version=2)
+    bench.put(between, policy_version=4)
+    bench.start(policy_version=6, step=2, resumed_version=2, learner="M")
+    assert bench.counters.rewound == 1
+    assert bench.put(slow, policy_version=6) is PutOutcome.REWOUND, "begun before, so partly of a version between"
+    again, late = bench.grant(num_permits=2)
+    assert (again.task_index, late.task_index) == (between.task_index, slow.task_index)
+    assert [bench.put(ticket, policy_version=6) for ticket in (again, late)] == [PutOutcome.ACCEPTED] * 2
+    assert indices(bench.lease(3, learner="M")) == [0, 1, 2]
 
 
 def test_starting_again_with_the_same_step_changes_nothing():

@@ -206,6 +206,13 @@ def test_a_second_process_is_told_who_serves_the_store(open_store):
         pass
 
 
+def test_a_run_goes_on_in_a_folder_of_another_name(open_store):
+    open_store(run_id="first, seed 3").__exit__()
+    open_store(run_id="moved, seed 3").__exit__()
+    with pytest.raises(TrajectoryError, match="written with run_id 'first, seed 3', but this run has 'first, seed 4'"):
+        open_store(run_id="first, seed 4")
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -49,6 +49,7 @@ def sampling_routes(served: Served) -> APIRouter:
     async def health() -> JSONResponse:
         fault = await _fault(served.engine)
         body = {"status": fault or "ok", **served.about, **served.receipt(), "torn": served.torn}
+        body["newest_version"] = served.gate.policy_version
         return JSONResponse(body, status_code=HTTPStatus.SERVICE_UNAVAILABLE if fault else HTTPStatus.OK)
 
     @router.post("/syncline/generate")

@@ -126,6 +126,7 @@ def _checked_levels(levels: Sequence[Mapping[str, Any]]) -> tuple[Level, ...]:
             [f"levels: {list(levels)!r}: {error}; a level is {{digits: 2, terms: 2, weight: 1.0}}"]
         ) from error
     for i, level in enumerate(built):
-        if level.digits < 1 or level.terms < 2 or not level.weight > 0:
+        is_whole = isinstance(level.digits, int) and isinstance(level.terms, int)
+        if not is_whole or level.digits < 1 or level.terms < 2 or not level.weight > 0:
             raise ConfigError([f"levels.{i}: {level} needs digits >= 1, terms >= 2 and weight > 0"])
     return built

@@ -81,6 +81,8 @@ class Summary(SingleTurn):
         images, metadata = row.get("images"), row.get("metadata") or {}
         if not isinstance(images, list) or not images or not all(isinstance(image, str) for image in images):
             raise ConfigError([f"{where}: field 'images' must be a list of one or more paths"])
+        if not isinstance(metadata, Mapping) or not isinstance(row.get("prompt") or "", str):
+            raise ConfigError([f"{where}: field 'metadata' must be an object, and 'prompt' a text"])
         reference = metadata.get("summary_ref") or row.get("summary")
         if not isinstance(reference, str) or not reference.strip():
             raise ConfigError([f"{where}: field 'summary' must be a text: JSON, or 无关图片"])

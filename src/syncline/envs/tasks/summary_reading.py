@@ -17,6 +17,8 @@ IRRELEVANT = "无关图片"
 STATISTICS, CATEGORY, TEXT, NOTES, GROUPS = "统计", "类别", "文本", "备注", "分组统计"
 DOMAINS = ("BBU", "RRU")
 
+MOST = 1 << 53
+"""Of anything seen: a count is reckoned with as a float."""
 Facts = Counter[tuple[str, ...]]
 
 
@@ -79,7 +81,7 @@ def _object(line: str) -> tuple[dict[str, Any] | None, bool]:
 
     try:
         found = json.loads(line, object_pairs_hook=unique)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, or a number longer than Python reads
         return None, False
     return (found if isinstance(found, dict) else None), bool(twice)
 
@@ -88,7 +90,7 @@ def attributes(summary: Mapping[str, Any], *, texts: bool) -> dict[str, set[str]
     """Category → names of its attributes, with or without `文本`."""
     found: dict[str, set[str]] = {}
     for entry in entries(summary):
-        own = found.setdefault(entry[CATEGORY].strip(), set())
+        own = found.setdefault(entry[CATEGORY], set())
         own |= {name.strip() for name in entry if name != CATEGORY and (texts or name.strip() != TEXT)}
     return found
 
@@ -99,7 +101,7 @@ def facts(summary: Mapping[str, Any]) -> Facts:
     for entry in entries(summary):
         for name, value in entry.items():
             if name != CATEGORY:
-                _count(found, (STATISTICS, entry[CATEGORY].strip(), name.strip()), value)
+                _count(found, (STATISTICS, entry[CATEGORY], name.strip()), value)
     if GROUPS in summary:
         _count(found, (GROUPS,), summary[GROUPS])
     if isinstance(summary.get(NOTES), list):
@@ -110,7 +112,8 @@ def facts(summary: Mapping[str, Any]) -> Facts:
 def entries(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     statistics = summary.get(STATISTICS)
     named = statistics if isinstance(statistics, list) else []
-    return [entry for entry in named if isinstance(entry, dict) and str(entry.get(CATEGORY) or "").strip()]
+    found = [(entry, str(entry.get(CATEGORY) or "").strip()) for entry in named if isinstance(entry, dict)]
+    return [{**entry, CATEGORY: category} for entry, category in found if category]
 
 
 def _count(found: Facts, path: tuple[str, ...], value: Any) -> None:
@@ -118,7 +121,7 @@ def _count(found: Facts, path: tuple[str, ...], value: Any) -> None:
     if isinstance(value, dict):
         for key, below in value.items():
             if isinstance(below, int) and not isinstance(below, bool):
-                found[(*path, key.strip())] += max(0, below)
+                found[(*path, key.strip())] += min(max(0, below), MOST)
             else:
                 _count(found, (*path, key.strip()), below)
     elif isinstance(value, list):

@@ -75,7 +75,7 @@ def _strict(r: Reading) -> float:
 def _parse(r: Reading) -> float:
     try:
         json.loads(r.lines[1])
-    except (IndexError, json.JSONDecodeError, RecursionError):
+    except (IndexError, ValueError, RecursionError):
         return -1.0
     return 0.0
 
@@ -158,7 +158,7 @@ def _excess(names: set[str], category: Category) -> float:
 
 
 def _in_digits(answer: dict[str, Any]) -> bool:
-    said = [entry.get(DISTANCE) for entry in entries(answer) if entry[CATEGORY].strip() == DISTANCE]
+    said = [entry.get(DISTANCE) for entry in entries(answer) if entry[CATEGORY] == DISTANCE]
     return all(isinstance(one, dict) and all(str(key).strip().isdigit() for key in one) for one in said)
 
 

@@ -6,6 +6,7 @@ folder, all its `*_harmony.csv`, one after the other.
 """
 
 import csv
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,9 +87,10 @@ def _source(path: str) -> Source:
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            yield from ((f"{file}:{n}", row) for n, row in enumerate(csv.DictReader(lines), start=2))
-    except OSError as error:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            rows = csv.DictReader(lines)
+            yield from ((f"{file}:{rows.line_num}", row) for row in rows)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError([f"path: '{file}' cannot be read ({error}); give a CSV or JSON lines file"]) from error
 
 
@@ -97,7 +99,9 @@ def _decision(row: Any, where: str) -> Decision:
         rewards, values = (
             tuple(float(row[f"{column}_action_{k}"]) for k in range(NUM_ACTIONS)) for column in ("reward", "q")
         )
-        prompt = str(row["prompt"])
+        prompt = row["prompt"]
+        if not isinstance(prompt, str) or not all(map(math.isfinite, rewards + values)):
+            raise ValueError(f"prompt {prompt!r:.20}, rewards {rewards}, q {values}")
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             [f"{where}: needs a prompt, and numbers q_action_0..3 and reward_action_0..3: {error}"]

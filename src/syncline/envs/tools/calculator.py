@@ -23,8 +23,17 @@ _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = MappingProxyTy
         ast.Pow: operator.pow,
     }
 )
+
+
+def _rounded(value: Any, *digits: Any) -> Any:
+    """`round`, which works out the power of ten that an integer is rounded to."""
+    if any(abs(count) > MAX_BITS for count in digits):
+        raise ToolError("the value is too large")
+    return round(value, *digits)
+
+
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {"sqrt": math.sqrt, "abs": abs, "round": round, "min": min, "max": max, "log": math.log, "exp": math.exp}
+    {"sqrt": math.sqrt, "abs": abs, "round": _rounded, "min": min, "max": max, "log": math.log, "exp": math.exp}
 )
 
 

@@ -10,6 +10,7 @@ import io
 import os
 import platform
 import resource
+import signal
 import sys
 import traceback
 
@@ -32,7 +33,7 @@ NOT_CONFINED = 97
 EPERM = 1
 LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
 KILL_PROCESS, ERRNO, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 1, 38, 22, 2
 
 
 class Instruction(ctypes.Structure):
@@ -41,6 +42,13 @@ class Instruction(ctypes.Structure):
 
 class Program(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.POINTER(Instruction)))
+
+
+def end_with(parent: int) -> None:
+    """A sleeping program would outlive a parent that was killed: no limit of its own ends it, and no group holds it."""
+    call(ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    if os.getppid() != parent:
+        raise OSError(0, "the caller has ended")
 
 
 def confine(cpu_seconds: int, memory_bytes: int) -> None:
@@ -75,11 +83,12 @@ def call(result: int) -> None:
 
 
 def main() -> int:
-    for name in MODULES.split():
-        importlib.import_module(name)
-    code = sys.stdin.buffer.read().decode(errors="replace")
     sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", errors="backslashreplace")
     try:
+        end_with(int(sys.argv[3]))
+        for name in MODULES.split():
+            importlib.import_module(name)
+        code = sys.stdin.buffer.read().decode(errors="replace")
         confine(int(sys.argv[1]), int(sys.argv[2]))
     except (OSError, KeyError, ValueError) as error:
         print(f"{type(error).__name__}: {error} ({platform.machine()})")

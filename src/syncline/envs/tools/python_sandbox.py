@@ -119,7 +119,7 @@ class PythonSandbox:
         return text.rstrip("\n") or "(it printed nothing)"
 
     def _argv(self) -> list[str]:
-        numbers = (self._limits.cpu_seconds, self._limits.memory_bytes)
+        numbers = (self._limits.cpu_seconds, self._limits.memory_bytes, os.getpid())
         return [sys.executable, "-I", "-S", str(CHILD), *map(str, numbers)]
 
 

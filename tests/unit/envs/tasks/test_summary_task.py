@@ -75,6 +75,17 @@ def test_irrelevant_pictures_have_one_answer() -> None:
     assert not any(value for name, value in wrong.items() if name != "header"), "nothing else speaks of such a picture"
 
 
+@pytest.mark.parametrize("category", ["5", "true", '["电线"]', "{}"])
+def test_a_category_that_is_no_text_is_another_one(category: str) -> None:
+    assert scored(f'{{"统计": [{{"类别": {category}, "捆扎": {{"整齐": 1}}}}]}}')["category_recall"] == 0
+
+
+def test_numbers_of_any_length_are_scored() -> None:
+    counted = scored('{"统计": [{"类别": "电线", "捆扎": {"整齐": 1' + "0" * 400 + "}}]}")
+    assert 0 < counted["content_structured_tversky"] < 1e-9
+    assert scored('{"统计": ' + "9" * 5_000 + "}")["parse"] == -1
+
+
 def test_rows_of_another_kind_are_worth_nothing() -> None:
     assert not any(scored("nonsense", header="", dense=True).values())
 
@@ -178,6 +189,8 @@ def test_the_environment_shows_the_row_and_weighs_the_parts(rows: Path) -> None:
     [
         ({"images": []}, "field 'images' must be"),
         ({"summary": ""}, "field 'summary' must be"),
+        ({"metadata": [1]}, "field 'metadata' must be an object"),
+        ({"prompt": ["x"]}, "and 'prompt' a text"),
         ({"metadata": {}}, "metadata says no domain"),
         ({"images": ["gone.png"]}, "gone.png: cannot be read"),
     ],

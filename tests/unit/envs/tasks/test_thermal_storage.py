@@ -51,6 +51,33 @@ def test_a_row_that_lacks_a_column_is_named(tmp_path: Path) -> None:
         build_environment(Environment(task="thermal_storage", args={"path": str(path)}), position=0, seed=0)
 
 
+HEADER = ",".join([*(f"{column}_action_{k}" for column in ("q", "reward") for k in range(4)), "prompt"]).encode()
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        (b"1,2,3,4,1,2,3,4\n", "rows.csv:2: needs a prompt, .*prompt None"),
+        (b'1,2,3,4,1,2,3,4,"a\nb"\n1,2,3,4,1,nan,3,4,b\n', "rows.csv:4: needs a prompt, .*nan"),
+        (b"1,2,3,4,1,2,3,4,caf\xe9\n", "rows.csv' cannot be read .*can't decode"),
+        (b"1,2,3,4,1,2,3,4," + b"x" * 200_000 + b"\n", "rows.csv' cannot be read .*larger than field limit"),
+        (b"", "no training rows"),
+    ],
+    ids=["without a prompt", "without a number", "another encoding", "too large", "none"],
+)
+def test_csv_rows_that_are_none_are_refused(tmp_path: Path, rows: bytes, fault: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(HEADER + b"\n" + rows)
+    with pytest.raises(ConfigError, match=fault):
+        ThermalStorage(path=str(path))
+
+
+def test_csv_as_spreadsheets_write_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + HEADER + b"\r\n1,2,3,4,1,2,3,4,store?\r\n")
+    assert ThermalStorage(path=str(path)).task(0).values == (1.0, 2.0, 3.0, 4.0)
+
+
 TOKENIZER = recipe("small_model").tokenizer()
 
 

@@ -29,6 +29,7 @@ def test_works_out(expression: str, value: str):
         ("1/0", "division by zero"),
         ("9**9**9**9", "too large"),
         ("99**9999", "too large"),
+        ("round(5, -10**9)", "too large"),
         ("2.0**99999", "out of range"),
         ("(" * 150 + ")" * 150, "more than 200 characters"),
         ("(-8)**0.5", "not a real number"),

@@ -2,6 +2,9 @@
 
 import asyncio
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from syncline.envs.tools import ToolError, python_sandbox
 from syncline.envs.tools.python_sandbox import Limits, PythonSandbox
 from syncline.errors import ConfigError
+from syncline.launch.groups import process_stat
 
 GENEROUS = Limits(seconds=60.0, cpu_seconds=30)
 
@@ -136,6 +140,24 @@ def test_no_child_is_left_when_the_caller_gives_up():
 def children() -> list[str]:
     listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return [pid for pid in listed if "python_child" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def test_no_child_outlives_a_caller_that_is_killed():
+    code = (
+        "import asyncio\nfrom syncline.envs.tools.python_sandbox import Limits, PythonSandbox\n"
+        "sandbox = PythonSandbox(Limits(seconds=600))\nprint('built', flush=True)\n"
+        "asyncio.run(sandbox.python('import time; time.sleep(600)'))\n"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert caller.stdout and caller.stdout.readline() == b"built\n"
+    deadline, child = time.monotonic() + 60, 0
+    while not (child and "\nSeccomp:\t2" in Path(f"/proc/{child}/status").read_text()):
+        assert time.monotonic() < deadline and caller.poll() is None
+        child = int(Path(f"/proc/{caller.pid}/task/{caller.pid}/children").read_text() or 0)
+    caller.kill()
+    caller.communicate()
+    while (stat := process_stat(child)) and not stat.zombie:
+        assert time.monotonic() < deadline, "it sleeps on"
 
 
 def test_machine_without_confinement_is_a_config_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
