@@ -36,7 +36,7 @@ def main() -> None:
             sent += parameter.numel() * parameter.element_size()
             yield name, parameter
 
-    engine = EngineController(url, start_timeout_seconds=60)
+    engine = EngineController(url, timeout_seconds=60)
     bridge = BroadcastBridge([engine], Bridge(name="broadcast", bucket_bytes=bucket_bytes), export=export)
     bridge.attach(model)
     bridge.publish(model, policy_version=int(version))

@@ -15,7 +15,7 @@ from syncline.engines.client import EngineController
 
 def main() -> None:
     name, url, path, folder = sys.argv[1:]
-    engine = EngineController(url, start_timeout_seconds=60)
+    engine = EngineController(url, timeout_seconds=60)
     side = Side(name, engine, Path(path), Path(folder))
     bridge = side.attached()
     bridge.publish(side.model, policy_version=side.next_version())

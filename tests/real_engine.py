@@ -135,7 +135,7 @@ def starting_engine(
         with (folder / "engine.log").open("w") as log:
             process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=full)
         url = f"http://127.0.0.1:{port}"
-        controller: Any = EngineController(url, start_timeout_seconds=120)
+        controller: Any = EngineController(url, timeout_seconds=120)
         controller.process, controller.url, controller.log = process, url, folder / "engine.log"
         try:
             yield controller

@@ -45,6 +45,7 @@ class SmallEngine:
             "policy_version": self._version,
             "digest": model_digest(self._digests),
             "generation": "",
+            "pause": 0,
         }
 
     @torch.no_grad()

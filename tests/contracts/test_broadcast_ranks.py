@@ -73,7 +73,7 @@ def published_over_each(ranks: Ranks, url: str, bridges: list[dict[str, Any]]) -
 def published(ranks: Ranks, url: str, values: dict[str, Any]) -> dict[str, Any]:
     """Versions of which each changes a tenth of the values, and what the last one's whole weights are."""
     config = resolve(values)
-    control = EngineController(url, start_timeout_seconds=60)
+    control = EngineController(url, timeout_seconds=60)
     model = load_model(config.model, device=rank_device(torch.device(DEVICE)), ranks=ranks)
     bridge = build_bridge(config, [control], Path(config.model.path), ranks=ranks)
     bridge.attach(model)

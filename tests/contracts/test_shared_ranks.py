@@ -104,7 +104,7 @@ class Sampling:
 
 def stepped(ranks: Ranks, url: str, path: str) -> dict[str, Any]:
     """Steps that move every weight of both ranks while rank 0 samples; then what each version's whole weights were."""
-    control = EngineController(url, start_timeout_seconds=60)
+    control = EngineController(url, timeout_seconds=60)
     model = load_model(Model(path=path), device=rank_device(torch.device(DEVICE)), ranks=ranks)
     bridge = SharedBridge([control], Bridge(name="shared"), shards=checkpoint_shards, ranks=ranks)
     bridge.attach(model)

@@ -81,7 +81,7 @@ def test_an_engine_killed_under_a_run_comes_back_proved(values: dict, tmp_path: 
     file, run_log, servers_log = str(tmp_path / "run.yaml"), tmp_path / "run.txt", tmp_path / "servers.txt"
     Path(file).write_text(yaml.safe_dump(values))
     first_port = values["engine"]["port"]
-    second = EngineController(f"http://127.0.0.1:{first_port + 1}", start_timeout_seconds=60)
+    second = EngineController(f"http://127.0.0.1:{first_port + 1}", timeout_seconds=60)
     with (
         running(servers_log, "serve", "--config", file) as servers,
         running(run_log, "run", file, "--engines-apart") as run,

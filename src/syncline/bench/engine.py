@@ -52,7 +52,7 @@ class Server:
 
     def wait_until_ready(self, deadline: float) -> None:
         """Raises `EngineError` once it is dead or, by `time.monotonic`, late."""
-        with closing(EngineController(self.url, start_timeout_seconds=START_SECONDS)) as engine:
+        with closing(EngineController(self.url, timeout_seconds=START_SECONDS)) as engine:
             while self._process.poll() is None:
                 with suppress(EngineTimeout):
                     return engine.wait_until_ready(timeout_seconds=1.0)

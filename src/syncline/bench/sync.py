@@ -159,7 +159,7 @@ def measure(case: Case, build_bridge: BuildBridge, engines: Sequence[Started], t
     """Attaches and publishes, on the engines of `case.bridges`; `tell` hears what is known meanwhile. Raises what the
     bridge raises."""
     gc.collect()  # of the case before
-    with closing(EngineController(engines[0].answering(), start_timeout_seconds=START_SECONDS)) as engine:
+    with closing(EngineController(engines[0].answering(), timeout_seconds=START_SECONDS)) as engine:
         health = engine.health()
         name = f"{case.bridge} {case.changed:.2%} changed" if case.sparse else case.bridge
         cache = f"{case.kv_cache_bytes >> 20} MiB of KV cache"

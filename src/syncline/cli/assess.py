@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from syncline.config.offline import OfflineConfig, load_offline
+from syncline.errors import ConfigError
 from syncline.offline.stage import Finished
 
 STAGE = "evaluate"
@@ -67,14 +68,19 @@ def assess_stage(config: OfflineConfig, policies: Any, adapter: Path | None, *, 
 
 
 def comparisons(config: OfflineConfig, before: Path, after: Path) -> dict[str, Any]:
-    """By set. Raises `ConfigError` for a folder that holds no evaluation of these sets."""
+    """By set. Raises `ConfigError` for a folder that holds no evaluation of these sets, or of other questions alone."""
     from syncline.offline.assess import read_marks
-    from syncline.offline.marks import compare
+    from syncline.offline.marks import GREEDY, compare
 
     read = {
         folder: [read_marks(config.eval, folder, own, seed=config.run.seed) for own in config.eval.sets]
         for folder in (before, after)
     }
+    for own, *both in zip(config.eval.sets, read[before], read[after], strict=True):
+        asked, again = ({one.question_id for one in marks if one.arm == GREEDY} for marks in both)
+        if asked.isdisjoint(again):
+            where = f"{before} and {after} have no question of the set {own.name!r} in common"
+            raise ConfigError([f"eval.baseline: {where}; give the folder of an evaluation of the same set"])
     return {own.name: compare(a, b) for own, a, b in zip(config.eval.sets, read[before], read[after], strict=True)}
 
 

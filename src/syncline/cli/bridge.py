@@ -38,9 +38,9 @@ def connect_engines(
                 bridge_config, model=config.model.path, device=device, rank=ranks.rank, patience_seconds=patience
             )
         )
-        found = [FoundEngine(file, start_timeout_seconds=timeout)]
+        found = [FoundEngine(file, timeout_seconds=timeout)]
     urls = urls or ([] if found else known_urls(config))
-    return [*found, *(EngineController(url, start_timeout_seconds=timeout) for url in urls)]
+    return [*found, *(EngineController(url, timeout_seconds=timeout) for url in urls)]
 
 
 def known_urls(config: RunConfig) -> list[str]:

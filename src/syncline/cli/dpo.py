@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from syncline.config.offline import OfflineConfig, load_offline
+from syncline.errors import ConfigError
 from syncline.offline.stage import Finished
 
 STAGE = "dpo"
@@ -23,13 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from syncline.cli.merge import model_folder
+    from syncline.launch.plan import see_only
     from syncline.observe.logs import set_up_logging
     from syncline.offline.pairs import HELDOUT_FILE, PAIRS_FILE
     from syncline.offline.stage import latest
 
     set_up_logging()
     config = load_offline(args.file, args.overrides)
-    pairs, heldout = args.pairs, args.heldout
+    pairs, heldout = given = args.pairs, args.heldout
+    if missing := [f"--pairs, --heldout: {path} is no file" for path in given if path and not path.is_file()]:
+        raise ConfigError(missing)
+    see_only("dpo.devices", config.dpo.devices, device=config.dpo.device)
     if pairs is None:
         folder = latest(Path(config.run.dir), "pairs").folder
         pairs, heldout = folder / PAIRS_FILE, heldout or folder / HELDOUT_FILE
@@ -51,10 +56,11 @@ def dpo_stage(
 ) -> Finished:
     """One round, finished. An empty file of held-out pairs is none."""
     from syncline.offline.dpo import Task, train_dpo
-    from syncline.offline.stage import Stage, file_digest, run_stage, weights_digest
+    from syncline.offline.stage import Stage, file_digest, run_stage, tokenizer_digest, weights_digest
 
     heldout = heldout if heldout and heldout.is_file() and heldout.stat().st_size else None
     inputs = {"base": weights_digest(model_path), "pairs": file_digest(pairs)}
+    inputs |= {"tokenizer": tokenizer_digest(config.model.tokenizer or str(model_path))}
     inputs |= {"heldout": file_digest(heldout)} if heldout else {}
     inputs |= {"start": weights_digest(start)} if start else {}
     inputs |= {"policy": policy} if policy else {}

@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
         from syncline.cli.assess import run_sets
 
         return run_sets(args)
+    if others := [f"--{name}" for name in ("adapter", "baseline") if getattr(args, name) is not None]:
+        raise ConfigError([f"{name}: is of a pipeline's file alone, and {args.file} is a run's" for name in others])
     missing = [f"--{name}" for name, value in (("engine-url", args.engine_urls), ("out", args.out)) if not value]
     if missing:
         raise ConfigError([f"{name}: missing; the evaluation of a run's environments needs it" for name in missing])

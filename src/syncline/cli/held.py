@@ -20,7 +20,7 @@ def held_by(config: RunConfig, engine_urls: Sequence[str]) -> tuple[Receipt, lis
     least = min(config.bridge.min_engines or len(engine_urls), len(engine_urls))
     receipts: dict[str, Receipt] = {}
     for url in engine_urls:
-        engine = EngineController(url, start_timeout_seconds=config.engine.start_timeout_seconds)
+        engine = EngineController(url, timeout_seconds=config.engine.start_timeout_seconds)
         try:
             engine.wait_until_ready(timeout_seconds=config.engine.start_timeout_seconds)
             receipts[url] = engine.receipt()

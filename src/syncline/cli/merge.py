@@ -1,7 +1,7 @@
 """`syncline merge --base B --adapter A --out O`: an adapter merged into its base, safetensors, proved by logits."""
 
 import argparse
-from dataclasses import asdict
+import json
 from pathlib import Path
 
 from syncline.config.offline import OfflineConfig
@@ -25,12 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():
         raise ConfigError([f"--out: {args.out} is there already; name another folder, or remove it"])
     found = merge(
-        args.base,
-        args.adapter,
-        args.out,
-        dtype=args.dtype,
-        tolerance=args.tolerance,
-        any_base_name=args.any_base_name,
+        args.base, args.adapter, args.out, dtype=args.dtype, tolerance=args.tolerance, any_base_name=args.any_base_name
     )
     print(f"{args.out}: {found.kind} of {found.num_adapted} layers merged, digest {found.digest}")
     print(
@@ -53,15 +48,17 @@ def model_folder(config: OfflineConfig) -> Path:
     known = asked.model_dump(mode="json", exclude={"adapter"}) | {"dtype": config.model.dtype}
 
     def work(notes: Notes) -> None:
-        found = merge(
-            config.model.path,
-            Path(asked.adapter),
-            notes.folder / MODEL,
-            dtype=config.model.dtype,
-            tolerance=asked.tolerance,
-            any_base_name=asked.any_base_name,
-        )
-        notes.facts |= asdict(found)
+        out = notes.folder / MODEL
+        if not out.exists():  # else it is whole, and an earlier attempt was killed while its files were digested
+            merge(
+                config.model.path,
+                Path(asked.adapter),
+                out,
+                dtype=config.model.dtype,
+                tolerance=asked.tolerance,
+                any_base_name=asked.any_base_name,
+            )
+        notes.facts |= json.loads((out / SUMMARY_FILE).read_text())
 
     done = run_stage(
         Path(config.run.dir), Stage("merge", known, inputs), work, outputs=(f"{MODEL}/{SUMMARY_FILE}", MODEL)

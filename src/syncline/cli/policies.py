@@ -47,11 +47,13 @@ class Policies:
 
     def serve(self, adapter: Path | None, *, version: int) -> tuple[tuple[str, ...], str]:
         """The engines' URLs, once all hold this policy, and its digest. Raises `SyncError` when it is not the one that
-        was written down."""
+        was written down, and for running engines that do not hold the base."""
         stage, run_dir = self._stage(adapter), Path(self._config.run.dir)
         known = finished(run_dir, stage)
         urls = self._running()
         facts: dict[str, Any] = asdict(self._held(urls))
+        if adapter is None and known is None and self._given:
+            self._refuse_other_base(urls[0])
         if adapter is not None and (known is None or facts["digest"] != known.facts["digest"]):
             facts = self._publish(adapter, urls, version=version)
         if known is not None and facts["digest"] != known.facts["digest"]:
@@ -84,6 +86,19 @@ class Policies:
         from syncline.cli.held import held_by
 
         return held_by(self._run(), urls)[0]
+
+    def _refuse_other_base(self, url: str) -> None:
+        """Engines started here hold what they were started from; those that run may hold anything, all the same."""
+        from syncline.bridges.verify import faults_of
+        from syncline.engines.client import EngineController
+
+        engine = EngineController(url, start_timeout_seconds=self._config.engine.start_timeout_seconds)
+        try:
+            served = engine.parameters()
+        finally:
+            engine.close()
+        if faults := faults_of(self._model_path, served):
+            raise SyncError(f"{engine.name} does not hold the weights of {self._model_path}:\n" + "\n".join(faults))
 
     def _publish(self, adapter: Path, urls: tuple[str, ...], *, version: int) -> dict[str, Any]:
         """The receipt and what the publish cost. The base is proved again each time: nobody keeps it in memory between

@@ -180,12 +180,7 @@ def assemble(
 
 
 def _outside(
-    config: RunConfig,
-    stack: ExitStack,
-    *,
-    trajectories_url: str,
-    resumed_step: int,
-    training_log: "MetricSink | None",
+    config: RunConfig, stack: ExitStack, *, trajectories_url: str, resumed_step: int, training_log: "MetricSink | None"
 ) -> tuple["MetricSink", "RolloutSource"]:
     from syncline.cli.trajectories import run_terms
     from syncline.observe.exports import ExportingSink, open_exports
@@ -197,7 +192,8 @@ def _outside(
     folder = Path(config.run.dir)
     exports = open_exports(config.observe, folder, resumed_step=resumed_step)
     own: list[MetricSink] = [JsonlSink(folder, resumed_step=resumed_step, decode=_tokenizer(config).decode)]
-    own += [CompletionsCsv(Path(config.observe.completions_csv))] if config.observe.completions_csv else []
+    if config.observe.completions_csv:
+        own += [CompletionsCsv(Path(config.observe.completions_csv), resumed_step=resumed_step)]
     own += [training_log] if training_log else []
     sink = ExportingSink(MultiSink(own), exports)
     stack.callback(sink.close)

@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     from syncline.engines.client import EngineController
     from syncline.errors import SyncError
 
-    engine = EngineController(args.engine_url, start_timeout_seconds=args.timeout_seconds)
+    engine = EngineController(args.engine_url, timeout_seconds=args.timeout_seconds)
     try:
         receipt, served = engine.measure()
     finally:

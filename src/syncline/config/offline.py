@@ -3,6 +3,7 @@
 As strict as a run's configuration: frozen, unknown keys refused, all faults reported together.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,10 @@ from syncline.config.load import read_values, resolve, validated
 from syncline.config.offline_collect import PROMPT, Collect, Pairs, Questions
 from syncline.config.schema import Bridge, Engine, Model, RunConfig, Section
 from syncline.errors import ConfigError
+
+LOSSES = ("sigmoid", "hinge", "ipo", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero")
+LOSSES += ("apo_down", "discopop", "sft", "sigmoid_norm")
+"""TRL's names, without what needs label smoothing."""
 
 
 class OfflineRun(Section):
@@ -167,6 +172,8 @@ def _dpo(config: OfflineConfig) -> Iterator[str]:
     if dpo.pairs_per_step % dpo.microbatch_pairs:
         yield f"dpo.microbatch_pairs: {dpo.microbatch_pairs} does not divide pairs_per_step = {dpo.pairs_per_step}"
     for name, weight in dpo.losses.items():
+        if name not in LOSSES:
+            yield f"dpo.losses.{name}: is none of TRL's losses that this trains: {', '.join(LOSSES)}"
         if weight <= 0:
             yield f"dpo.losses.{name}: {weight} must be > 0; leave a loss out instead"
     if set(dpo.losses) == {"sft"}:
@@ -183,6 +190,10 @@ def _sets(config: OfflineConfig) -> Iterator[str]:
     for i, own in enumerate(config.eval.sets):
         if own.name in names[:i]:
             yield f"eval.sets.{i}.name: {own.name!r} is taken by eval.sets.{names.index(own.name)}; give it another"
+    try:
+        re.compile(config.eval.format)
+    except re.error as error:
+        yield f"eval.format: {config.eval.format!r} is no regular expression ({error}); mend it"
     for section in ("collect", "eval"):
         if "{question}" not in (prompt := getattr(config, section).prompt):
             yield f"{section}.prompt: {prompt!r} has no {{question}} to fill in; add it"

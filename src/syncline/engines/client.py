@@ -126,13 +126,15 @@ class EngineClient:
 
 
 class EngineController:
-    """`EngineControl` over HTTP."""
+    """`EngineControl` over HTTP; `timeout_seconds` is the deadline of each call that is given none of its own."""
 
-    def __init__(self, url: str, *, name: str = "engine", start_timeout_seconds: float) -> None:
+    def __init__(self, url: str, *, name: str = "engine", timeout_seconds: float) -> None:
         self.url = url
         self.name = f"{name} at {url}"
-        self._start_timeout_seconds = start_timeout_seconds
+        self._timeout_seconds = timeout_seconds
         self._http = httpx.Client(base_url=url)
+        self._pause: int | None = None
+        """The last that the engine told of; whatever is asked of it in a publish names it (`routes.Order`)."""
 
     def close(self) -> None:
         self._http.close()
@@ -151,75 +153,70 @@ class EngineController:
     def health(self) -> dict[str, Any]:
         """What `/health` tells: `status`, the engine's name, version, device and model, its receipt, and the newest
         policy version that it has sampled from."""
-        return self._call("GET", "/health", None, self._start_timeout_seconds)
+        return self._call("GET", "/health")
 
     def pause(self, *, mode: str, timeout_seconds: float, reuse_kv: bool = False) -> Paused:
         body = {"mode": mode, "timeout_seconds": timeout_seconds, "reuse_kv": reuse_kv}
-        answer = self._post("/syncline/pause", body, 2 * timeout_seconds)
-        return Paused(_receipt(answer), answer["generation"])
+        answer = self._call("POST", "/syncline/pause", body, 2 * timeout_seconds)
+        return Paused(self._told(answer), answer["generation"])
 
     def resume(self, expected: Receipt) -> None:
-        self._post("/syncline/resume", {"expected": asdict(expected)}, self._start_timeout_seconds)
+        self._order("/syncline/resume", expected=asdict(expected))
 
     def receipt(self) -> Receipt:
-        return _receipt(self._call("GET", "/syncline/receipt", None, self._start_timeout_seconds))
+        return self._told(self._call("GET", "/syncline/receipt"))
 
     def parameters(self) -> Mapping[str, str]:
-        return self._call("GET", "/syncline/parameters", None, self._start_timeout_seconds)["parameters"]
+        return self._call("GET", "/syncline/parameters")["parameters"]
 
     def measure(self) -> tuple[Receipt, Mapping[str, str]]:
         """The receipt and each parameter's digest, computed now over what the engine holds."""
-        answer = self._post("/syncline/measure", {}, self._start_timeout_seconds)
+        answer = self._call("POST", "/syncline/measure")
         return _receipt(answer), answer["parameters"]
 
     def export(self) -> Sequence[Mapping[str, Any]]:
-        return self._call("POST", "/syncline/export", None, self._start_timeout_seconds)
+        return self._call("POST", "/syncline/export")
 
     def reload(self, path: str, *, expected: Receipt, timeout_seconds: float) -> Receipt:
-        body = {"path": path, "expected": asdict(expected)}
-        return _receipt(self._post("/syncline/reload", body, timeout_seconds))
+        return _receipt(self._order("/syncline/reload", timeout_seconds, path=path, expected=asdict(expected)))
 
     def adopt(self, expected: Receipt, *, resume: bool = False) -> Receipt:
-        body = {"expected": asdict(expected), "resume": resume}
-        return _receipt(self._post("/syncline/adopt", body, self._start_timeout_seconds))
+        return _receipt(self._order("/syncline/adopt", expected=asdict(expected), resume=resume))
 
     def membership(self) -> Membership:
-        return Membership(**self._call("GET", "/syncline/broadcast", None, self._start_timeout_seconds))
+        return Membership(**self._call("GET", "/syncline/broadcast"))
 
     def join_broadcast(self, invitation: Mapping[str, Any], *, first_rank: int, timeout_seconds: float) -> str:
         body = {"invitation": invitation, "first_rank": first_rank, "timeout_seconds": timeout_seconds}
-        return self._post("/syncline/broadcast/join", body, timeout_seconds + GRACE_SECONDS)["plan"]
+        return self._order("/syncline/broadcast/join", timeout_seconds + GRACE_SECONDS, **body)["plan"]
 
     def receive_broadcast(
         self, expected: Receipt, *, generation: str, timeout_seconds: float, resume: bool = False
     ) -> Received:
-        body: dict[str, Any] = {"expected": asdict(expected), "generation": generation, "resume": resume}
-        body["timeout_seconds"] = timeout_seconds
-        answer = self._post("/syncline/broadcast/receive", body, timeout_seconds + GRACE_SECONDS)
+        body = {"generation": generation, "resume": resume, "timeout_seconds": timeout_seconds}
+        wait = timeout_seconds + GRACE_SECONDS
+        answer = self._order("/syncline/broadcast/receive", wait, expected=asdict(expected), **body)
         return Received(_receipt(answer), answer["prove_seconds"])
 
     def adapters(self) -> Mapping[str, Any]:
-        return self._call("GET", "/syncline/adapters", None, self._start_timeout_seconds)
+        return self._call("GET", "/syncline/adapters")
 
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
         body = {"adapter": dict(adapter), "policy_version": policy_version, "timeout_seconds": timeout_seconds}
-        return self._post("/syncline/stage", body, 2 * timeout_seconds)["parameters"]
+        return self._order("/syncline/stage", 2 * timeout_seconds, **body)["parameters"]
 
     def switch(self, receipt: Receipt) -> Receipt:
-        return _receipt(self._post("/syncline/switch", asdict(receipt), self._start_timeout_seconds))
+        return _receipt(self._order("/syncline/switch", **asdict(receipt)))
 
     def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
         deadline = time.monotonic() + timeout_seconds
-        self._post("/syncline/restart", {"path": path, "policy_version": policy_version}, timeout_seconds)
-        self._wait_until_gone(deadline, timeout_seconds)
-        self.wait_until_ready(timeout_seconds=max(0.0, deadline - time.monotonic()))
-        return self.receipt()
-
-    def _wait_until_gone(self, deadline: float, timeout_seconds: float) -> None:
+        self._order("/syncline/restart", timeout_seconds, path=path, policy_version=policy_version)
         while self._health_fault() is None:
             if time.monotonic() > deadline:
                 raise EngineTimeout(f"{self.name} was asked to restart and still answers after {timeout_seconds:g} s")
             time.sleep(RETRY_SECONDS)
+        self.wait_until_ready(timeout_seconds=max(0.0, deadline - time.monotonic()))
+        return self.receipt()
 
     def _health_fault(self) -> str | None:
         try:
@@ -228,14 +225,19 @@ class EngineController:
             return repr(error)
         return None if response.status_code == httpx.codes.OK else response.text
 
-    def _post(self, path: str, body: dict[str, Any], timeout_seconds: float) -> Any:
-        return self._call("POST", path, body, timeout_seconds)
+    def _told(self, answer: Any) -> Receipt:
+        self._pause = answer["pause"]
+        return _receipt(answer)
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float) -> Any:
+    def _order(self, path: str, timeout_seconds: float | None = None, /, **body: Any) -> Any:
+        return self._call("POST", path, body | {"pause": self._pause}, timeout_seconds)
+
+    def _call(self, method: str, path: str, body: Any = None, timeout_seconds: float | None = None) -> Any:
+        limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         try:
-            response = self._http.request(method, path, json=body, timeout=timeout_seconds)
+            response = self._http.request(method, path, json=body, timeout=limit)
         except httpx.TimeoutException as error:
-            raise EngineTimeout(f"{self.name} did not answer {path} in {timeout_seconds:g} s") from error
+            raise EngineTimeout(f"{self.name} did not answer {path} in {limit:g} s") from error
         except httpx.HTTPError as error:
             raise EngineGone(f"{self.name} broke off {path}: {error!r}") from error
         return _json(str(response.url), response.status_code, response.content)

@@ -11,8 +11,8 @@ from syncline.engines.client import EngineController
 class FoundEngine(EngineController):
     """`EngineControl` over HTTP and the file."""
 
-    def __init__(self, file: BridgeFile, *, start_timeout_seconds: float) -> None:
-        super().__init__(file.url, start_timeout_seconds=start_timeout_seconds)
+    def __init__(self, file: BridgeFile, *, timeout_seconds: float) -> None:
+        super().__init__(file.url, timeout_seconds=timeout_seconds)
         self._file = file
 
     def export(self) -> Sequence[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -88,8 +89,7 @@ def curve_png(curve: Curve, rows: Rows) -> bytes | None:
     if curve.stacked:
         _stack(axes, drawn)
     else:
-        for colour, (label, points) in zip(COLOURS, drawn.items(), strict=False):
-            _line(axes, points, label=label, colour=colour)
+        _lines(axes, drawn)
     if curve.band is not None:
         _band(axes, series(rows, next(iter(curve.metrics))), dict(series(rows, curve.band)))
     if len(drawn) > 1:
@@ -115,8 +115,7 @@ def rewards_png(runs: Mapping[str, Rows]) -> bytes | None:
     if not drawn:
         return None
     figure, axes = _canvas("Reward", "", wide=True)
-    for i, (label, points) in enumerate(drawn.items()):
-        _line(axes, points, label=label, colour=COLOURS[i % len(COLOURS)])
+    _lines(axes, drawn)
     axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
@@ -134,10 +133,11 @@ def _canvas(title: str, unit: str, *, x_label: str = "step", wide: bool = False)
     return figure, axes
 
 
-def _line(axes: Any, points: Sequence[tuple[int, float]], *, label: str, colour: str) -> None:
+def _lines(axes: Any, drawn: Mapping[str, Sequence[tuple[int, float]]]) -> None:
     """Single points, such as a parity check every twenty steps, stay visible as dots."""
-    steps, values = zip(*points, strict=True)
-    axes.plot(steps, values, label=label, color=colour, linewidth=1.5, marker="." if len(points) < 40 else None)
+    for (label, points), colour in zip(drawn.items(), cycle(COLOURS), strict=False):
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, label=label, color=colour, linewidth=1.5, marker="." if len(points) < 40 else None)
 
 
 def _band(axes: Any, points: Sequence[tuple[int, float]], widths: Mapping[int, float]) -> None:

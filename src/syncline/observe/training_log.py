@@ -6,11 +6,14 @@ appends. Metrics have TRL's names already; `num_tokens` is added up here, as TRL
 
 import csv
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from syncline.config.schema import RunConfig
+from syncline.observe.files import read_lines
 from syncline.observe.logs import FORMAT
+from syncline.observe.sinks import METRICS_FILE
 from syncline.types import RolloutGroup
 
 TRAINING_LOG = "training.log"
@@ -25,7 +28,7 @@ class TrainingLog:
     def __init__(self, config: RunConfig, engine_urls: Sequence[str]) -> None:
         self._folder = Path(config.run.dir)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._num_tokens = 0.0
+        self._num_tokens: float | None = None
         self._handler = logging.FileHandler(self._folder / TRAINING_LOG, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter(FORMAT))
         logging.getLogger().addHandler(self._handler)
@@ -33,6 +36,9 @@ class TrainingLog:
             log.info(line)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._num_tokens is None:  # of a resumed run: what was sampled before, as far as it was kept
+            before = [row for row in read_lines(self._folder / METRICS_FILE) if row["step"] < step]
+            self._num_tokens = float(sum(row.get("tokens/sampled") or 0.0 for row in before))
         self._num_tokens += metrics.get("tokens/sampled", 0.0)
         shown = dict(metrics) | {"num_tokens": self._num_tokens, "step": step}
         log.info("{%s}", ", ".join(f"'{name}': {value:.6g}" for name, value in shown.items()))
@@ -81,11 +87,14 @@ def _joined(values: Mapping[str, object]) -> str:
 
 
 class CompletionsCsv:
-    """A `MetricSink` that writes a row for each completion; `parts` are the reward's, `action=2 target_action=1`."""
+    """A `MetricSink` that writes a row for each completion; `parts` are the reward's, `action=2 target_action=1`. Of a
+    resumed run the rows after `resumed_step`, and one that a kill has torn, are cut off."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
+        if path.exists():
+            os.truncate(path, _kept_bytes(path, resumed_step))
+        is_new = not path.exists() or not path.stat().st_size
         self._file = path.open("a", newline="", encoding="utf-8")
         self._rows = csv.writer(self._file)
         if is_new:
@@ -108,3 +117,19 @@ class CompletionsCsv:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _kept_bytes(path: Path, resumed_step: int) -> int:
+    """Up to the last row of a step that was kept: an earlier run's rows may stand before, of later steps too. A row
+    ends at the first newline that is in no quotes."""
+    keep, end, row = 0, 0, b""
+    with path.open("rb") as file:
+        for line in file:
+            row += line
+            if not line.endswith(b"\n") or row.count(b'"') % 2:
+                continue
+            step, end = row.partition(b",")[0], end + len(row)
+            if resumed_step == 0 or not step.isdigit() or int(step) <= resumed_step:
+                keep = end
+            row = b""
+    return keep

@@ -12,7 +12,8 @@ from types import MappingProxyType
 
 MAX_DIGITS = 40
 _MARK = re.compile(r"####|(?i:answer)\W{0,4}:|\\boxed\{")
-_NUMBER = re.compile(r"[-−]?\s*\$?\s*[-−]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?")
+_NUMBER = re.compile(r"(?:[-−]\s*)?(?:\$\s*)?[-−]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?")
+"""No part of it begins with spaces: a search through a long run of them would take the cube of its length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ def normalise_number(answer: str) -> str:
 
 
 def number(answer: str) -> Fraction | None:
-    plain = re.sub(r"[\s,$]", "", answer).replace("−", "-").removesuffix(".")
+    joined = re.sub(r"(?<=\d)\s+(?=\d)", "?", answer)  # `70 000` is no number: what reads texts stops at the space
+    plain = re.sub(r"[\s,$]", "", joined).replace("−", "-").removesuffix(".")
     if len(plain) > MAX_DIGITS or not re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)(/\d+)?", plain):
         return None
     top, _, bottom = plain.partition("/")

@@ -25,7 +25,7 @@ from syncline.offline.lines import AppendOnlyLines
 from syncline.offline.marks import GREEDY, SAMPLED, Marked, read_answer, summarise
 from syncline.offline.questions import Question, load_questions
 from syncline.offline.records import Attempt, read_trajectories
-from syncline.offline.replica import EngineReplica
+from syncline.offline.replica import EngineReplica, allow_connections
 from syncline.offline.sampler import Request, Sampler
 from syncline.offline.work import WorkItem
 from syncline.types import SamplingParams
@@ -93,6 +93,7 @@ class _Set:
     async def sample(self, pending: list[Request], lines: AppendOnlyLines, show: Callable[[str], None]) -> None:
         asked, place = self._asked, self._place
         concurrency = min(asked.concurrency, -(-len(pending) // len(place.engine_urls)) or 1)
+        allow_connections(concurrency * len(place.engine_urls), field="eval.concurrency")
         async with AsyncExitStack() as stack:
             replicas = [
                 await stack.enter_async_context(
@@ -125,8 +126,10 @@ def _refuse_foreign(lines: AppendOnlyLines, requests: list[Request], *, model: s
 
 
 def _marked(asked: Eval, folder: Path, own: Questions, questions: tuple[Question, ...]) -> Iterator[Marked]:
-    """In the order of questions, arms and samples: answers lie in the file as they ended."""
-    places = {question.question_id: i for i, question in enumerate(questions)}
+    """In the order of questions, arms and samples: answers lie in the file as they ended. A baseline's may be to other
+    questions too; those come last."""
+    known = {question.question_id: (i, question) for i, question in enumerate(questions)}
     answers = read_trajectories(folder / answers_file(own), Attempt)
-    for one in sorted(answers, key=lambda one: (places[one.question_id], one.arm, one.sample)):
-        yield read_answer(asked, questions[places[one.question_id]], one)
+    placed = [(*known.get(one.question_id, (len(known), Question(one.question, one.gold))), one) for one in answers]
+    for _, question, one in sorted(placed, key=lambda own: (own[0], own[2].question_id, own[2].arm, own[2].sample)):
+        yield read_answer(asked, question, one)

@@ -157,15 +157,12 @@ class _Collection:
         asked, place = self._asked, self._place
         part = -(-len(pending) // len(place.engine_urls)) or 1  # or the first engine would take all of a little
         concurrency = asked.requests_per_engine or min(2 * place.slots, part)
-        allow_connections(concurrency * len(place.engine_urls))
+        allow_connections(concurrency * len(place.engine_urls), field="collect.requests_per_engine")
         async with AsyncExitStack() as stack:
             replicas = [
                 await stack.enter_async_context(
                     EngineReplica(
-                        url,
-                        timeout_seconds=place.timeout_seconds,
-                        max_connections=concurrency,
-                        adapter=asked.adapter,
+                        url, timeout_seconds=place.timeout_seconds, max_connections=concurrency, adapter=asked.adapter
                     )
                 )
                 for url in place.engine_urls

@@ -16,13 +16,7 @@ from syncline.config.offline import Dpo
 from syncline.config.schema import Model
 from syncline.envs.rendering import load_tokenizer
 from syncline.errors import ConfigError
-from syncline.learner.model import (
-    add_lora,
-    learner_device,
-    learner_dtype,
-    refuse_unknown_logits,
-    without_dropout,
-)
+from syncline.learner.model import add_lora, learner_device, learner_dtype, refuse_unknown_logits, without_dropout
 from syncline.offline.preferences import Preference, read_preferences
 from syncline.offline.stage import Notes
 
@@ -135,7 +129,7 @@ def _arguments(config: Dpo, task: Task, folder: Path, *, device: torch.device) -
     """Everything that TRL's versions have had other defaults for is said. One log line a step."""
     from trl import DPOConfig  # pyright: ignore[reportPrivateImportUsage]
 
-    return DPOConfig(
+    arguments = DPOConfig(
         output_dir=str(folder / CHECKPOINTS),
         loss_type=list(config.losses),
         loss_weights=list(config.losses.values()),
@@ -161,6 +155,9 @@ def _arguments(config: Dpo, task: Task, folder: Path, *, device: torch.device) -
         report_to="none",
         disable_tqdm=True,
     )
+    if device.type == "cuda":
+        arguments._n_gpu = 1  # else the trainer spreads over all that it sees, and engines' GPUs are among them
+    return arguments
 
 
 def _refuse_without_trl() -> None:

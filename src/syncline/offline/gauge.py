@@ -53,7 +53,7 @@ class Gauge:
     def tick(self) -> None:
         """While nothing is queued any more the engines run empty, and that counts too."""
         running = [min(count, self._slots) for name, count in self._tally.running.items()]
-        num_engines = max(1, len(self._tally.running) - len(self._tally.lost))
+        num_engines = max(1, len(self._tally.running.keys() - self._tally.lost.keys()))
         self.slots_busy.add(sum(running) / (num_engines * self._slots))
 
     def line(self) -> str:

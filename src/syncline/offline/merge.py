@@ -16,13 +16,7 @@ import torch
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.restart import write_weights
 from syncline.errors import CheckpointError, ConfigError
-from syncline.learner.model import (
-    assets_folder,
-    checkpoint_parameters,
-    learner_device,
-    learner_dtype,
-    saved_parameters,
-)
+from syncline.learner.model import assets_folder, checkpoint_parameters, learner_device, learner_dtype, saved_parameters
 from syncline.observe.files import write_atomically
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.02}
@@ -92,7 +86,7 @@ def merge(
     write_weights(saved_parameters(adapted), partial, assets=assets_folder(base))
     _copy_tokenizer(adapter, partial)
     found = _logprobs(AutoModelForCausalLM.from_pretrained(partial, **loading).eval(), ids)
-    limit = tolerance or TOLERANCES[model.dtype]
+    limit = TOLERANCES[model.dtype] if tolerance is None else tolerance
     difference, effect = _difference(wanted, found), _difference(wanted, plain)
     summary = Merged(
         base=base,

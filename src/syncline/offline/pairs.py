@@ -46,11 +46,12 @@ class PairSet:
 
 
 Candidates = Iterable[tuple[Trajectory, Trajectory]]
-Strategy = Callable[[Sequence[Trajectory], Sequence[Trajectory]], Candidates]
-"""Right ones and wrong ones, best rewards first → the pairs worth making, in the order in which they are."""
+Strategy = Callable[[Sequence[Trajectory], Sequence[Trajectory], Counter[str]], Candidates]
+"""Right ones and wrong ones, best rewards first, and how often each wrong answer was given, near-duplicates too → the
+pairs worth making, in the order in which they are."""
 
 
-def nearest_length(right: Sequence[Trajectory], wrong: Sequence[Trajectory]) -> Candidates:
+def nearest_length(right: Sequence[Trajectory], wrong: Sequence[Trajectory], given: Counter[str]) -> Candidates:
     """Each answer once, the most alike in length first: length then says least about which is chosen."""
     ordered = sorted(product(right, wrong), key=lambda pair: abs(pair[0].num_tokens - pair[1].num_tokens))
     used: set[str] = set()
@@ -60,29 +61,23 @@ def nearest_length(right: Sequence[Trajectory], wrong: Sequence[Trajectory]) -> 
             yield chosen, rejected
 
 
-def best_vs_worst(right: Sequence[Trajectory], wrong: Sequence[Trajectory]) -> Candidates:
+def best_vs_worst(right: Sequence[Trajectory], wrong: Sequence[Trajectory], given: Counter[str]) -> Candidates:
     """Each answer once, from the two ends of the rewards."""
     return zip(right, reversed(wrong), strict=False)
 
 
-def hard_negative(right: Sequence[Trajectory], wrong: Sequence[Trajectory]) -> Candidates:
+def hard_negative(right: Sequence[Trajectory], wrong: Sequence[Trajectory], given: Counter[str]) -> Candidates:
     """Each answer once; the wrong answers that most attempts gave first."""
-    counts = Counter(one.answer for one in wrong)
-    return zip(right, sorted(wrong, key=lambda one: -counts[one.answer]), strict=False)
+    return zip(right, sorted(wrong, key=lambda one: -given[one.answer]), strict=False)
 
 
-def every(right: Sequence[Trajectory], wrong: Sequence[Trajectory]) -> Candidates:
+def every(right: Sequence[Trajectory], wrong: Sequence[Trajectory], given: Counter[str]) -> Candidates:
     """All of them, the widest gap in reward first."""
     return sorted(product(right, wrong), key=lambda pair: pair[1].reward - pair[0].reward)
 
 
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
-    {
-        "nearest_length": nearest_length,
-        "best_vs_worst": best_vs_worst,
-        "hard_negative": hard_negative,
-        "all": every,
-    }
+    {"nearest_length": nearest_length, "best_vs_worst": best_vs_worst, "hard_negative": hard_negative, "all": every}
 )
 
 
@@ -141,8 +136,9 @@ def _question_pairs(usable: Sequence[Trajectory], asked: Pairs, left_out: Counte
     room = {"correctness": asked.max_per_question, "coherence": asked.max_coherence_per_question}
     for group in _groups(usable, across_prompts=asked.across_prompts):
         right, wrong = (_distinct(group, correct, asked.max_similarity, left_out) for correct in (True, False))
+        given = Counter(one.answer for one in group if not one.correct)
         candidates = {
-            "correctness": STRATEGIES[asked.strategy](right, wrong),
+            "correctness": STRATEGIES[asked.strategy](right, wrong, given),
             "coherence": _by_coherence(right, asked.min_reward_gap),
         }
         for kind, pairs in candidates.items():

@@ -48,16 +48,25 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int, model: str 
 
 def _preference(record: Mapping[str, Any], tokenizer: Any, *, max_length: int, model: str | None) -> Preference:
     messages = {field: tuple(_messages(record, field)) for field in ("prompt", "chosen", "rejected")}
-    provenance = record.get("provenance") or {}
+    provenance = _provenance(record)
     _refuse_other_model(provenance, model)
     if messages["chosen"] == messages["rejected"]:
         raise ValueError("chosen and rejected are the same; leave such a pair out")
-    prompt = tuple(rendered(tokenizer, messages["prompt"]))
+    if not (prompt := tuple(rendered(tokenizer, messages["prompt"]))):
+        raise ValueError("field 'prompt': has no tokens")
     answers = [_answer_ids(messages, field, provenance, tokenizer) for field in ("chosen", "rejected")]
     longest = len(prompt) + max(map(len, answers))
     if longest > max_length:
         raise ValueError(f"prompt and answer have {longest} tokens, above model.max_length = {max_length}; raise it")
     return Preference(prompt, *answers)
+
+
+def _provenance(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = record.get("provenance") or {}
+    parts = (found, *(found.get(field) or {} for field in ("chosen", "rejected"))) if isinstance(found, Mapping) else ()
+    if not parts or not all(isinstance(part, Mapping) for part in parts):
+        raise ValueError(f"field 'provenance': {found!r} is not what `syncline pairs` writes; leave it out")
+    return found
 
 
 def _refuse_other_model(provenance: Mapping[str, Any], model: str | None) -> None:

@@ -5,6 +5,7 @@ there twice is left out the second time, and counted.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -80,8 +81,9 @@ def _question(row: Any, where: str) -> Question:
     for key in ("question", "answer"):
         if key not in row:
             raise ConfigError([f"{where}: field {key!r} is missing; the row has {', '.join(map(repr, row))}"])
-        if not isinstance(row[key], str) or not row[key].strip():
-            raise ConfigError([f"{where}: field {key!r} is {row[key]!r}; it must be a text that is not empty"])
+        if not isinstance(text := row[key], str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+            fault = "it must be a text that is not empty, and no half of a character alone (a surrogate)"
+            raise ConfigError([f"{where}: field {key!r} is {text!r}; {fault}"])
     found = Question(row["question"].strip(), row["answer"].strip())
     if number(found.gold) is None:
         raise ConfigError(

@@ -55,10 +55,16 @@ class EngineReplica:
             held = (await self._ask("GET", "/lora/status"))["active_adapter_path"]
             if held != self._adapter:
                 await self._ask("POST", "/lora/load", {"adapter_path": self._adapter}, LOAD_TIMEOUT_SECONDS)
-        return (await self._ask("GET", "/health"))["digest"]
+        try:
+            return (await self._ask("GET", "/health"))["digest"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise EngineError(f"engine {self.name} told no digest at /health; give a `syncline serve`") from error
 
     async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
-        [completion] = await self._client.generate(prompt_token_ids, sampling)
+        try:
+            [completion] = await self._client.generate(prompt_token_ids, sampling)
+        except (ValueError, TypeError, KeyError) as error:
+            raise EngineError(f"engine {self.name} answered no completion ({error}; NaN logprobs are null)") from error
         if completion.finish_reason is FinishReason.ABORT:
             raise EngineError(f"engine {self.name} broke off a completion")
         return completion
@@ -77,13 +83,14 @@ class EngineReplica:
         return response.json()
 
 
-def allow_connections(count: int) -> None:
-    """Raises this process's limit of open files, 1,024 on most machines. Raises `ConfigError` where it may not."""
+def allow_connections(count: int, *, field: str) -> None:
+    """Raises this process's limit of open files, 1,024 on most machines. Raises `ConfigError` where it may not.
+    `field` is what asks for so many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         fault = f"{count} connections to all engines, but this process may open {hard} files"
-        raise ConfigError([f"collect.requests_per_engine: {fault}; lower it, or raise `ulimit -Hn`"])
+        raise ConfigError([f"{field}: {fault}; lower it, or raise `ulimit -Hn`"])
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

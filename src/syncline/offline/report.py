@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from syncline.config.offline import load_offline
+from syncline.envs.estimators import wilson
 from syncline.errors import ConfigError
 from syncline.observe.curves import Curve, curve_png
 from syncline.observe.files import read_lines, read_object, write_atomically
@@ -54,37 +55,18 @@ def write_offline_report(run_dir: Path, *, num_examples: int) -> Path:
 
 
 def _comparison_table(summary: Mapping[str, Any]) -> str:
-    head = (
-        "Set",
-        "Questions",
-        "Before",
-        "After",
-        "Fixed",
-        "Broken",
-        "McNemar p",
-        "Format",
-        "Truncated",
-        "lm-eval flexible",
-    )
-    first, last = (summary["evaluations"][i]["sets"] for i in (0, -1))
+    head = ["Set", "Questions", "Before", "After", "Fixed", "Broken", "McNemar p"]
+    head += ["Format", "Truncated", "lm-eval flexible"]
+    last = summary["evaluations"][-1]["sets"]
     rows = []
     for name, found in summary["comparisons"].items():
         greedy = last[name]["greedy"]
         harness = last[name]["lm_eval"]["flexible-extract"]
-        rows.append(
-            (
-                name,
-                number(found["num_questions"]),
-                _with_interval(first[name]["greedy"]),
-                _with_interval(greedy),
-                number(found["fixed"]),
-                number(found["broken"]),
-                f"{found['p']:.3g}",
-                number(greedy["format_rate"]),
-                number(greedy["truncated_rate"]),
-                f"{harness['accuracy']:.4f} ({harness['agreement']:.1%} as ours)",
-            )
-        )
+        cells = [name, number(count := found["num_questions"])]
+        cells += [_with_interval(found[f"accuracy_{when}"], count) for when in ("before", "after")]
+        cells += [number(found["fixed"]), number(found["broken"]), f"{found['p']:.3g}"]
+        cells += [number(greedy["format_rate"]), number(greedy["truncated_rate"])]
+        rows.append([*cells, f"{harness['accuracy']:.4f} ({harness['agreement']:.1%} as ours)"])
     sampled = {name: found["sampled"] for name, found in summary["comparisons"].items() if found["sampled"]}
     told = "".join(
         f"{name}: of the sampled answers {own['before']:.4f} were right before and {own['after']:.4f} after; "
@@ -95,9 +77,9 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
     return _table(head, rows) + f"<p>{escape(told)}<code>{escape(summary['evaluations'][-1]['model'])}</code>.</p>"
 
 
-def _with_interval(greedy: Mapping[str, Any]) -> str:
-    low, high = greedy["interval"]
-    return f"{greedy['accuracy']:.4f} [{low:.4f}, {high:.4f}]"
+def _with_interval(accuracy: float, num_questions: int) -> str:
+    low, high = wilson(accuracy * num_questions, num_questions)
+    return f"{accuracy:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _accuracy_pictures(summary: Mapping[str, Any]) -> Iterator[bytes | None]:

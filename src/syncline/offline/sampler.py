@@ -140,7 +140,7 @@ class Sampler:
             workers = [self._work(replica) for _ in range(self._concurrency)]
             with suppress(_Down):
                 await _until_first_ends(self._watch(replica), *workers)
-        if len(self.tally.lost) == len(self._replicas):
+        if self.tally.lost.keys() == {own.name for own in self._replicas}:  # one may be named twice
             reasons = "\n".join(f"  {fault}" for fault in self.tally.lost.values())
             raise EngineError(f"no engine is left, {self._outstanding} items are not done; run it again\n{reasons}")
         await self._over.wait()

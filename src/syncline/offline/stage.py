@@ -137,7 +137,10 @@ def run_stage(
 
 
 def weights_digest(folder: Path) -> str:
-    """Of a model's files, or an adapter's: `sha256:…`. Where it lies does not matter, nor what else lies there."""
+    """Of a model's files, or an adapter's: `sha256:…`. Where it lies does not matter, nor what else lies there. Raises
+    `ConfigError` for a folder that holds neither."""
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ConfigError([f"{folder}: holds no model and no adapter; give the folder of one"])
     return _files_digest(folder, "*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*")
 
 

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("trl", reason="the extra `offline` is not installed")
 
+from real_engine import make_tiny_model
 from small_engine import small_engine
 from small_pipeline import make_guessing_model, write_file
 
@@ -56,6 +57,18 @@ def test_two_rounds_end_with_a_report_and_done_again_ask_no_engine(
     assert capsys.readouterr().out.count("was finished") == 9
     assert main(["report", str(tmp_path / "run")]) == 0
     assert main(["eval", file, "run.seed=0", "--engine-url", "http://127.0.0.1:9"]) == 0
+
+
+def test_a_running_engine_of_another_model_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its answers would be what the trained model is compared with."""
+    other = make_tiny_model(tmp_path / "other", hidden_size=64)
+    with small_engine(other) as (engine, url):
+        assert main(["pipeline", str(write_file(tmp_path, model)), "--engine-url", url]) == 5
+    told = capsys.readouterr().err
+    assert f"{url} does not hold the weights of {model}" in told and "down_proj" in told
+    assert engine.num_generated == 0 and not list(tmp_path.glob("run/policy-*"))
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ class Engine(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.receipts = [{"policy_version": 3, "digest": "abc123"}]
+        self.receipts = [{"policy_version": 3, "digest": "abc123", "pause": 1}]
         """The last one is answered from then on."""
 
     @property
@@ -151,10 +151,20 @@ def test_evaluation_is_filed_under_the_digest_of_what_was_evaluated(
     assert "held-out sums: pass@4 1.000 [0.610, 1.000] on 6 tasks" in told
 
 
+@pytest.mark.parametrize("option", ["--adapter", "--baseline"])
+def test_an_option_of_a_pipelines_evaluation_is_not_ignored(
+    engine: Engine, config: str, tmp_path: Path, capsys: Capture, option: str
+):
+    words = ["evaluate", config, "--engine-url", engine.url, "--out", str(tmp_path / "out.json")]
+    assert main([*words, option, "somewhere"]) == 2
+    assert f"{option}: is of a pipeline's file alone" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_weights_that_move_under_an_evaluation_are_an_error(
     engine: Engine, config: str, tmp_path: Path, capsys: Capture
 ):
-    engine.receipts.append({"policy_version": 4, "digest": "def456"})
+    engine.receipts.append({"policy_version": 4, "digest": "def456", "pause": 2})
     out = tmp_path / "evaluation.json"
     assert main(["evaluate", config, "--engine-url", engine.url, "--out", str(out)]) == 5
     assert "the weights moved under the evaluation" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def test_an_engine_that_is_not_there_is_named_at_the_deadline() -> None:
     with pytest.raises(EngineTimeout, match=url):
         generate(url, timeout_seconds=0.3)
     with pytest.raises(EngineTimeout, match=f"engine at {url} was not ready after 0.3 s"):
-        EngineController(url, start_timeout_seconds=1).wait_until_ready(timeout_seconds=0.3)
+        EngineController(url, timeout_seconds=1).wait_until_ready(timeout_seconds=0.3)
 
 
 def test_an_engine_that_is_silent_or_breaks_off_is_named(canned: ThreadingHTTPServer) -> None:

@@ -27,9 +27,9 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, version: str, kind
         [("w", whole(weight.data))], memory_file=move_to_memory_file([weight]), vllm_version="0.32.0"
     )
     path = str(write_bridge_file(str(tmp_path / "it.json"), url="http://127.0.0.1:1", model="m", handles=[handles]))
-    engine = FoundEngine(find_bridge_file(path, model="m", device=torch.device("cpu")), start_timeout_seconds=1)
+    engine = FoundEngine(find_bridge_file(path, model="m", device=torch.device("cpu")), timeout_seconds=1)
     answers: dict[str, Any] = {"/health": {"version": version}, "/syncline/parameters": {"parameters": {"w": kind}}}
-    monkeypatch.setattr(engine, "_call", lambda method, path, body, timeout: answers[path])
+    monkeypatch.setattr(engine, "_call", lambda method, path: answers[path])
     return engine
 
 

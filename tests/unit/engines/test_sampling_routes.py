@@ -128,6 +128,16 @@ def test_other_frameworks_are_told_of_a_core_that_died_too() -> None:
     assert answer.status_code == 503
 
 
+def test_requests_that_an_ending_server_waits_for_no_longer_are_sent_elsewhere() -> None:
+    class Hung(Dead):
+        async def _died(self) -> Any:
+            asyncio.current_task().cancel()  # type: ignore[union-attr]
+            await asyncio.Event().wait()
+
+    answer = asked(Hung(submitted=False), generate_routes, path="/generate", body={"prompt": "2+2="})
+    assert (answer.status_code, answer.json()["error"]) == (503, "the engine is ending, or starting anew")
+
+
 @pytest.mark.parametrize("recorded", [[7, 9], [7, 11, 9]], ids=["one is missing", "of other tokens"])
 def test_logprobs_of_other_tokens_are_not_passed_on(recorded: list[int]) -> None:
     answer = asked(Engine([7, 9, 11], recorded))

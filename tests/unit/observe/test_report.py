@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from syncline.observe.curves import CURVES, curve_png
+from syncline.observe.curves import CURVES, Curve, curve_png
 from syncline.observe.report import number, write_comparison_report, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -107,6 +107,13 @@ def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run")]
     text = write_comparison_report(runs, tmp_path / "c.html").read_text()
     assert all(str(run) in text for run in runs)
+
+
+def test_every_line_is_drawn_however_many() -> None:
+    """An evaluation may have any number of sets."""
+    rows = [{"step": step, **{f"m{i}": i + step for i in range(8)}} for step in range(3)]
+    pictures = {curve_png(Curve("all", {f"m{i}": f"m{i}" for i in range(count)}), rows) for count in range(5, 9)}
+    assert len(pictures) == 4
 
 
 def test_every_curve_draws_one_point_and_many() -> None:

@@ -1,8 +1,11 @@
 """The log and the CSV that people and programs of TRL's scripts read."""
 
 import csv
+import json
 import logging
 from pathlib import Path
+
+import pytest
 
 from syncline.config import resolve
 from syncline.observe.training_log import CompletionsCsv, TrainingLog
@@ -40,22 +43,42 @@ def test_the_log_tells_settings_steps_and_where_the_results_are(tmp_path: Path) 
     assert parts[6][3] == f"Training artifacts saved to {tmp_path / 'checkpoints'}"
 
 
+def test_a_resumed_run_goes_on_counting_tokens(tmp_path: Path) -> None:
+    rows = [{"step": 1, "tokens/sampled": 100.0}, {"step": 2}, {"step": 3, "tokens/sampled": 7.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    logging.getLogger().setLevel(logging.INFO)
+    sink = TrainingLog(resolve(VALUES | {"run": VALUES["run"] | {"dir": str(tmp_path)}}), [])
+    sink.log(3, {"tokens/sampled": 7.0})
+    sink.log(4, {"tokens/sampled": 1.0})
+    sink.close()
+    told = [line for line in (tmp_path / "training.log").read_text().splitlines() if "num_tokens" in line]
+    assert [line.rpartition("'num_tokens': ")[2] for line in told] == ["107, 'step': 3}", "108, 'step': 4}"]
+
+
 def test_a_shared_engine_is_colocated(tmp_path: Path) -> None:
     values = VALUES | {"run": VALUES["run"] | {"dir": str(tmp_path)}, "bridge": {"name": "shared"}}
     TrainingLog(resolve(values), []).close()
     assert "use_vllm=True, vllm_mode=colocate" in (tmp_path / "training.log").read_text()
 
 
+SAMPLE = TrainingSample((1, 2), (False, True), (0.0, -1.0), (VersionSpan(0, 1, 2),))
+SAID = (Message("rendered", "<|start|>user"), Message("assistant", 'a "b"\n[2]'))
+ROLLOUT = Rollout((SAMPLE,), 0.5, RolloutStatus.COMPLETED, {"reward_fn": 0.5, "action": 2.0}, SAID)
+
+
+def write_rows(path: Path, *steps: int, resumed_step: int) -> list[dict[str, str]]:
+    sink = CompletionsCsv(path, resumed_step=resumed_step)
+    for step in steps:
+        sink.log_rollouts(step, [RolloutGroup("g", "thermal", 0, (ROLLOUT, ROLLOUT))], {})
+    sink.close()
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_every_completion_has_a_row(tmp_path: Path) -> None:
-    sample = TrainingSample((1, 2), (False, True), (0.0, -1.0), (VersionSpan(0, 1, 2),))
-    said = (Message("rendered", "<|start|>user"), Message("assistant", 'a "b"\n[2]'))
-    rollout = Rollout((sample,), 0.5, RolloutStatus.COMPLETED, {"reward_fn": 0.5, "action": 2.0}, said)
-    for step in (1, 2):
-        sink = CompletionsCsv(tmp_path / "runs" / "completions.csv")
-        sink.log_rollouts(step, [RolloutGroup("g", "thermal", 0, (rollout, rollout))], {})
-        sink.close()
-    with (tmp_path / "runs" / "completions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    path = tmp_path / "runs" / "completions.csv"
+    write_rows(path, 1, resumed_step=0)
+    rows = write_rows(path, 2, resumed_step=1)
     assert [row["step"] for row in rows] == ["1", "1", "2", "2"]
     assert rows[0] == {
         "step": "1",
@@ -65,3 +88,17 @@ def test_every_completion_has_a_row(tmp_path: Path) -> None:
         "reward": "0.5",
         "parts": "reward_fn=0.5 action=2",
     }
+
+
+@pytest.mark.parametrize(("resumed_step", "steps"), [(2, "1122331122" + "33"), (0, "112233112233" + "33")])
+def test_a_resumed_run_writes_no_row_twice_and_none_into_a_torn_one(
+    tmp_path: Path, resumed_step: int, steps: str
+) -> None:
+    """An earlier run's rows stand before; a run that is not resumed takes none of another's away."""
+    path = tmp_path / "completions.csv"
+    for _ in range(2):
+        write_rows(path, 1, 2, 3, resumed_step=0)
+    path.write_bytes(path.read_bytes() + b'4,0,<|start|>user,"a ""b')
+    rows = write_rows(path, 3, resumed_step=resumed_step)
+    assert "".join(row["step"] for row in rows) == steps
+    assert all(row["completion"] == 'a "b"\n[2]' for row in rows)

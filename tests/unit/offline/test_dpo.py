@@ -16,7 +16,7 @@ from syncline.config.offline import Dpo, Guard
 from syncline.config.schema import Lora, Model
 from syncline.errors import ConfigError, TrainingError
 from syncline.observe.files import read_lines
-from syncline.offline import guard
+from syncline.offline import dpo, guard
 from syncline.offline.dpo import Task, train_dpo
 from syncline.offline.guard import LAST_GOOD, METRIC, newest_checkpoint
 from syncline.offline.stage import Notes
@@ -120,6 +120,14 @@ def test_a_later_round_begins_with_the_adapter_of_the_one_before_as_its_referenc
     assert second[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-6), "policy and reference are the same at first"
 
 
+def test_one_gpu_of_several_is_trained_on(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer would spread each micro-batch over all that it sees, and steps would hold as many times the pairs."""
+    monkeypatch.setattr(dpo, "learner_device", lambda asked: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    exact = replace(task, model=task.model.model_copy(update={"dtype": "float32"}))
+    assert trained(exact, tmp_path).facts["num_steps"] == 5
+
+
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
@@ -133,6 +141,12 @@ def test_a_later_round_begins_with_the_adapter_of_the_one_before_as_its_referenc
         (
             [pair(1, 2) | {"provenance": {"model": POLICY, "chosen": {"token_ids": [5, 5]}}}],
             r"provenance\.chosen\.token_ids: are not the tokens of its text",
+        ),
+        ([pair(1, 2) | {"provenance": "gpt"}], r"pairs\.jsonl:1: field 'provenance': 'gpt' is not what"),
+        ([pair(1, 2) | {"provenance": {"model": POLICY, "chosen": "x"}}], r"pairs\.jsonl:1: field 'provenance'"),
+        (
+            [pair(1, 2) | {"prompt": [{"role": "user", "content": ""}]}],
+            r"pairs\.jsonl:1: field 'prompt': has no tokens",
         ),
     ],
 )

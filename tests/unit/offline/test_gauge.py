@@ -25,3 +25,11 @@ def test_a_lost_engine_has_no_slots() -> None:
     gauge = Gauge(tally, done_before=0, slots=8, clock=lambda: 0.0)
     gauge.tick()
     assert gauge.line().endswith("slots 50%, ETA unknown, 3 sampled again, 1 engines lost")
+
+
+def test_an_engine_lost_before_it_ran_takes_no_other_ones_slots() -> None:
+    tally = Tally(total=10, lost={"never": "nobody listens"})
+    tally.running.update(a=4, b=4)
+    gauge = Gauge(tally, done_before=0, slots=8, clock=lambda: 0.0)
+    gauge.tick()
+    assert gauge.slots_busy.value == 0.5

@@ -8,11 +8,14 @@ import torch
 from real_engine import make_tiny_model
 from safetensors.torch import load_file, save_file
 
+from syncline.cli.merge import model_folder
+from syncline.config.offline import OfflineConfig
 from syncline.config.schema import Lora, Model
 from syncline.errors import CheckpointError, ConfigError
 from syncline.learner.model import load_model
 from syncline.offline import merge as merging
 from syncline.offline.merge import merge
+from syncline.offline.stage import MANIFEST_FILE
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +88,30 @@ def test_weights_that_do_not_say_what_the_adapter_says_are_not_kept(
     with pytest.raises(CheckpointError, match=r"differ from the adapter by .* above the tolerance 0\.0001"):
         merge(str(base), make_adapter(base, tmp_path / "adapter"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tolerance_of_zero_is_one(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"above the tolerance 0 \("):
+        merge(str(base), make_adapter(base, tmp_path / "adapter", dora=True), tmp_path / "out", tolerance=0.0)
+
+
+def test_a_merge_killed_after_its_folder_appeared_is_gone_on_with(base: Path, tmp_path: Path) -> None:
+    """Its files are digested then, which takes minutes for a large model."""
+    rows = {"name": "sums", "made": {}}
+    values = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(base), "lora": {}},
+        "merge": {"adapter": str(make_adapter(base, tmp_path / "adapter"))},
+        "collect": {"questions": rows},
+        "eval": {"sets": [rows]},
+    }
+    config = OfflineConfig.model_validate(values)
+    folder = model_folder(config)
+    manifest = folder.parent / MANIFEST_FILE
+    done = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(done | {"state": "running", "outputs": {}, "facts": {}}))
+    assert model_folder(config) == folder
+    again = json.loads(manifest.read_text())
+    assert {name: again[name] for name in ("state", "outputs", "facts")} == {
+        name: done[name] for name in ("state", "outputs", "facts")
+    }

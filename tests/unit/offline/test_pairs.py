@@ -48,6 +48,14 @@ def test_strategies(strategy: str, expected: list[tuple[int, int]]) -> None:
     assert met(pair(rollouts, **asked | {"max_per_question": 1}))[0] == (expected[0] if strategy != "all" else (1, 4))
 
 
+def test_the_commonest_wrong_answer_is_what_most_attempts_gave() -> None:
+    """Also where they said it in the same words, of which one is kept."""
+    rollouts = [*attempts("+---"), *(trajectory(sample=i, text=WORDS[3], correct=False) for i in (4, 5))]
+    answers = ["7", "9", "9", "8", "8", "8"]
+    rollouts = [one.model_copy(update={"answer": a}) for one, a in zip(rollouts, answers, strict=True)]
+    assert met(pair(rollouts, strategy="hard_negative", max_per_question=1)) == [(0, 3)]
+
+
 def test_right_ones_differ_by_coherence_alone() -> None:
     rollouts = [one.model_copy(update={"scores": {"reward": 1 + i / 10}}) for i, one in enumerate(attempts("+++"))]
     found = pair(rollouts, min_reward_gap=0.15)

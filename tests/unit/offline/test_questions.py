@@ -24,6 +24,13 @@ def test_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
     assert [q.question for q in load(tmp_path, rows, num_questions=2).questions] == ["a", "b"]
 
 
+def test_a_line_ends_where_json_lines_do(tmp_path: Path) -> None:
+    """Text from the web holds separators that Python's `splitlines` takes for ends of lines."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "one\u2028two\x85three", "answer": "1"}\r\n', encoding="utf-8")
+    found = load_questions(Questions(path=str(tmp_path / "rows.jsonl")), seed=0, heldout=False)
+    assert [one.question for one in found.questions] == ["one\u2028two\x85three"]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -32,8 +39,14 @@ def test_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
             "rows.jsonl:2: field 'answer' is missing; the row has 'question', 'anwser'",
         ),
         ({"question": " ", "answer": "#### 1"}, "rows.jsonl:2: field 'question' is ' '; it must be a text"),
+        (
+            {"question": "a \ud83d b", "answer": "1"},
+            r"rows.jsonl:2: field 'question' is 'a \\ud83d b'; it must be a text",
+        ),
         ({"question": "a", "answer": 18}, "rows.jsonl:2: field 'answer' is 18; it must be a text"),
         ({"question": "a", "answer": "eighteen"}, "rows.jsonl:2: answer ends in 'eighteen'; it must end in a number"),
+        ({"question": "a", "answer": "#### 70 000"}, "rows.jsonl:2: answer ends in '70 000'; it must end in a number"),
+        ({"question": "a", "answer": "1 2/3"}, "rows.jsonl:2: answer ends in '1 2/3'; it must end in a number"),
         (["a", "1"], "rows.jsonl:2: is no object"),
     ],
 )

@@ -93,6 +93,8 @@ def test_the_originals_coherence_cancels_inside_a_question() -> None:
         ("Answer: 1/0", ""),
         ("Answer: " + "9" * 50, ""),
         ("it takes 4 days", "4"),
+        ("Answer:" + " " * 20_000 + "\n" * 20_000, ""),
+        ("Answer: - $ 5", "-5"),
     ],
 )
 def test_our_own_reading(text: str, answer: str) -> None:

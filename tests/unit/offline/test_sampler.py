@@ -121,6 +121,12 @@ def test_without_an_engine_the_run_ends_and_what_was_sampled_stays(tmp_path: Pat
     assert len(texts(tmp_path / "x.jsonl")) == 10
 
 
+def test_an_engine_named_twice_is_one_that_dies(tmp_path: Path) -> None:
+    own = [FakeReplica("a", fault=dies_after(5)) for _ in range(2)]
+    with pytest.raises(EngineError, match="no engine is left"):
+        run(tmp_path / "x.jsonl", own, [request(n) for n in range(40)])
+
+
 def test_an_engine_that_comes_back_goes_on(tmp_path: Path) -> None:
     faults = [EngineError("a hiccup")]
     own = FakeReplica("a", fault=lambda own: faults.pop() if own.served == 5 and faults else None)

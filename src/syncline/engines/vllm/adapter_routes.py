@@ -14,7 +14,7 @@ from pydantic import Field
 
 from syncline.bridges.receipt import combined, model_digest
 from syncline.engines.vllm.adapters import Adapter
-from syncline.engines.vllm.routes import Body, Route
+from syncline.engines.vllm.routes import Body, Order, Route
 from syncline.engines.vllm.served import Served
 from syncline.errors import EngineError, SyncError
 
@@ -30,13 +30,13 @@ class SourceBody(Body):
     source: dict[str, Any]
 
 
-class StageBody(Body):
+class StageBody(Order):
     adapter: SourceBody
     policy_version: int = Field(ge=0)
     timeout_seconds: float = Field(gt=0)
 
 
-class SwitchBody(Body):
+class SwitchBody(Order):
     policy_version: int = Field(ge=0)
     digest: str
 
@@ -58,6 +58,7 @@ def adapter_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/stage")
     async def stage(body: StageBody) -> dict[str, Any]:
+        served.refuse_late(body.pause)
         served.refuse_backwards(body.policy_version)
         adapter = served.adapters.new(f"policy-v{body.policy_version}")
         content = body.adapter.model_dump(mode="json")
@@ -66,6 +67,7 @@ def adapter_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/switch")
     async def switch(body: SwitchBody) -> dict[str, Any]:
+        served.refuse_late(body.pause)
         served.refuse_backwards(body.policy_version)
         base = served.base_parameters()
         proved = [a for a in served.adapters.held if model_digest(base | a.parameters) == body.digest]

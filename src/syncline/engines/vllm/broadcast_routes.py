@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import Field
 
-from syncline.engines.vllm.routes import Body, Route
+from syncline.engines.vllm.routes import Order, Route
 from syncline.engines.vllm.served import Served
 from syncline.errors import EngineError, SyncError
 from syncline.protocols import Receipt
@@ -19,13 +19,13 @@ from syncline.protocols import Receipt
 log = logging.getLogger("syncline.engine")
 
 
-class JoinBody(Body):
+class JoinBody(Order):
     invitation: dict[str, Any]
     first_rank: int = Field(ge=1)
     timeout_seconds: float = Field(gt=0)
 
 
-class ReceiveBody(Body):
+class ReceiveBody(Order):
     expected: Receipt
     generation: str = Field(min_length=1)
     resume: bool
@@ -42,6 +42,7 @@ def broadcast_routes(served: Served) -> APIRouter:
 
     @router.post("/join")
     async def join(body: JoinBody) -> dict[str, Any]:
+        served.refuse_late(body.pause)
         served.generation = ""
         plans = await served.each_rank("syncline_join", body.invitation, body.first_rank, body.timeout_seconds)
         served.generation = body.invitation["generation"]
@@ -61,7 +62,7 @@ def broadcast_routes(served: Served) -> APIRouter:
 
 
 async def _receive(served: Served, body: ReceiveBody) -> dict[str, Any]:
-    pause = served.need_paused("a broadcast")
+    pause = served.need_paused("a broadcast", body.pause)
     served.refuse_backwards(body.expected.policy_version)
     served.tear(f"a broadcast of version {body.expected.policy_version} broke off")
     try:

@@ -36,6 +36,8 @@ class Served:
     parameters: dict[str, str] = field(default_factory=dict)
     digest: str = ""
     """Of `parameters`, which `hold` sets."""
+    bridge_pause: int = 0
+    """The last pause that a bridge began; orders of an earlier one come after its learner gave up. 0: none."""
     measured_in: int | None = None
     """The pause when `parameters` were measured: after a later one has begun, somebody may have written the weights."""
     handed: dict[str, str] = field(default_factory=dict)
@@ -48,6 +50,8 @@ class Served:
     layouts: list[str] = field(default_factory=list)
     combination: Combination = field(default_factory=lambda: Combination([]))
     """Of the pieces that the ranks measured last, which `layouts` tells."""
+    num_asked: int = 0
+    """Calls that the ranks have not answered yet."""
     _core: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Of whoever stops the engine core, or lets it go on: what the gate says of it changes with it."""
 
@@ -72,7 +76,11 @@ class Served:
 
     async def each_rank(self, method: str, *args: Any) -> list[Any]:
         """What every rank answers, in rank order. Raises `SyncError` with what a rank cannot do."""
-        answers = await self.engine.collective_rpc(method, args=args)
+        self.num_asked += 1
+        try:
+            answers = await self.engine.collective_rpc(method, args=args)
+        finally:
+            self.num_asked -= 1
         faults = [f"rank {rank}: {answer['fault']}" for rank, answer in enumerate(answers) if "fault" in answer]
         if faults:
             raise SyncError("\n".join(faults))
@@ -160,10 +168,18 @@ class Served:
         return Receipt(UNPUBLISHED if unnamed else self.gate.policy_version, self.digest)
 
     def receipt(self) -> dict[str, Any]:
-        return {**asdict(self.held), "paused": not self.gate.is_open}
+        return {**asdict(self.held), "paused": not self.gate.is_open, "pause": self.bridge_pause}
 
-    def need_paused(self, action: str) -> int:
-        """Returns the pause's number."""
+    def refuse_late(self, pause: int | None) -> None:
+        """Raises `EngineError` for an order of a pause (`routes.Order`) that is not the last that a bridge began."""
+        if pause not in (None, self.bridge_pause):
+            raise EngineError(
+                f"asked in pause {pause}, and a bridge has begun pause {self.bridge_pause} of it since; pause it anew"
+            )
+
+    def need_paused(self, action: str, pause: int | None = None) -> int:
+        """Returns the pause's number; an order's own is checked (`refuse_late`)."""
+        self.refuse_late(pause)
         if not self.gate.is_still:
             raise EngineError(f"{action} needs a paused engine, and requests may be sampling; pause it first")
         return self.gate.num_pauses

@@ -7,6 +7,7 @@ checkpoint, so its pid, and whoever watches it, stay the same.
 import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -34,10 +35,10 @@ from syncline.engines.vllm.plugin import refuse_unregistered
 from syncline.engines.vllm.routes import add_routes
 from syncline.engines.vllm.sampling_routes import sampling_routes
 from syncline.engines.vllm.served import Restart, Served
+from syncline.engines.vllm.watch import fault_of_core
 from syncline.engines.vllm.weight_routes import pause_routes, weight_routes
 from syncline.launch.plan import url
 
-WATCH_SECONDS = 0.5
 GRACE_SECONDS = 10
 """For requests that are still answered when the server ends; then they are cut off."""
 
@@ -66,7 +67,7 @@ def serve(
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it here: 40 ms an answer
     try:
         with owning(start.port) if shares and not start.attach_to else nullcontext():
-            restart, died = asyncio.run(_serve(args, sock, start, about, run_dir, shares=shares, say=say))
+            restart, died = asyncio.run(_serve(config, args, sock, start, about, run_dir, say=say))
     finally:
         sock.close()
     if restart is not None:
@@ -78,13 +79,13 @@ def serve(
 
 
 async def _serve(
+    config: RunConfig,
     args: Namespace,
     sock: Any,
     start: Start,
     about: dict[str, str],
     run_dir: Path | None,
     *,
-    shares: bool,
     say: Callable[[str], None],
 ) -> tuple[Restart | None, str | None]:
     parts = compat.server_parts()
@@ -92,7 +93,7 @@ async def _serve(
     gate = Gate(start.policy_version)
     async with engine_behind(gate, args) as engine:
         adapters = Adapters(args.max_loras if args.enable_lora else 0)
-        served = Served(engine, gate, about, shares=shares, adapters=adapters)
+        served = Served(engine, gate, about, shares=config.bridge.name == "shared", adapters=adapters)
         app = parts.build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await parts.init_app_state(GatedEngine(served), app.state, args, await engine.get_supported_tasks())
         if start.bridge_config:
@@ -111,7 +112,7 @@ async def _serve(
         add_routes(app, *(router(served) for router in routes))
         if run_dir is not None:
             (run_dir / "engine.json").write_text(json.dumps(about | {"started": time.time()}))
-        watch = asyncio.create_task(_watch(engine, died))
+        watch = asyncio.create_task(_watch(served, died, config.engine.request_timeout_seconds))
         announcement = asyncio.create_task(_announce(args.host, start.port, say))
         waits = {"timeout_keep_alive": 30, "timeout_graceful_shutdown": GRACE_SECONDS}
         shutdown = await parts.serve_http(
@@ -154,16 +155,10 @@ async def _announce(host: str, port: int, say: Callable[[str], None]) -> None:
         return say(f"Uvicorn running on {url(host, port)}")
 
 
-async def _watch(engine: Any, died: list[str]) -> None:
-    """Ends the process at once when the engine core is gone; vLLM's own watchdog takes five seconds."""
-    import signal
-
-    while True:
-        await asyncio.sleep(WATCH_SECONDS)
-        if engine.errored:
-            died.append(str(getattr(engine, "dead_error", "the engine core ended")))
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
+async def _watch(served: Served, died: list[str], request_seconds: float) -> None:
+    """Ends the process when its engine core is of no use any more."""
+    died.append(await fault_of_core(served, request_seconds=request_seconds))
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _restarted(argv: list[str], weights: Restart) -> list[str]:

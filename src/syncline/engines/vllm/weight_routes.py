@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from syncline.bridges.receipt import model_digest
-from syncline.engines.vllm.routes import Body, Route
+from syncline.engines.vllm.routes import Body, Order, Route
 from syncline.engines.vllm.served import Restart, Served
 from syncline.errors import EngineError
 from syncline.protocols import Receipt
@@ -22,21 +22,21 @@ class PauseBody(Body):
     reuse_kv: bool = False
 
 
-class ReloadBody(Body):
+class ReloadBody(Order):
     path: str
     expected: Receipt
 
 
-class RestartBody(Body):
+class RestartBody(Order):
     path: str
     policy_version: int = Field(ge=0)
 
 
-class ResumeBody(Body):
+class ResumeBody(Order):
     expected: Receipt
 
 
-class AdoptBody(Body):
+class AdoptBody(Order):
     expected: Receipt
     resume: bool
 
@@ -60,12 +60,13 @@ def pause_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/pause")
     async def pause(body: PauseBody) -> dict[str, Any]:
-        pause = served.gate.close()
+        pause = served.bridge_pause = served.gate.close()
         await served.pause(pause, body.mode, timeout_seconds=body.timeout_seconds, reuse_kv=body.reuse_kv)
         return {**served.receipt(), "generation": served.generation}
 
     @router.post("/syncline/resume")
     async def resume(body: ResumeBody) -> dict[str, Any]:
+        served.refuse_late(body.pause)
         await served.resume(body.expected)
         return served.receipt()
 
@@ -84,7 +85,7 @@ def weight_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/reload")
     async def reload(body: ReloadBody) -> dict[str, Any]:
-        pause = served.need_paused("reload")
+        pause = served.need_paused("reload", body.pause)
         if served.adapters.num_slots:
             raise EngineError("an engine that serves adapters keeps its base; set bridge.name to lora or shared")
         served.refuse_backwards(body.expected.policy_version)
@@ -93,13 +94,13 @@ def weight_routes(served: Served) -> APIRouter:
 
     @router.post("/syncline/adopt")
     async def adopt(body: AdoptBody) -> dict[str, Any]:
-        pause = served.need_paused("adopt")
+        pause = served.need_paused("adopt", body.pause)
         served.refuse_backwards(body.expected.policy_version)
         return await served.name(body.expected, pause=pause, resume=body.resume)
 
     @router.post("/syncline/restart", status_code=HTTPStatus.ACCEPTED)
     async def restart(body: RestartBody) -> dict[str, Any]:
-        served.need_paused("restart")
+        served.need_paused("restart", body.pause)
         served.restart_from = Restart(body.path, body.policy_version)
         asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)
         return served.receipt()
