@@ -29,6 +29,8 @@ def main() -> int:
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as end:
             print(f"{number} ranks and what follows left out: {type(end).__name__}", file=sys.stderr)
             break
+        except subprocess.CalledProcessError as failed:
+            print(f"{number} ranks left out: exit code {failed.returncode}\n{failed.stdout[-3000:]}", file=sys.stderr)
     if readings:
         _print(args, readings)
     return 0 if len(readings) == len(args.ranks) else 1
@@ -45,7 +47,7 @@ def _started(number: int, seconds: float) -> str:
             run.terminate()  # which torchrun passes on to its ranks
             raise
     if run.returncode:
-        sys.exit(f"{number} ranks ended with exit code {run.returncode}\n{said[-3000:]}")
+        raise subprocess.CalledProcessError(run.returncode, command, said)
     return said
 
 

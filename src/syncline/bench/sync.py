@@ -216,7 +216,6 @@ def _publishes(
     busy.decode, busy.tokens_a_piece = load.tokens_per_second(*during), load.tokens_a_piece()
     busy.pauses = [pause for window in windows for pause in load.pauses(*window)]
     if publish.device.type == "cuda":
-        torch.cuda.empty_cache()
         result.learner_bytes = torch.cuda.memory_reserved(publish.device)
 
 

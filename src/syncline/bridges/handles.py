@@ -205,6 +205,7 @@ def bind(own: Mapping[str, Shard], theirs: Mapping[str, Shard], *, rank: int) ->
         )
     for name, shard in own.items():
         shard.tensor.data = theirs[name].tensor
+    torch.cuda.empty_cache()  # of what they were in until now: the engine wants it; nothing without a GPU
 
 
 def _pieces(shards: Mapping[str, Shard]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from syncline.cli.files import add_file, file_of
 from syncline.config import RunConfig, load
+from syncline.config.eight_bits import missing_torchao
 from syncline.config.model_folder import model_faults
 from syncline.envs.registry import BUILT_IN
 from syncline.errors import ConfigError
@@ -45,7 +46,7 @@ def _ask_vllm(config: RunConfig) -> None:
 
 
 def load_checked(file: str, overrides: Sequence[str]) -> RunConfig:
-    """The configuration; the names of its environments and the packages of its sinks are checked too, not built."""
+    """The configuration; the names of its environments and the packages it needs are checked too, not built."""
     config = load(file, overrides)
     faults = [
         f"environments.{i}.task: {own.task!r} is not a built-in; use one of {', '.join(BUILT_IN)}, or an import path "
@@ -53,7 +54,7 @@ def load_checked(file: str, overrides: Sequence[str]) -> RunConfig:
         for i, own in enumerate(config.environments)
         if own.task not in BUILT_IN and ":" not in own.task
     ]
-    faults += [*missing_packages(config.observe), *model_faults(config)]
+    faults += [*missing_packages(config.observe), *missing_torchao(config), *model_faults(config)]
     if faults:
         raise ConfigError(faults)
     return config

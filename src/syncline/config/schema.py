@@ -241,8 +241,8 @@ class Optimizer(Section):
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this norm; null: never."""
     moments: Literal["float32", "int8"] = "float32"
-    """Of AdamW: 8 bytes a parameter, or 2 and the package torchao (blocks of 256 share a scale; norms and biases stay
-    in float32)."""
+    """Of AdamW: 8 bytes a parameter, or 2.03 to 2.5 and the package torchao: 256 to 16 elements of a row share a scale.
+    Norms, biases and what the log names stay in float32."""
     in_backward: bool = False
     """Each parameter is stepped by the last micro-batch's backward pass as soon as its gradient is whole, and the
     gradient freed. With one micro-batch a step no two gradients ever exist at once."""
@@ -279,7 +279,8 @@ class Learner(Section):
     Several, with commas between: the first that works here, as the log says:
     `kernels-community/vllm-flash-attn3,auto`."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch compiles the layers at the first step. auto: dense layers, where one GPU has the whole model."""
+    """torch compiles the layers at the first step. auto: dense layers on GPUs, but not with
+    tensor_parallel_size above 1."""
     recomputation: Recomputation = Recomputation()
     loss: Loss = Loss()
     gradients: Literal["float32", "bfloat16"] = "float32"

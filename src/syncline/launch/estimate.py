@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from syncline.config.eight_bits import bytes_per_element
 from syncline.config.schema import RunConfig
 from syncline.launch.shape import Shape
 
@@ -53,7 +54,10 @@ def learner_parts(config: RunConfig, shape: Shape, *, num_gpus: int = 1, counts_
     """Of one GPU of `num_gpus` that share parameters, gradients and moments (FSDP, tensor parallel)."""
     learner, lora = config.learner, config.model.lora
     trained = shape.adapter(lora.rank) if lora else shape.parameters
-    moments = 2.03 if learner.optimizer.moments == "int8" else 8.0
+    moments = 8.0
+    if learner.optimizer.moments == "int8":
+        rows = shape.rows(lora.rank if lora else None)
+        moments -= sum((8 - bytes_per_element(row)) * elements for row, elements in rows.items()) / trained
     low = 0.0 if lora else 2.0
     gradient = 4.0 if lora or learner.gradients == "float32" else 2.0
     if learner.optimizer.in_backward:
@@ -61,7 +65,7 @@ def learner_parts(config: RunConfig, shape: Shape, *, num_gpus: int = 1, counts_
     parts = [
         Part("weights", 2 * shape.parameters / num_gpus, "2 B · parameters"),
         Part("adapter", (4 * trained if lora else 0) / num_gpus, "4 B · adapter"),
-        Part("optimizer", (low + moments) * trained / num_gpus, f"{low + moments:g} B · trained (docs/learner.md)"),
+        Part("optimizer", (low + moments) * trained / num_gpus, f"{low + moments:.3g} B · trained (docs/learner.md)"),
         Part("gradients", gradient * trained / num_gpus, f"{gradient:g} B · trained"),
         *activation_parts(config, shape),
     ]

@@ -72,6 +72,20 @@ class Shape:
         layer = self.attention + 3 * self.hidden * self.feed_forward * experts + router + 2 * self.hidden
         return self.layers * layer + self.hidden
 
+    def rows(self, rank: int | None) -> dict[int, int]:
+        """A row's length → elements of trained matrices with such rows: the model's, or of `adapter(rank)`."""
+        width, wide, experts = self.hidden, self.feed_forward, self.experts
+        if rank:
+            of = self.layers * rank
+            outputs = self.query + self.key_value + width + (2 * wide + width) * experts
+            pairs = [(width, (3 + 2 * experts) * width), (self.query, self.query), (wide, wide * experts)]
+            pairs = [(row, of * elements) for row, elements in (*pairs, (rank, outputs))]
+        else:
+            of, ends = self.layers * width, width * self.vocabulary * (1 if self.tied else 2)
+            inwards = self.query + self.key_value + 2 * wide * experts + (experts if experts > 1 else 0)
+            pairs = [(width, of * inwards + ends), (self.query, of * self.query), (wide, of * wide * experts)]
+        return {row: sum(elements for own, elements in pairs if own == row) for row, _ in pairs}
+
     def adapter(self, rank: int) -> int:
         """Parameters of a LoRA on every linear layer: rank · (inputs + outputs)."""
         attention = 4 * self.hidden + 2 * self.query + self.key_value

@@ -79,7 +79,7 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor") -> None:
         if inside and layer.gradient_checkpointing:
             layer.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
             again = MethodType(_computed_again, layer)
-            layer._compiled_call_impl = torch.compile(again, dynamic=True, backend=backend)  # pyright: ignore[reportArgumentType]
+            layer.forward = torch.compile(again, dynamic=True, backend=backend)
         else:
             layer.compile(dynamic=True, backend=backend)
     for norm in _last_norm(model):
@@ -87,8 +87,9 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor") -> None:
 
 
 def _computed_again(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """A call of the layer as the compiler is to see it: with the recomputation in it, which it then plans itself."""
-    return layer._gradient_checkpointing_func(layer._call_impl, *args, **kwargs)
+    """The layer's forward as the compiler is to see it: with the recomputation in it, which it then plans itself, and
+    without FSDP's hooks, which it would refuse to have in that."""
+    return layer._gradient_checkpointing_func(type(layer).forward, layer, *args, **kwargs)
 
 
 def _last_norm(model: Any) -> list[nn.Module]:

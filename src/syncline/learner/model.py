@@ -93,9 +93,10 @@ def load_model(
 
 def run_layers_as(running: Learner, model: nn.Module, *, device: torch.device, ranks: Ranks = ONE_RANK) -> None:
     """What is kept for the backward pass, and whether layers are compiled: `auto` where that was seen to pay, for
-    dense layers whole on one GPU."""
+    dense layers that a GPU has whole while they compute (FSDP gathers them; the compiler knows no split ones)."""
     recompute_layers(model, running.recomputation)
-    pays = device.type == "cuda" and ranks.world_size == 1 and not _has_experts(causal_lm(model).config)
+    whole = ranks.world_size == 1 or ranks.split_data
+    pays = device.type == "cuda" and whole and not _has_experts(causal_lm(model).config)
     if running.compile == "on" or (running.compile == "auto" and pays):
         compile_layers(model)
 

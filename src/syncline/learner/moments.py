@@ -1,31 +1,34 @@
-"""AdamW's moments: in float32, or in 8 bits with a scale for each block of 256 (Dettmers et al., arXiv 2110.02861).
+"""AdamW's moments: in float32, or in 8 bits with a scale for each block of a row (Dettmers et al., arXiv 2110.02861).
 
 The 8-bit code and its rounding are torchao's. What does not fill whole blocks, and what is small, stays in float32.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from syncline.config.eight_bits import block_of
 from syncline.errors import ConfigError
-
-BLOCK = 256
-SMALLEST = 4096
-"""Elements a tensor has at least to be worth it."""
+from syncline.learner.flat import joined, parts, spread
 
 
-class Moment(Protocol):
-    def rows(self, rows: slice) -> AbstractContextManager[Tensor]:
-        """Some rows of it in float32, contiguous. What is written to them is kept at the end."""
-        ...
+@dataclass(frozen=True, slots=True)
+class Moment:
+    values: Tensor
+    """float32, or 8-bit codes."""
+    scales: Tensor | None = None
+    """Of codes: a row of them for each row."""
+    block: int | None = None
+    """Codes that share a scale."""
+    signed: bool = True
 
-    def state(self, name: str) -> dict[str, Tensor]: ...
+    def state(self, name: str) -> dict[str, Tensor]:
+        return {name: self.values} | ({} if self.scales is None else {f"{name}_scales": self.scales})
 
 
 def moment_of(shape: torch.Size, device: torch.device, kind: str, *, signed: bool, whole: Sequence[int] = ()) -> Moment:
@@ -33,46 +36,35 @@ def moment_of(shape: torch.Size, device: torch.device, kind: str, *, signed: boo
 
     Raises `ConfigError` when 8 bits are asked for without torchao.
     """
-    if kind == "float32":
-        return _Float32(torch.zeros(shape, device=device))
-    quantizer = _quantizer()
-    if len(shape) < 2 or math.prod(whole or shape) < SMALLEST or math.prod(shape[1:]) % BLOCK:
-        return _Float32(torch.zeros(shape, device=device))
+    quantizer = None if kind == "float32" else _quantizer()
+    block = block_of(whole or shape)
+    if quantizer is None or block is None:
+        return Moment(torch.zeros(shape, device=device))
     codes = torch.full(shape, quantizer.zero(signed), dtype=torch.uint8, device=device)
-    scales = torch.zeros((shape[0], math.prod(shape[1:]) // BLOCK), device=device)
-    return _Int8(codes, scales, quantizer.map(signed, device), quantizer)
+    return Moment(codes, torch.zeros((shape[0], shape[1:].numel() // block), device=device), block, signed)
 
 
-@dataclass(frozen=True, slots=True)
-class _Float32:
-    values: Tensor
+@contextmanager
+def in_float32(moments: Sequence[Moment], rows: Sequence[slice]) -> Iterator[list[Tensor]]:
+    """Some rows of each, flat; what is written to them is kept at the end. All have the same block and sign."""
+    values = [rows_of(moment.values, own) for moment, own in zip(moments, rows, strict=True)]
+    block = moments[0].block
+    if block is None:
+        yield [value.view(-1) for value in values]
+        return
+    scales = [moment.scales[own] for moment, own in zip(moments, rows, strict=True) if moment.scales is not None]
+    quantizer = _quantizer()
+    code = quantizer.map(moments[0].signed, values[0].device)
+    decoded = quantizer.torchao.dequant_with_qmap(joined(values), code, joined(scales))
+    yield parts(decoded, values)
+    codes, scale = quantizer.encoded(decoded, code, block)
+    spread(codes, values)
+    spread(scale, scales)
 
-    @contextmanager
-    def rows(self, rows: slice) -> Iterator[Tensor]:
-        view = self.values[rows] if self.values.ndim else self.values.unsqueeze(0)
-        yield view
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        return {name: self.values}
-
-
-@dataclass(frozen=True, slots=True)
-class _Int8:
-    codes: Tensor
-    scales: Tensor
-    """A row of them for each row of `codes`."""
-    map: Tensor
-    quantizer: "_Quantizer"
-
-    @contextmanager
-    def rows(self, rows: slice) -> Iterator[Tensor]:
-        codes, scales = self.codes[rows], self.scales[rows]
-        values = self.quantizer.decoded(codes, self.map, scales)
-        yield values
-        self.quantizer.encode(values, self.map, codes, scales)
-
-    def state(self, name: str) -> dict[str, Tensor]:
-        return {name: self.codes, f"{name}_scales": self.scales}
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """A view; a scalar is its own row."""
+    return tensor[rows] if tensor.ndim else tensor.unsqueeze(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +72,25 @@ class _Quantizer:
     torchao: Any
 
     def map(self, signed: bool, device: torch.device) -> Tensor:
-        return torch.tensor(self.torchao.create_dynamic_map(signed), device=device)
+        return _map(self.torchao, signed, device)
 
     def zero(self, signed: bool) -> int:
         """The code of 0."""
         return sorted(self.torchao.create_dynamic_map(signed)).index(0)
 
-    def decoded(self, codes: Tensor, map: Tensor, scales: Tensor) -> Tensor:
-        return self.torchao.dequant_with_qmap(codes, map, scales.flatten())
+    def encoded(self, values: Tensor, map: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        encode = _compiled(self._encoded) if values.is_cuda else self._encoded
+        return encode(values, map, block)
 
-    def encode(self, values: Tensor, map: Tensor, codes: Tensor, scales: Tensor) -> None:
-        encoded = _compiled(self._encoded) if values.is_cuda else self._encoded
-        found, scale = encoded(values.flatten(), map)
-        codes.copy_(found.view(codes.shape))
-        scales.copy_(scale.view(scales.shape))
-
-    def _encoded(self, values: Tensor, map: Tensor) -> tuple[Tensor, Tensor]:
-        scaled, scales = self.torchao.scale_tensor(values, BLOCK)
+    def _encoded(self, values: Tensor, map: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        scaled, scales = self.torchao.scale_tensor(values, block)
         return self.torchao.quantize_8bit_with_qmap(scaled, map), scales
+
+
+@cache
+def _map(torchao: Any, signed: bool, device: torch.device) -> Tensor:
+    """Made once: a step copies nothing to the GPU."""
+    return torch.tensor(torchao.create_dynamic_map(signed), device=device)
 
 
 @cache

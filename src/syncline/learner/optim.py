@@ -5,23 +5,29 @@ beside it in 16 bits (`low_bits`). A step joins the two, runs torch's own AdamW 
 again, exactly. The weight's storage is written in place and never replaced: another process may be reading it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 from torch.utils.hooks import RemovableHandle
 
 from syncline.bridges.ranks import ONE_RANK, Ranks
+from syncline.config.eight_bits import BLOCKS, SMALLEST
 from syncline.config.schema import Optimizer
 from syncline.errors import CheckpointError, TrainingError
-from syncline.learner.moments import Moment, moment_of
+from syncline.learner.flat import joined, parts, spread
+from syncline.learner.moments import Moment, in_float32, moment_of, rows_of
 from syncline.learner.places import Place, complete_gradients, local, local_gradient, place_of
 
+log = logging.getLogger("syncline.optim")
+
 CHUNK_ELEMENTS = 1 << 24
-"""Elements stepped at a time: the float32 master exists for these only (64 MiB)."""
+"""Elements stepped at a time: float32 masters (64 MiB) and what else a step computes exist for these only, at most 40
+bytes an element."""
 
 
 def accumulate_fp32(model: nn.Module) -> list[RemovableHandle]:
@@ -78,6 +84,11 @@ class _Slot:
     rate_factor: float
 
     @property
+    def kind(self) -> tuple[bool, int | None, float, float]:
+        """Of what one batch is."""
+        return self.low_bits is None, self.exp_avg.block, self.weight_decay, self.rate_factor
+
+    @property
     def gradient(self) -> Tensor | None:
         main_grad = getattr(self.parameter, "main_grad", None)
         if main_grad is not None or self.parameter.grad is None:
@@ -92,6 +103,26 @@ class _Slot:
     def state(self) -> dict[str, Tensor]:
         low_bits = {} if self.low_bits is None else {"low_bits": self.low_bits}
         return self.exp_avg.state("exp_avg") | self.exp_avg_sq.state("exp_avg_sq") | low_bits
+
+
+_Graded = tuple[_Slot, Tensor]
+"""A parameter, and what this rank has of its gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows of a parameter."""
+
+    slot: _Slot
+    gradient: Tensor
+    rows: slice
+
+    @property
+    def size(self) -> int:
+        return self.of(self.gradient).numel()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return rows_of(tensor, self.rows)
 
 
 class SplitMasterAdamW:
@@ -115,6 +146,8 @@ class SplitMasterAdamW:
         self._num_steps = 0
         if not self._slots:
             raise ValueError("the optimizer got no trainable parameter")
+        if config.moments == "int8":
+            _tell_what_stays_float32(self._slots)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
@@ -130,8 +163,8 @@ class SplitMasterAdamW:
         limit = self._config.max_grad_norm
         clip = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         self._num_steps += 1
-        for slot, gradient in graded:
-            self._update(slot, gradient, learning_rate=learning_rate, clip=clip)
+        self._update(graded, learning_rate=learning_rate, clip=clip)
+        for slot, _ in graded:
             slot.free_gradient()
         return norm
 
@@ -170,7 +203,7 @@ class SplitMasterAdamW:
                 f"the gradient is not finite in parameter {slot.name!r}; parameters after it have moved"
             )
         squares.append(norm.square())
-        self._update(slot, gradient, learning_rate=learning_rate, clip=1.0)
+        self._update([(slot, gradient)], learning_rate=learning_rate, clip=1.0)
         slot.free_gradient()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -199,34 +232,44 @@ class SplitMasterAdamW:
             tensor.copy_(state[name])
         self._num_steps = int(state["num_steps"])
 
-    def _update(self, slot: _Slot, gradient: Tensor, *, learning_rate: float, clip: float) -> None:
-        weights = local(slot.parameter).detach()
-        beta1, beta2 = self._config.betas
-        for rows in _chunks(weights):
-            weight, grad = _rows(weights, rows), _rows(gradient, rows)
-            low = None if slot.low_bits is None else _rows(slot.low_bits, rows)
-            master = (weight if low is None else join_master(weight, low)).contiguous()
-            with slot.exp_avg.rows(rows) as exp_avg, slot.exp_avg_sq.rows(rows) as exp_avg_sq:
-                adamw(
-                    [master],
-                    [grad.float().contiguous() * clip],
-                    [exp_avg],
-                    [exp_avg_sq],
-                    [],
-                    [torch.tensor(float(self._num_steps - 1), device=master.device)],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=beta1,
-                    beta2=beta2,
-                    lr=learning_rate * slot.rate_factor,
-                    weight_decay=slot.weight_decay,
-                    eps=self._config.eps,
-                    maximize=False,
-                )
-            if low is not None:
-                split_master(master, weight, low)
-            elif master is not weight:
-                weight.copy_(master)
+    def _update(self, graded: Sequence[_Graded], *, learning_rate: float, clip: float) -> None:
+        kinds: dict[Any, list[_Graded]] = {}
+        for slot, gradient in graded:
+            kinds.setdefault(slot.kind, []).append((slot, gradient))
+        count = torch.full((), float(self._num_steps), device=graded[0][1].device)
+        for (_, _, weight_decay, rate_factor), alike in kinds.items():
+            options = {"lr": learning_rate * rate_factor, "weight_decay": weight_decay, "eps": self._config.eps}
+            for pieces in _batches(alike):
+                self._update_batch(pieces, count, clip=clip, options=options)
+
+    def _update_batch(self, pieces: Sequence[_Piece], count: Tensor, *, clip: float, options: dict[str, Any]) -> None:
+        """At most `CHUNK_ELEMENTS`, or a row: their masters, scaled gradients and decoded moments exist at once."""
+        weights = [piece.of(local(piece.slot.parameter).detach()) for piece in pieces]
+        low_bits = [piece.of(piece.slot.low_bits) for piece in pieces if piece.slot.low_bits is not None]
+        upper, low = joined(weights), joined(low_bits) if low_bits else None
+        master = upper if low is None else join_master(upper, low)
+        slots, rows = [piece.slot for piece in pieces], [piece.rows for piece in pieces]
+        with (
+            in_float32([slot.exp_avg for slot in slots], rows) as exp_avgs,
+            in_float32([slot.exp_avg_sq for slot in slots], rows) as exp_avg_sqs,
+        ):
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
+                parts(master, weights),
+                _scaled([piece.of(piece.gradient) for piece in pieces], clip),
+                exp_avgs,
+                exp_avg_sqs,
+                [],
+                [count] * len(pieces),
+                beta1=self._config.betas[0],
+                beta2=self._config.betas[1],
+                amsgrad=False,
+                maximize=False,
+                **options,
+            )
+        if low is not None:
+            split_master(master, upper, low)
+            spread(low, low_bits)
+        spread(upper, weights)
 
 
 def _slot(name: str, parameter: nn.Parameter, config: Optimizer, rate_factor: float) -> _Slot:
@@ -245,11 +288,21 @@ def _slot(name: str, parameter: nn.Parameter, config: Optimizer, rate_factor: fl
     )
 
 
+def _tell_what_stays_float32(slots: Sequence[_Slot]) -> None:
+    whole = [slot for slot in slots if slot.exp_avg.block is None]
+    size, everything = (sum(slot.parameter.numel() for slot in some) for some in (whole, slots))
+    log.info(
+        "moments in float32, not int8: %.2f %% of what is trained, %d of %d parameters (vectors, below %d elements, or "
+        "rows no multiple of %d)", 100 * size / everything, len(whole), len(slots), SMALLEST, BLOCKS[-1],
+    )  # fmt: skip
+
+
 def _global_norm(graded: list[tuple[_Slot, Tensor]], ranks: Ranks) -> float:
     """Over every element of the whole model once, whichever rank has it."""
     if not graded:
         raise ValueError("no parameter has a gradient")
-    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for _, gradient in graded])
+    gradients = [gradient for _, gradient in graded]
+    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))  # pyright: ignore[reportPrivateImportUsage]
     counted = torch.tensor([slot.place.counted for slot, _ in graded], device=norms.device)
     norms = ranks.stacked(norms.where(counted, 0.0))
     norm = torch.linalg.vector_norm(norms)
@@ -263,13 +316,33 @@ def _global_norm(graded: list[tuple[_Slot, Tensor]], ranks: Ranks) -> float:
     return norm.item()
 
 
+def _scaled(gradients: Sequence[Tensor], clip: float) -> list[Tensor]:
+    """In float32, flat and contiguous."""
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        flat = [gradient.contiguous().view(-1) for gradient in gradients]
+    else:
+        flat = parts(joined(gradients).float(), gradients)
+    return flat if clip == 1.0 else list(torch._foreach_mul(flat, clip))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _batches(graded: Sequence[_Graded]) -> Iterator[list[_Piece]]:
+    """Small parameters together, large ones a few rows at a time; each is a tensor of its own to AdamW."""
+    batch: list[_Piece] = []
+    room = CHUNK_ELEMENTS
+    for slot, gradient in graded:
+        for rows in _chunks(gradient):
+            piece = _Piece(slot, gradient, rows)
+            if batch and piece.size > room:
+                yield batch
+                batch, room = [], CHUNK_ELEMENTS
+            batch.append(piece)
+            room -= piece.size
+    if batch:
+        yield batch
+
+
 def _chunks(tensor: Tensor) -> Iterator[slice]:
     """A few rows at a time. AdamW works element by element: the split changes nothing."""
     num_rows = tensor.shape[0] if tensor.ndim else 1
     rows = max(1, CHUNK_ELEMENTS * num_rows // max(1, tensor.numel()))
     return (slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows))
-
-
-def _rows(tensor: Tensor, rows: slice) -> Tensor:
-    """A view; a scalar is its own row."""
-    return tensor[rows] if tensor.ndim else tensor.unsqueeze(0)

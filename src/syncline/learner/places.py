@@ -80,6 +80,8 @@ def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(gradient, DTensor):
         return gradient
     assert isinstance(parameter, DTensor), "a plain parameter has a plain gradient"
+    if gradient.placements == parameter.placements:
+        return gradient.to_local()
     return gradient.redistribute(placements=parameter.placements).to_local()
 
 

@@ -7,6 +7,7 @@ the step between them.
 
 import logging
 import resource
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -117,6 +118,7 @@ class Step:
     def apply_gradients(self, optimizer: SplitMasterAdamW, step: int, report: Metrics) -> None:
         """One AdamW step of index `step`. A step nothing could be learned from changes no weight and is counted.
 
+        `time/optimizer_seconds` is the step alone: what an engine that shares the weights is paused for.
         Raises when a gradient is not finite, naming its parameter, with nothing changed.
         """
         rate = learning_rate(step, self.config.optimizer, num_steps=self.num_steps)
@@ -124,7 +126,15 @@ class Step:
         if report.reduced()["tokens/trained"] == 0:
             report.add("step/skipped", 1)
         elif not self.config.optimizer.in_backward:
+            started = self._now()
             report.add("grad_norm", optimizer.step(rate))
+            report.add("time/optimizer_seconds", self._now() - started)
+
+    def _now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     @contextmanager
     def _applied(self, optimizer: SplitMasterAdamW, step: int, report: Metrics) -> Iterator[None]:

@@ -19,6 +19,13 @@ def test_a_bound_piece_is_the_others_memory() -> None:
     assert theirs.tensor.tolist() == [[1.0, 1.0]] * 4
 
 
+def test_what_a_piece_was_in_is_given_back_once_nothing_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, theirs, found = piece(4), piece(4), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(own.tensor.data_ptr()))
+    bind({"q": own}, {"q": theirs}, rank=1)
+    assert found == [theirs.tensor.data_ptr()]
+
+
 @pytest.mark.parametrize(
     ("theirs", "told"),
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from syncline.cli import main
-from syncline.config import load
+from syncline.config import eight_bits, load
 from syncline.launch.ports import lease_ports
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "broken_configs"
@@ -58,6 +58,14 @@ def test_a_good_file_prints_what_a_run_would_do(file: str, tmp_path: Path, capsy
     assert any("-m syncline serve runs/x/config.yaml --port" in line for line in plan)
     assert any(line.startswith("  env: ") and "OMP_NUM_THREADS=3" in line for line in plan)
     assert not Path("runs/x").exists(), "checking leaves nothing behind"
+
+
+def test_a_package_the_optimizer_lacks_is_a_reason_too(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eight_bits, "find_spec", lambda name: None)
+    assert main(["check", file, "learner.optimizer.moments=int8"]) == 2
+    assert "learner.optimizer.moments: 'int8' needs the package torchao" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_a_reason_too(file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,3 +249,26 @@ def test_a_model_without_sizes_is_refused(tmp_path: Path) -> None:
         read_shape(str(tmp_path))
     with pytest.raises(ConfigError, match="has no readable config"):
         read_shape(str(tmp_path / ".."))
+
+
+EIGHT_BITS = {"token_budget": 512, "optimizer": {"moments": "int8"}}
+
+
+@pytest.mark.parametrize(("name", "blocks_of"), [("qwen2.5-0.5b", 128), ("qwen2.5-7b", 256)])
+def test_eight_bit_moments_cost_what_the_blocks_of_their_rows_do(name: str, blocks_of: int) -> None:
+    """Rows of 896 have blocks of 128, but rows of 4864 of 256; norms and biases are in float32."""
+    own = shape(name)
+    parts = learner_parts(config(learner=EIGHT_BITS), own)
+    held = next(part.num_bytes for part in parts if part.name == "optimizer") / own.parameters - 2
+    assert held == pytest.approx(2 * (1 + 4 / blocks_of), abs=0.01)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_of_every_matrix_are_counted(name: str) -> None:
+    own = shape(name)
+    vectors = own.layers * (own.query + own.key_value + 2 * own.hidden) + own.hidden
+    assert sum(own.rows(None).values()) + vectors == own.parameters
+    assert sum(own.rows(8).values()) == own.adapter(8)
+    whole = learner_parts(config(learner=EIGHT_BITS, model={"lora": {"rank": 8}}), own)
+    held = next(part.num_bytes for part in whole if part.name == "optimizer") / own.adapter(8)
+    assert held > 4.5, "rows of 8, half of the adapter, fill no block"

@@ -7,20 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, library, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Qwen2Config
 
-from syncline.config.schema import Lora, Recomputation
+from syncline.bridges.ranks import DATA_PARALLEL, ONE_RANK, TENSOR_PARALLEL, Ranks
+from syncline.config.schema import Learner, Lora, Recomputation
 from syncline.errors import ConfigError
 from syncline.learner import layers
+from syncline.learner import model as learner_model
 from syncline.learner.attention import _flash, register_attention
+from syncline.learner.data_parallel import shard_over
 from syncline.learner.layers import compile_layers, decoder_layers, recompute_layers
-from syncline.learner.model import add_lora, causal_lm
+from syncline.learner.model import add_lora, causal_lm, run_layers_as
 
 CONFIG = Qwen2Config(
     vocab_size=64,
@@ -207,6 +212,44 @@ def test_a_compiled_layer_computes_again_what_was_not_kept_and_never_its_last_pr
         kept[what] = Kept.by(packed)
     assert kept["selective"] < 0.8 * kept["none"]
     assert kept["full"] < kept["attention"] < 0.4 * kept["selective"]
+
+
+@pytest.fixture
+def one_rank_of_data() -> Iterator[Ranks]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 1, init_device_mesh("cpu", (1,), mesh_dim_names=(DATA_PARALLEL,)), DATA_PARALLEL)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("what", "products"), [("none", 14), ("full", 20)])
+def test_a_sharded_layer_is_compiled_whole_too(what: str, products: int, opaque: str, one_rank_of_data: Ranks) -> None:
+    """FSDP's hooks stay outside: inside of a recomputation they would leave the whole layer uncompiled."""
+    counters.clear()
+    packed, graphs = model(opaque), Graphs()
+    shard_over(packed, one_rank_of_data, sum_in=None)
+    recompute_layers(packed, Recomputation.model_validate({"what": what}))
+    compile_layers(packed, backend=graphs.compile)
+    run(packed, BATCHES[0])
+    assert not counters["graph_break"]
+    assert graphs.backward["product"] == products
+
+
+@pytest.mark.parametrize(
+    ("ranks", "device", "compiled"),
+    [
+        (ONE_RANK, "cuda", True),
+        (ONE_RANK, "cpu", False),
+        (Ranks(1, 2, None, DATA_PARALLEL), "cuda", True),
+        (Ranks(1, 2, None, TENSOR_PARALLEL), "cuda", False),
+    ],
+)
+def test_auto_compiles_dense_layers_that_a_gpu_gathers(
+    monkeypatch: pytest.MonkeyPatch, ranks: Ranks, device: str, compiled: bool
+) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(learner_model, "compile_layers", asked.append)
+    run_layers_as(Learner(), model(), device=torch.device(device), ranks=ranks)
+    assert bool(asked) is compiled
 
 
 def test_a_gpus_attention_is_one_operator_to_the_compiler_and_is_kept() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from syncline.config.schema import Optimizer
 from syncline.errors import ConfigError
 from syncline.learner import moments
-from syncline.learner.moments import moment_of
+from syncline.learner.moments import in_float32, moment_of
 from syncline.learner.optim import SplitMasterAdamW
 
 CPU = torch.device("cpu")
@@ -57,14 +57,17 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_eight_bits_begin_at_zero_and_keep_what_is_written(torchao: None, signed: bool) -> None:
-    moment = moment_of(SHAPE, CPU, "int8", signed=signed)
-    values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("row", "block"), [(512, 256), (896, 128), (528, 16)])
+def test_eight_bits_begin_at_zero_and_keep_what_is_written(torchao: None, row: int, block: int, signed: bool) -> None:
+    shape = torch.Size((32, row))
+    moment = moment_of(shape, CPU, "int8", signed=signed)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = values if signed else values.abs()
-    with moment.rows(slice(8, 16)) as rows:
+    with in_float32([moment], [slice(8, 16)]) as [rows]:
         assert not rows.any()
-        rows.copy_(values[8:16])
-    with moment.rows(slice(0, 32)) as rows:
+        rows.copy_(values[8:16].flatten())
+    with in_float32([moment], [slice(0, 32)]) as [flat]:
+        rows = flat.view(shape)
         assert not rows[:8].any()
         assert (rows[8:16] - values[8:16]).abs().max() < 0.03
     state = moment.state("exp_avg")
@@ -72,13 +75,42 @@ def test_eight_bits_begin_at_zero_and_keep_what_is_written(torchao: None, signed
         "exp_avg": torch.uint8,
         "exp_avg_scales": torch.float32,
     }
-    assert sum(tensor.nbytes for tensor in state.values()) == values.numel() * (1 + 4 / 256)
+    assert sum(tensor.nbytes for tensor in state.values()) == values.numel() * (1 + 4 / block)
 
 
-@pytest.mark.parametrize("shape", [(512,), (4, 256), (32, 500), ()])
+@pytest.mark.parametrize("shape", [(512,), (4, 256), (32, 504), ()])
 def test_what_is_small_or_fills_no_blocks_stays_in_float32(torchao: None, shape: tuple[int, ...]) -> None:
     [kept] = moment_of(torch.Size(shape), CPU, "int8", signed=True).state("exp_avg").values()
     assert (kept.dtype, tuple(kept.shape)) == (torch.float32, shape)
+
+
+def test_what_stays_in_float32_is_said_once_with_its_share(torchao: None, caplog: pytest.LogCaptureFixture) -> None:
+    own = {
+        "w": nn.Parameter(torch.ones(64, 896)),
+        "odd": nn.Parameter(torch.ones(64, 104)),
+        "b": nn.Parameter(torch.ones(896)),
+    }
+    with caplog.at_level("INFO"):
+        SplitMasterAdamW(own.items(), Optimizer(moments="int8"))
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("moments in float32, not int8: 11.64 % of what is trained, 2 of 3 parameters")
+
+
+@pytest.mark.parametrize("row", [512, 896])
+def test_the_package_itself_keeps_moments_as_close_as_its_codes(row: int) -> None:
+    pytest.importorskip("torchao")
+    moments._quantizer.cache_clear()
+    own, exact = nn.Parameter(torch.ones(32, row)), nn.Parameter(torch.ones(32, row))
+    kinds = (("int8", own), ("float32", exact))
+    eight, whole = (SplitMasterAdamW([("w", p)], Optimizer(moments=kind)) for kind, p in kinds)  # pyright: ignore
+    for i in range(5):
+        gradient = torch.randn(32, row, generator=torch.Generator().manual_seed(i))
+        for parameter, optimizer in ((own, eight), (exact, whole)):
+            parameter.grad = gradient.clone()
+            optimizer.step(1e-2)
+    moved = (exact - 1).abs().mean()
+    assert (own - exact).abs().mean() < 0.1 * moved
+    assert eight.state_dict()["w.exp_avg"].dtype == torch.uint8
 
 
 def test_a_resumed_optimizer_takes_the_same_steps(torchao: None) -> None:
