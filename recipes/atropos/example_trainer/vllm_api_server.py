@@ -57,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+COUNTED = ("pipeline_parallel_size", "max_loras")
+"""Options of vLLM's that the configuration counts with."""
+
+
 def run_values(args: argparse.Namespace, extra: Mapping[str, Any], *, shares: bool) -> dict[str, Any]:
     """The engine's configuration as plain values. Raises `ConfigError` naming options."""
     faults = [f"--{name.replace('_', '-')} {extra[name]}: {REFUSED[name]}" for name in extra if name in REFUSED]
@@ -67,7 +71,8 @@ def run_values(args: argparse.Namespace, extra: Mapping[str, Any], *, shares: bo
     if faults:
         raise ConfigError(faults)
     ranks = args.tensor_parallel_size
-    stages = _number("--pipeline-parallel-size", extra.get("pipeline_parallel_size", "1"))
+    counted = {name: _number(f"--{name.replace('_', '-')}", extra[name]) for name in COUNTED if name in extra}
+    stages = counted.get("pipeline_parallel_size", 1)
     on = {"tensor_parallel_size": ranks, "devices": list(range(ranks * stages))}
     used = args.gpu_memory_utilization or (0.45 if shares else 0.9)
     engine = {"host": args.host, **on, "gpu_memory_utilization": used}
@@ -86,7 +91,7 @@ def run_values(args: argparse.Namespace, extra: Mapping[str, Any], *, shares: bo
         "model": model,
         "sampling": {"max_tokens": 1},
         "environments": [],
-        "engine": engine | {"extra": context | dict(extra)},
+        "engine": engine | {"extra": context | dict(extra) | counted},
         "learner": {"token_budget": model.get("max_length", 8192), **(on if shares and not args.enable_lora else {})},
         "bridge": {"name": "shared" if shares else "lora" if args.enable_lora else "restart"},
     }

@@ -48,6 +48,9 @@ def test_options_become_the_configuration(server):
         config_of(server, "--pipeline-parallel-size 2", shares=True)
     staged = config_of(server, "--pipeline-parallel-size 2 --tensor-parallel-size 2")
     assert (staged.engine.devices, staged.engine.tensor_parallel_size) == ((0, 1, 2, 3), 2)
+    assert config_of(server, "--enable-lora --max-loras 3").engine.extra["max_loras"] == 3
+    with pytest.raises(ConfigError, match="--max-loras: 'many' is not a whole number"):
+        config_of(server, "--max-loras many")
     assert config_of(server, "", shares=True).bridge.name == "shared"
     assert config_of(server, "--enable-lora", shares=True).bridge.name == "shared"
     assert config_of(server, "").bridge.name == "restart"
