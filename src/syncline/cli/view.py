@@ -22,10 +22,11 @@ def run(args: argparse.Namespace) -> int:
 
 def write_page(file: Path, out: Path, *, limit: int) -> Path:
     """Raises `ConfigError` naming the line that is no group."""
+    from syncline.observe.files import text_lines
     from syncline.observe.page import write_rollouts_page
 
     try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = text_lines(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file}: cannot be read ({error}); give a file of JSON lines"]) from error
     return write_rollouts_page([_group(line, f"{file}:{n}") for n, line in enumerate(lines, 1)], out, limit=limit)

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from syncline.envs.single_turn import check_split
 from syncline.errors import ConfigError
+from syncline.observe.files import text_lines
 from syncline.observe.images import image_ref
 from syncline.types import ImageRef, Message
 
@@ -156,7 +157,7 @@ def _heldout_rows(path: str | None) -> Source:
 def file_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Of a JSON lines file."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        lines = text_lines(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"path: {path!r} cannot be read ({error}); give a JSONL file"]) from error
     if lines == [""]:

@@ -26,8 +26,7 @@ from syncline.learner.places import Place, complete_gradients, local, local_grad
 log = logging.getLogger("syncline.optim")
 
 CHUNK_ELEMENTS = 1 << 24
-"""Elements stepped at a time: float32 masters (64 MiB) and what else a step computes exist for these only, at most 40
-bytes an element."""
+"""Elements stepped at a time: float32 masters (64 MiB) and what else a step computes exist for these only."""
 
 
 def accumulate_fp32(model: nn.Module) -> list[RemovableHandle]:

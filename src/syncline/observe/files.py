@@ -22,6 +22,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines() if line]
 
 
+def text_lines(path: Path) -> list[str]:
+    """Of a file that anybody may have written: a newline alone ends a line, since a text may hold a U+2028, and a byte
+    order mark is not of the first. An empty file has one empty line."""
+    return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+
+
 def read_object(path: Path) -> dict[str, Any] | None:
     """A JSON file's object, or `None` when the run did not write it."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
