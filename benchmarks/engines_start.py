@@ -54,16 +54,15 @@ def measured(
         def all_ready() -> bool:
             return len([ready for _, ready in seen.values() if ready is not None]) == num_engines
 
-        def listen() -> None:
+        def heard_of_all() -> bool:
             for line in heard:
                 if match := STARTED.match(line):
                     seen[match[1]] = (time.monotonic() - began, None)
                 elif match := READY.match(line):
                     seen[match[1]] = (seen[match[1]][0], time.monotonic() - began)
-            if all_ready():
-                run.terminate()
+            return all_ready()
 
-        why = wait(run, until=until, meanwhile=listen)
+        why = wait(run, until=until, enough=heard_of_all)
     return seen, None if all_ready() else why or f"syncline serve ended with {run.returncode}"
 
 

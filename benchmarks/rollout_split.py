@@ -1,12 +1,14 @@
 """GPUs between rollout servers and learner, measured: what either side does a second, and how long it idles.
 
     python benchmarks/rollout_split.py 1+1 3+1 1x2+2       # engines[x their ranks] + the learner's GPUs
-    python benchmarks/rollout_split.py 3+1 --kill                # one engine is killed half way, and comes back
+    python benchmarks/rollout_split.py 3+1 --kill                # one engine is killed and comes back
     python benchmarks/rollout_split.py 2+1 --shape tiny --device cpu run.num_steps=6
 
 Each split is one `syncline run` over `broadcast` with sampling one step ahead. While it runs, every engine is asked ten
 times a second how many requests it runs; none is idling. The learner idles while it does not learn, so also while a
 publish waits for requests to end: `bridge.in_flight=keep` does without. The first two steps are left out of the means.
+With `--kill` one engine is killed after `--steps` steps, and the run ends as many after all have published again; the
+steps before, meanwhile and after are rows of their own.
 """
 
 import argparse
@@ -18,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -31,6 +34,9 @@ from syncline.bench.shapes import SHAPES, make_model
 WARM_UP_STEPS = 2
 METRICS = "metrics.jsonl"
 ENDED = "exit code 0"
+ENDLESS = 100_000
+ALL, LOST, BACK = "", "one lost", "back"
+"""What had become of the engines when a step was published."""
 COLUMNS = (
     "split",
     "step",
@@ -74,21 +80,35 @@ class Split:
 
 @dataclass(slots=True)
 class Watch:
-    """What the engines said while they were asked."""
+    """What the engines said while they were asked, by what had become of them."""
 
-    num_asked: int = 0
-    num_idle: int = 0
-    killed_at: int | None = None
+    num_asked: Counter[str] = field(default_factory=Counter)
+    num_idle: Counter[str] = field(default_factory=Counter)
+    killed: bool = False
 
-    def ask(self, client: httpx.Client, ports: Sequence[int]) -> None:
+    def ask(self, client: httpx.Client, ports: Sequence[int], when: str) -> None:
         for port in ports:
             try:
                 text = client.get(f"http://127.0.0.1:{port}/metrics").text
             except httpx.HTTPError:
                 continue
             running = re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.MULTILINE)
-            self.num_asked += 1
-            self.num_idle += running is not None and float(running[1]) == 0
+            self.num_asked[when] += 1
+            self.num_idle[when] += running is not None and float(running[1]) == 0
+
+    def idle(self, when: str) -> float:
+        return self.num_idle[when] / max(1, self.num_asked[when])
+
+
+def by_engines(steps: Sequence[dict], num_engines: int) -> dict[str, list[dict]]:
+    """The steps by what had become of the engines; what no step saw is left out."""
+    found: dict[str, list[dict]] = {}
+    when = ALL
+    for step in steps:
+        whole = step["sync/engines"] == num_engines
+        when = when if whole and when != LOST else BACK if whole else LOST
+        found.setdefault(when, []).append(step)
+    return found
 
 
 def main() -> int:
@@ -96,7 +116,7 @@ def main() -> int:
     model = args.folder / args.shape
     if not (model / "config.json").exists():
         make_model(args.shape, model, max_length=4096)
-    lines, whole = [], True
+    lines, whole, num_done = [], True, 0
     for text in args.splits:
         split = Split.of(text)
         run_dir = args.folder / f"split-{text}"
@@ -105,13 +125,15 @@ def main() -> int:
         ended, watch = _run(args, split, run_dir, overrides)
         steps = _steps(run_dir)[WARM_UP_STEPS:]
         whole = whole and ended == ENDED
-        line = _line(text, watch, steps) if steps else f"{text:>14}  no step to count"
-        lines.append(line if ended == ENDED else f"{line}  ({ended})")
+        rows = [_line(f"{text} {when}", watch.idle(when), of) for when, of in by_engines(steps, split.engines).items()]
+        rows = rows or [f"{text:>14}  no step to count"]
+        lines += rows if ended == ENDED else [*rows[:-1], f"{rows[-1]}  ({ended})"]
+        num_done += 1
         if ended == within_deadline.INTERRUPTED or time.monotonic() > args.until:
             break
     print("\n" + "".join(f"{title:>14}" for title in COLUMNS))
     print("\n".join(lines))
-    return 0 if whole and len(lines) == len(args.splits) else 1
+    return 0 if whole and num_done == len(args.splits) else 1
 
 
 def _run(args: argparse.Namespace, split: Split, run_dir: Path, overrides: list[str]) -> tuple[str, Watch]:
@@ -120,13 +142,15 @@ def _run(args: argparse.Namespace, split: Split, run_dir: Path, overrides: list[
     watch = Watch()
     (run_dir / METRICS).unlink(missing_ok=True)
 
-    def look() -> None:
-        steps = _steps(run_dir)
-        if len(steps) > WARM_UP_STEPS:
-            watch.ask(client, [args.port + i for i in range(split.engines)])
-        if args.kill and watch.killed_at is None and len(steps) >= args.steps // 2:
-            watch.killed_at = len(steps)
+    def enough() -> bool:
+        steps = _steps(run_dir)[WARM_UP_STEPS:]
+        found = by_engines(steps, split.engines)
+        if steps:
+            watch.ask(client, [args.port + i for i in range(split.engines)], list(found)[-1])
+        if args.kill and not watch.killed and len(steps) >= args.steps:
+            watch.killed = True
             os.kill(_pid(run_dir, "engine-1" if split.engines > 1 else "engine"), signal.SIGKILL)
+        return len(found.get(BACK, ())) >= args.steps
 
     environment = os.environ | {"PYTHONPATH": path}
     with (
@@ -134,8 +158,9 @@ def _run(args: argparse.Namespace, split: Split, run_dir: Path, overrides: list[
         subprocess.Popen(command, env=environment, start_new_session=True) as run,
     ):
         until = min(args.until, time.monotonic() + args.seconds_each)
-        why = within_deadline.wait(run, until=until, meanwhile=look)
-    return why or f"exit code {run.returncode}", watch
+        why = within_deadline.wait(run, until=until, enough=enough)
+        done = why is None and run.returncode != 0 and enough()
+    return why or (ENDED if done else f"exit code {run.returncode}"), watch
 
 
 def _pid(run_dir: Path, name: str) -> int:
@@ -149,12 +174,11 @@ def _steps(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def _line(text: str, watch: Watch, steps: list[dict]) -> str:
+def _line(text: str, idle: float, steps: list[dict]) -> str:
     def mean(key: str) -> float:
         return sum(step[key] for step in steps) / len(steps)
 
     step, tokens = mean("time/step_seconds"), mean("tokens/sampled")
-    idle = 100 * watch.num_idle / max(1, watch.num_asked)
     engines = " ".join(str(int(one)) for one in dict.fromkeys(step["sync/engines"] for step in steps))
     cells = [
         text,
@@ -163,7 +187,7 @@ def _line(text: str, watch: Watch, steps: list[dict]) -> str:
         f"{tokens / step:.0f}",
         f"{mean('tokens/trained_per_second'):.0f}",
         f"{100 * (1 - mean('time/learn_seconds') / step):.0f} %",
-        f"{idle:.0f} %",
+        f"{100 * idle:.0f} %",
         engines,
     ]
     return "".join(f"{cell:>14}" for cell in cells)
@@ -173,7 +197,7 @@ def _values(args: argparse.Namespace, model: Path, run_dir: Path) -> dict:
     return {
         "run": {
             "dir": str(run_dir),
-            "num_steps": args.steps,
+            "num_steps": ENDLESS if args.kill else args.steps,
             "groups_per_step": args.groups,
             "rollouts_per_group": 8,
             "max_staleness": 1,
@@ -193,10 +217,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("splits", nargs="+", metavar="E[xT]+L | a.b=c", help="splits, then fields over the benchmark's")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=12, help="with --kill: before it, and again after")
     parser.add_argument("--groups", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=512)
-    parser.add_argument("--kill", action="store_true", help="kill one engine half way")
+    parser.add_argument("--kill", action="store_true", help="kill one engine, which comes back")
     parser.add_argument("--port", type=int, default=8080, help="of the first engine; the others' follow")
     parser.add_argument("--seconds-each", type=float, default=600.0, help="at most, of one split")
     parser.add_argument("--deadline", type=float, default=3600.0, help="seconds until the table of what is known then")

@@ -18,19 +18,21 @@ DEADLINE = "the deadline had come"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def wait(run: "subprocess.Popen[bytes]", *, until: float, meanwhile: Callable[[], None] = lambda: None) -> str | None:
-    """Why the run was ended, `None` where it ended by itself. `until` is of `time.monotonic`. Once interrupted, the
-    caller hears neither signal any more: what is left to it takes no time."""
+def wait(run: "subprocess.Popen[bytes]", *, until: float, enough: Callable[[], bool] = lambda: False) -> str | None:
+    """Why the run was ended; `None` where it ended by itself, or because `enough`, which is asked all the time, said
+    so. `until` is of `time.monotonic`. Once interrupted, the caller hears neither signal any more: what is left to it
+    takes no time."""
     asked: list[int] = []
     before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in SIGNALS}
     try:
-        while run.poll() is None and not asked and time.monotonic() < until:
-            meanwhile()
+        done = enough()
+        while run.poll() is None and not asked and not done and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
+            done = enough()
         if run.poll() is not None:
             return INTERRUPTED if asked else None
-        why = INTERRUPTED if asked else DEADLINE
-        print(f"ending the run: {why}", file=sys.stderr, flush=True)
+        why = INTERRUPTED if asked else None if done else DEADLINE
+        print(f"ending the run: {why or 'it has done enough'}", file=sys.stderr, flush=True)
         _end(run, asked)
         return INTERRUPTED if asked else why
     finally:

@@ -16,7 +16,8 @@ import triton.language as tl
 if TYPE_CHECKING:
     from syncline.bridges.digest import Words
 
-BLOCK = 4096
+BLOCK = 1024
+"""Words of a program: eight a thread, so that as many threads fit as the chip has places for."""
 COLUMNS = 10
 
 

@@ -80,6 +80,8 @@ class Supervisor:
         self._events: queue.SimpleQueue[Exited | _BecameReady | _Signalled] = queue.SimpleQueue()
         self._num_signals = 0
         self._children: dict[str, Child] = {}
+        self._started: dict[str, None] = {}
+        """In the order of their first start, which they keep when they are started again."""
         self._ready: set[str] = set()
         self._ended: set[str] = set()
         self._num_restarts: Counter[str] = Counter()
@@ -132,6 +134,7 @@ class Supervisor:
         self._logs.follow(spec.name, spec.log)
         child = Child(spec, on_exit=self._events.put)
         self._children[spec.name] = child
+        self._started[spec.name] = None
         self._record()
         self._say(f"started {spec.name} (pid {child.pid})")
         if spec.ready is None:
@@ -224,12 +227,12 @@ class Supervisor:
         self._refresh()
 
     def _stop_all(self) -> None:
-        """In reverse order of start, each even if another could not be. Another Ctrl-C while this waits cuts every
-        grace short."""
+        """In reverse order of their first start, each even if another could not be. Another Ctrl-C while this waits cuts
+        every grace short."""
         self._over.set()
         signals = self._num_signals
         with ExitStack() as stops:
-            for name in self._children:
+            for name in [name for name in self._started if name in self._children]:
                 stops.callback(self._stop, name, hurry=lambda: self._num_signals > signals)
 
     def _show_news(self) -> None:

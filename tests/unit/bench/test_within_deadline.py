@@ -48,7 +48,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 def ended(run: Any, *, until: float = 100.0, arriving: signal.Signals | None = None) -> str | None:
-    return wait(run, until=until, meanwhile=lambda: signal.raise_signal(arriving) if arriving else None)
+    def arrives() -> bool:
+        if arriving:
+            signal.raise_signal(arriving)
+        return False
+
+    return wait(run, until=until, enough=arrives)
 
 
 def test_a_run_that_ends_by_itself_leaves_signals_as_they_were() -> None:
@@ -63,6 +68,13 @@ def test_the_deadline_ends_the_run_and_kills_one_that_will_not(clock: SimpleName
     stubborn = Run(last=9)
     assert (ended(stubborn, until=0.0), stubborn.told) == (DEADLINE, ["SIGINT", "killed"])
     assert clock.seconds == pytest.approx(65, abs=1)
+
+
+def test_a_run_that_has_done_enough_is_ended_without_a_fault(clock: SimpleNamespace) -> None:
+    run = Run(last=1)
+    assert wait(run, until=9.0, enough=lambda: clock.seconds > 5) is None  # type: ignore[arg-type]
+    assert run.told == ["SIGINT"]
+    assert clock.seconds == pytest.approx(5, abs=0.5)
 
 
 @pytest.mark.parametrize("number", within_deadline.SIGNALS)

@@ -336,6 +336,23 @@ def test_a_service_of_a_pool_is_started_again_as_often_as_allowed_and_then_misse
     watched.assert_nothing_left(["engine", "engine-1", "learner"])
 
 
+def test_a_service_started_again_is_stopped_after_those_that_need_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(child: Child, **options) -> list[int]:
+        stopped.append(child.spec.name)
+        return real(child, **options)
+
+    real, stopped = Child.stop, []
+    monkeypatch.setattr(Child, "stop", stop)
+    watched = Watched(pooled(tmp_path, min_alive=1), tmp_path)
+    when(lambda: watched.pid("learner") != 0, lambda: kill(watched, "engine-1"))
+    when(lambda: is_told(watched, "engine-1 is ready", times=2), lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        watched.run()
+    assert stopped == ["engine-1", "learner", "engine-1", "engine"]
+
+
 def test_a_pool_below_its_least_ends_the_run(tmp_path: Path) -> None:
     watched = Watched(pooled(tmp_path, min_alive=2), tmp_path)
     when(lambda: watched.pid("learner") != 0, lambda: kill(watched, "engine"))
