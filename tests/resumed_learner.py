@@ -56,7 +56,7 @@ class Learned:
     steps: list[tuple[float, float]]
     """Loss and gradient norm of each."""
     held: dict[str, Any]
-    """What the last checkpoint holds: digests of weights, optimizer and random states, by file and name."""
+    """Weights, optimizer and random states in the last checkpoint: see `held_in`."""
 
 
 def whole_and_resumed(kind: Kind, model: Path, folder: Path) -> tuple[Learned, Learned]:
@@ -80,7 +80,8 @@ def whole_and_resumed(kind: Kind, model: Path, folder: Path) -> tuple[Learned, L
     return _learned(whole.parent / "run"), _learned(cut.parent / "run")
 
 
-def _recorded(kind: Kind, index: int) -> RolloutGroup:
+def recorded_group(kind: Kind, index: int) -> RolloutGroup:
+    """The `index`-th of all: two answers, of which the second is rewarded."""
     drawn, growth = random.Random(index), index * kind.growth
     rollouts = []
     for attempt in range(2):
@@ -109,7 +110,7 @@ async def _fill(kind: Kind, url: str) -> None:
         source.start(policy_version=0, step=0)
     async with TrajectorySink(url, worker="recorder") as sink:
         for permit in await sink.permits("math", NUM_STEPS * GROUPS_PER_STEP, timeout_seconds=10.0):
-            await sink.put(_recorded(kind, permit.task_index), permit)
+            await sink.put(recorded_group(kind, permit.task_index), permit)
 
 
 def _config_file(kind: Kind, model: Path, folder: Path) -> Path:
@@ -174,10 +175,14 @@ def _kill_when_it_hangs(learner: _Process, folder: Path, *, num_ranks: int) -> N
 def _learned(folder: Path) -> Learned:
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(1, NUM_STEPS + 1))
-    newest = folder / "checkpoints" / LAST_STEP
-    held: dict[str, Any] = {"state": json.loads((newest / "state.json").read_text())}
-    for path in newest.glob("*.safetensors"):
+    return Learned([(step["loss"], step["grad_norm"]) for step in steps], held_in(folder / "checkpoints" / LAST_STEP))
+
+
+def held_in(checkpoint: Path) -> dict[str, Any]:
+    """The state, and by file and name a digest of every tensor."""
+    held: dict[str, Any] = {"state": json.loads((checkpoint / "state.json").read_text())}
+    for path in checkpoint.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             bits = tensor.contiguous().view(-1).view(torch.uint8)
             held[f"{path.name} {name}"] = hashlib.sha256(bits.numpy().tobytes()).hexdigest()
-    return Learned([(step["loss"], step["grad_norm"]) for step in steps], held)
+    return held
