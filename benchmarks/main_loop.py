@@ -4,7 +4,8 @@
     python benchmarks/main_loop.py run.max_staleness=1 bridge.in_flight=keep     # sampling while learning
 
 What `trl_step.py` has TRL do is `--groups 32 --max-tokens 512 --prompt-tokens 128 --micro-batch 16` of it, with
-`--bridge shared`, and `--replicas 2` for two engines on one copy of the weights.
+`--bridge shared`, and `--replicas 2` for two engines on one copy of the weights. Beside its server mode, `trl_step.py
+--server`, goes the same with `--bridge broadcast`: the learner on the first GPU, each engine on another, as there.
 
 Runs `syncline run` as a user would and prints a table of its own metrics; the first two steps (compilation, caches)
 are left out of the means. Absolute times mean something on a GPU only. With `--limit-gb 80` all processes together have
@@ -42,14 +43,14 @@ def main() -> int:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description="Step time of the main loop.")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b")
-    parser.add_argument("--bridge", choices=("restart", "shared", "lora"), default="restart")
+    parser.add_argument("--bridge", choices=("restart", "shared", "broadcast", "lora"), default="restart")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=0, help="shortest prompt")
     parser.add_argument("--micro-batch", type=int, help="in completions of full length; absent: 16384 tokens")
-    parser.add_argument("--replicas", type=int, default=1, help="engines; with shared, on one copy of the weights")
+    parser.add_argument("--replicas", type=int, default=1, help="engines: with broadcast a GPU each, else on one")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "syncline-main-loop")
     parser.add_argument("--deadline", type=float, default=900.0, help="seconds until the table of what is known then")
@@ -101,10 +102,12 @@ def main() -> int:
 
 def engine(args: argparse.Namespace) -> dict:
     """Several on one GPU have a KV cache each: 256 sequences of 640 tokens of the 1.5B shape are 4.7 GB."""
+    apart = args.bridge == "broadcast"
     size = {"gpu_memory_utilization": 0.4}
-    if args.replicas > 1 and args.device != "cpu":
+    if args.replicas > 1 and args.device != "cpu" and not apart:
         size = {"gpu_memory_utilization": 0.1, "extra": {"kv_cache_memory_bytes": 6 << 30}}
-    return {"device": args.device, "num_replicas": args.replicas, "max_num_seqs": 512} | size
+    devices = list(range(1, 1 + args.replicas)) if apart else [0]  # the learner's is the first; ignored on a CPU
+    return {"device": args.device, "devices": devices, "num_replicas": args.replicas, "max_num_seqs": 512} | size
 
 
 def values(args: argparse.Namespace, model: Path, run_dir: Path) -> dict:

@@ -19,9 +19,9 @@ from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.cli import train as verb
 from syncline.cli.ranks import is_rank, run_ranks
 from syncline.config import RunConfig, load
-from syncline.learner.distributed import joined_ranks, num_ranks
+from syncline.learner.distributed import joined_ranks, num_ranks, rank_device
 from syncline.learner.loop import train
-from syncline.learner.model import checkpoint_wholes
+from syncline.learner.model import checkpoint_wholes, learner_device
 from syncline.learner.parity import ParityReport
 from syncline.protocols import Receipt, SyncReport
 
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def learn(config: RunConfig, url: str, hangs_at: int | None) -> None:
-    device = torch.device("cpu")
+    device = rank_device(learner_device(config.learner.device))
     with joined_ranks(device, timeout_seconds=120, dimension=DATA_PARALLEL) as ranks:
         nowhere = Nowhere(ranks, Path(config.run.dir), hangs_at)
         with (
