@@ -1,20 +1,24 @@
 """What one run of the sync benchmark takes: the engines that are there together, and what is measured on them in turn.
 
-One engine serves every measurement that wants it: that of `restart` is also what `shared` is compared with.
+One engine serves every measurement that wants it: that of `restart` is also what `shared` is compared with. Who
+measures is as many processes as the learner has ranks, so those with equally many follow each other.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from syncline.bench.apart import Measure, tell
+from syncline.bench.case import Case, at
 from syncline.bench.engine import Server, started
 from syncline.bench.reference import Reference, copy_seconds, link, trl, trl_server
-from syncline.bench.sync import BuildBridge, Case, Result, measure
+from syncline.bench.sync import BuildBridge, Result, measure
+from syncline.bridges.ranks import Ranks
 
 COPY, LINK, TRL = "plain copy", "link (NCCL broadcast)", "TRL server mode"
 
@@ -23,8 +27,12 @@ COPY, LINK, TRL = "plain copy", "link (NCCL broadcast)", "TRL server mode"
 class Comparison:
     """What a shape's bridges are compared with. `case` is one of them, for its model and its GPUs."""
 
-    label: str
+    kind: str
     case: Case
+
+    @property
+    def label(self) -> str:
+        return self.kind + ("" if self.kind == COPY else at(self.case.tensor_parallel))
 
     @property
     def name(self) -> str:
@@ -37,17 +45,16 @@ class Comparison:
     def prepare(self) -> Reference | None:
         """Its processes, which begin their imports; a plain copy has none."""
         case = self.case
-        gpus = [gpu for gpu in (case.learner_gpu, case.engine_gpu) if gpu is not None]
-        if self.label == LINK:
-            return link(self.num_bytes, gpus=gpus, repeats=case.publishes)
-        return trl(case.model, gpu=gpus[0], repeats=case.publishes) if self.label == TRL else None
+        if self.kind == LINK:
+            return link(self.num_bytes, gpus=(0, *case.engine_gpus), repeats=case.publishes)
+        return trl(case.model, gpu=0, repeats=case.publishes) if self.kind == TRL else None
 
     def measure(self, waiting: Reference | None, found: Path) -> dict[str, Any]:
         case = self.case
         if waiting:
-            url = started(found)[case.engine_name(TRL)].answering() if self.label == TRL else ""
+            url = started(found)[case.engine_name(TRL)].answering() if self.kind == TRL else ""
             return {"num_bytes": self.num_bytes, "seconds": waiting.seconds(url)}
-        device = torch.device("cpu") if case.learner_gpu is None else torch.device("cuda", case.learner_gpu)
+        device = torch.device("cuda", 0) if case.engine_gpus else torch.device("cpu")
         return {"num_bytes": self.num_bytes, "seconds": copy_seconds(self.num_bytes, device, case.publishes)}
 
 
@@ -69,31 +76,42 @@ class Plan:
 
     @property
     def comparisons(self) -> list[Comparison]:
-        """Of each shape: between two GPUs the link and TRL, on one device a plain copy."""
+        """Of each shape: from the learner's GPU to each engine's, the link and TRL; on one device a plain copy."""
         found: list[Comparison] = []
         for shape in dict.fromkeys(case.shape for case in self.cases):
             mine = [case for case in self.cases if case.shape == shape]
-            far = next((case for case in mine if case.learner_gpu != case.engine_gpu), None)
-            labels = [COPY] if far is None else [LINK, TRL] if self.with_trl else [LINK]
-            found += [Comparison(label, far or mine[0]) for label in labels]
+            kinds = [LINK, TRL] if self.with_trl else [LINK]
+            far = [Comparison(kind, case) for case in mine if case.is_apart for kind in kinds]
+            found += far or [Comparison(COPY, mine[0])]
         return found
 
     @property
     def names(self) -> list[str]:
         """Of the measurements, in their order."""
-        return [one.name for one in [*self.cases, *self.comparisons]]
+        wanted = self._num_ranks()
+        return sorted(wanted, key=wanted.__getitem__)
+
+    def leading(self, names: Sequence[str]) -> tuple[int, list[str]]:
+        """How many ranks measure the first of these, and those that they may take: up to one that wants another
+        number."""
+        wanted = self._num_ranks()
+        number = wanted[names[0]]
+        return number, list(takewhile(lambda name: wanted[name] == number, names))
+
+    def _num_ranks(self) -> dict[str, int]:
+        """Of each measurement's learner."""
+        return {case.name: case.num_ranks for case in self.cases} | {one.name: 1 for one in self.comparisons}
 
     def engines(self) -> dict[str, Callable[[], Server]]:
         """By name, what starts each."""
         found = {case.engine_name(one): partial(case.serve, one) for case in self.cases for one in case.bridges}
-        for case in (one.case for one in self.comparisons if one.label == TRL):
-            gpu = case.engine_gpu or 0
-            start = partial(trl_server, case.model, case.log(TRL), gpu=gpu, kv_cache_bytes=case.kv_cache_bytes)
-            found[case.engine_name(TRL)] = start
+        for case in (one.case for one in self.comparisons if one.kind == TRL):
+            place = {"gpus": case.engine_gpus, "kv_cache_bytes": case.kv_cache_bytes}
+            found[case.engine_name(TRL)] = partial(trl_server, case.model, case.log(TRL), **place)
         return found
 
-    def measurements(self, names: Sequence[str], build_bridge: BuildBridge) -> Mapping[str, Measure]:
-        """Those of `names`, for the process that takes them, which is told of the engines first."""
+    def measurements(self, names: Sequence[str], build_bridge: BuildBridge, *, ranks: Ranks) -> Mapping[str, Measure]:
+        """Those of `names`, for a process that takes them as one of `ranks`, which is told of the engines first."""
         waiting = {one: one.prepare() for one in self.comparisons if one.name in names}
         for reference in filter(None, waiting.values()):
             reference.wait_until_imported()  # which would disturb what is measured
@@ -101,9 +119,11 @@ class Plan:
 
         def bridge(case: Case) -> dict[str, Any]:
             def so_far(result: Result) -> None:
-                tell(self.told, {"name": case.name, "so_far": asdict(result)})
+                if ranks.is_first:
+                    tell(self.told, {"name": case.name, "so_far": asdict(result)})
 
-            return asdict(measure(case, build_bridge, [engines[case.engine_name(one)] for one in case.bridges], so_far))
+            wanted = [engines[case.engine_name(one)] for one in case.bridges]
+            return asdict(measure(case, build_bridge, wanted, so_far, ranks=ranks))
 
         compared = {one.name: partial(one.measure, reference, self.found) for one, reference in waiting.items()}
         return {case.name: partial(bridge, case) for case in self.cases} | compared

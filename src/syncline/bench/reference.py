@@ -55,8 +55,9 @@ class Reference:
 
 
 def link(num_bytes: int, *, gpus: Sequence[int], repeats: int) -> Reference:
-    """Broadcasts of one flat tensor from the first GPU to the second: NCCL, through torch alone."""
+    """Broadcasts of one flat tensor from the first GPU to the others: NCCL, through torch alone."""
     words = ["link", "--bytes", str(num_bytes), "--repeats", str(repeats), "--port", str(free_port())]
+    words += ["--world-size", str(len(gpus))]
     return Reference(*words, gpus=gpus)
 
 
@@ -66,12 +67,13 @@ def trl(model: Path, *, gpu: int, repeats: int) -> Reference:
     return Reference(*words, gpus=[gpu])
 
 
-def trl_server(model: Path, log: Path, *, gpu: int, kv_cache_bytes: int) -> Server:
+def trl_server(model: Path, log: Path, *, gpus: Sequence[int], kv_cache_bytes: int) -> Server:
     """The vLLM that TRL syncs, starting."""
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     argv += ["--weight-transfer-config", NCCL, "--logprobs-mode", "processed_logprobs", "--load-format", "dummy"]
     argv += ["--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(kv_cache_bytes)]
-    return Server(argv, log, gpus=[gpu], VLLM_SERVER_DEV_MODE="1", VLLM_CACHE_ROOT=own_cache(log))
+    argv += ["--tensor-parallel-size", str(len(gpus))]
+    return Server(argv, log, gpus=gpus, VLLM_SERVER_DEV_MODE="1", VLLM_CACHE_ROOT=own_cache(log))
 
 
 def copy_seconds(num_bytes: int, device: Any, repeats: int) -> list[float]:
@@ -97,7 +99,7 @@ def _link(args: argparse.Namespace) -> list[float]:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     where = f"tcp://127.0.0.1:{args.port}"
-    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=where, rank=args.rank, world_size=2)
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=where, rank=args.rank, world_size=args.world_size)
     tensor = torch.zeros(args.bytes, dtype=torch.uint8, device=device)
     seconds = []
     for _ in range(WARM_UP + args.repeats):
@@ -146,6 +148,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--rank", type=int)
+    parser.add_argument("--world-size", type=int)
     parser.add_argument("--bytes", type=int)
     parser.add_argument("--model")
     args = parser.parse_args()

@@ -4,30 +4,35 @@ On each bridge's engine, which is there already and idle, a learner's model is a
 published several times without requests; then again while requests stream, once for each way to treat the keys and
 values of those that were frozen. How fast an engine decodes whose weights are shared is compared with one that shares
 none, in turns. `plan.py` says which engines there are and what they are compared with.
+
+Of a learner of several ranks every one is here, and attaches and publishes. Who waits: the others, for rank 0, which
+alone speaks to engines, streams the requests and looks at the clock. Who unblocks: its word before each publish.
 """
 
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from syncline.bench.engine import START_SECONDS, Server, Started, own_cache, serve
-from syncline.bench.load import MAX_TOKENS, decode_in_turns, running
-from syncline.config import RunConfig, resolve
+from syncline.bench.case import Case, FrozenKv
+from syncline.bench.engine import START_SECONDS, Started
+from syncline.bench.load import MAX_TOKENS, Load, decode_in_turns, running
+from syncline.bridges.ranks import Ranks
+from syncline.config import RunConfig
 from syncline.engines.client import EngineController
+from syncline.learner.distributed import rank_device
 from syncline.learner.model import load_model
+from syncline.learner.places import local, place_of
 from syncline.protocols import EngineControl, SyncReport, WeightBridge
 
 BuildBridge = Callable[[RunConfig, Sequence[EngineControl], Path], WeightBridge]
-FrozenKv = Literal["recompute", "reuse"]
-UNSHARED = "restart"
-"""The bridge of the engine beside that of `shared`, which shares nothing."""
-MAX_LENGTH = 2048
+"""Of this process's rank."""
 WARM_UP = 3
 WARM_UP_SECONDS = 1.0
 STEADY_SECONDS = 2.0
@@ -42,78 +47,6 @@ publish after it waits for that."""
 LONG_SECONDS = 25.0
 """After which, of one kind, no publish is begun beyond the first `FEWEST`."""
 FEWEST = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One measurement. GPUs are counted from 0 among those this process shows; a CPU has none."""
-
-    bridge: str
-    model: Path
-    shape: str
-    folder: Path
-    publishes: int = 20
-    num_requests: int = 64
-    lora_rank: int = 0
-    changed: float = 1.0
-    """Share of the values that each publish changes; below 1 `broadcast` sends these alone."""
-    learner_gpu: int | None = None
-    engine_gpu: int | None = None
-    kv_cache_bytes: int = 1 << 30
-    """Of each engine."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.shape} {self.bridge}"
-
-    @property
-    def bridges(self) -> tuple[str, ...]:
-        """Of the engines that this case is measured on: its own, and the one it is compared with."""
-        return (self.bridge, UNSHARED) if self.bridge == "shared" and not self.lora_rank else (self.bridge,)
-
-    def engine_name(self, bridge: str) -> str:
-        return f"{self.shape}-{bridge}"
-
-    def log(self, bridge: str) -> Path:
-        return self.folder / f"{self.engine_name(bridge)}.log"
-
-    def serve(self, bridge: str) -> Server:
-        """Starts one of its engines, whose settings differ in the bridge alone."""
-        gpus = [] if self.engine_gpu is None else [self.engine_gpu]
-        values, log = self.config(bridge=bridge).model_dump(mode="json"), self.log(bridge)
-        return serve(values, log, gpus=gpus, VLLM_CACHE_ROOT=own_cache(log))
-
-    @property
-    def sparse(self) -> bool:
-        return self.bridge == "broadcast" and self.changed < 1
-
-    def ways(self) -> tuple[FrozenKv, ...]:
-        """How frozen requests are treated, in turn; an adapter's never are, and beside a reload it is nothing."""
-        return ("recompute",) if self.lora_rank or self.bridge == "restart" else ("recompute", "reuse")
-
-    def config(self, frozen_kv: FrozenKv = "recompute", *, bridge: str | None = None) -> RunConfig:
-        model: dict[str, Any] = {"path": str(self.model), "max_length": MAX_LENGTH}
-        if self.lora_rank:
-            model["lora"] = {"rank": self.lora_rank, "alpha": float(self.lora_rank)}
-        engine: dict[str, Any] = {"kv_cache_bytes": self.kv_cache_bytes}
-        learner: dict[str, Any] = {}
-        kept = {"in_flight": "keep", "frozen_kv": frozen_kv}
-        if self.learner_gpu is not None:
-            learner["devices"], engine["devices"] = [self.learner_gpu], [self.engine_gpu]
-            engine["gpu_memory_utilization"] = 0.05  # must be free at the start, whatever the cache's size
-            engine["extra"] = {"kv_cache_memory_bytes": self.kv_cache_bytes}
-        return resolve(
-            {
-                "run": {"dir": str(self.folder / "run"), "num_steps": 1, "groups_per_step": 1},
-                "model": model,
-                "sampling": {"max_tokens": 16},
-                "environments": [{"task": "arithmetic"}],
-                "engine": engine,
-                "learner": learner,
-                "bridge": {"name": bridge or self.bridge, "sparse": self.sparse and bridge in (None, self.bridge)}
-                | ({} if self.lora_rank else kept),
-            }
-        )
 
 
 @dataclass(slots=True)
@@ -136,6 +69,8 @@ class Result:
     shape: str
     bridge: str
     engine: str
+    tensor_parallel: int = 1
+    """Ranks of the engine, and of a learner that shares its weights."""
     num_bytes: int = 0
     attach: float = 0.0
     idle: list[SyncReport] = field(default_factory=list)
@@ -149,26 +84,22 @@ class Result:
     engine_bytes: int | None = None
     """Device memory the engine took; `None` on a CPU."""
     learner_bytes: int | None = None
-    """Device memory this process holds for weights and bridge once attached."""
+    """Device memory the learner's ranks hold together for weights and bridge once attached."""
 
 
 Tell = Callable[[Result], None]
 
 
-def measure(case: Case, build_bridge: BuildBridge, engines: Sequence[Started], tell: Tell) -> Result:
-    """Attaches and publishes, on the engines of `case.bridges`; `tell` hears what is known meanwhile. Raises what the
-    bridge raises."""
+def measure(case: Case, build_bridge: BuildBridge, engines: Sequence[Started], tell: Tell, *, ranks: Ranks) -> Result:
+    """Attaches and publishes, on the engines of `case.bridges`; `tell` hears what is known meanwhile. All ranks of the
+    learner come here; what rank 0 returns is the measurement. Raises what the bridge raises."""
     gc.collect()  # of the case before
     with closing(EngineController(engines[0].answering(), timeout_seconds=START_SECONDS)) as engine:
-        health = engine.health()
-        name = f"{case.bridge} {case.changed:.2%} changed" if case.sparse else case.bridge
-        cache = f"{case.kv_cache_bytes >> 20} MiB of KV cache"
-        where = f"{health['name']} {health['version']} on {health['device']}, {cache}"
-        result = Result(case.shape, name, where, engine_bytes=engines[0].gpu_bytes)
-        device = torch.device("cpu") if case.learner_gpu is None else torch.device("cuda", case.learner_gpu)
-        model = load_model(case.config().model, device=device)
-        publish = _Publisher(model, device, every=round(1 / case.changed))
-        result.weights_bytes = sum(p.numel() * p.element_size() for p in publish.model.parameters())
+        result = _nothing_yet(case, engine, engines[0], ranks)
+        device = rank_device(torch.device("cuda" if case.engine_gpus else "cpu"))
+        model = load_model(case.config().model, device=device, ranks=ranks)
+        publish = _Publisher(model, device, ranks, every=round(1 / case.changed))
+        result.weights_bytes = sum(prod(place_of(p).shape) * p.element_size() for p in model.parameters())
         for frozen_kv in case.ways():
             bridge = build_bridge(case.config(frozen_kv), [engine], case.model)
             try:
@@ -178,24 +109,29 @@ def measure(case: Case, build_bridge: BuildBridge, engines: Sequence[Started], t
             tell(result)
         if engines[1:]:
             urls = [one.answering() for one in engines]
-            for shared, unshared in decode_in_turns(urls, case.num_requests, turns=TURNS):
-                result.decode_shared.append(shared)
-                result.decode_unshared.append(unshared)
-                tell(result)
+            ranks.from_first(lambda: _compare_decoding(urls, case.num_requests, result, tell))
     return result
+
+
+def _nothing_yet(case: Case, engine: EngineController, started: Started, ranks: Ranks) -> Result:
+    health = ranks.from_first(engine.health)
+    name = f"{case.bridge} {case.changed:.2%} changed" if case.sparse else case.bridge
+    cache = f"{case.kv_cache_bytes >> 20} MiB of KV cache{' a rank' if case.tensor_parallel > 1 else ''}"
+    where = f"{health['name']} {health['version']} on {health['device']}, {cache}"
+    return Result(case.shape, name, where, case.tensor_parallel, engine_bytes=started.gpu_bytes)
 
 
 def _publishes(
     case: Case, engine: EngineController, publish: "_Publisher", result: Result, frozen_kv: FrozenKv, *, tell: Tell
 ) -> None:
-    started = time.perf_counter()
+    ranks, started = publish.ranks, time.perf_counter()
     publish.bridge.attach(publish.model)
     attached = time.perf_counter() - started
     for _ in range(WARM_UP):
         publish()
     if not result.busy:
         result.attach = attached
-        for _ in _repeated(case.publishes):
+        for _ in _repeated(case.publishes, ranks):
             result.idle.append(publish())
             result.num_bytes = result.idle[0].num_bytes
             tell(result)
@@ -204,27 +140,36 @@ def _publishes(
     max_tokens, between = (
         (ADAPTED_TOKENS, BETWEEN_ADAPTERS_SECONDS) if case.lora_rank else (MAX_TOKENS, BETWEEN_SECONDS)
     )
-    with running(engine.url, case.num_requests, max_tokens=max_tokens) as load:
-        time.sleep(WARM_UP_SECONDS + STEADY_SECONDS)
+    streams = running(engine.url, case.num_requests, max_tokens=max_tokens) if ranks.is_first else nullcontext(Load())
+    with streams as load:
+        _sleep(WARM_UP_SECONDS + STEADY_SECONDS, ranks)
         with _timed() as during:
-            for _ in _repeated(case.publishes):
+            for _ in _repeated(case.publishes, ranks):
                 with _timed() as window:
                     busy.reports.append(publish())
                 windows.append((window[0], window[1]))
                 tell(result)
-                time.sleep(between)
+                _sleep(between, ranks)
     busy.decode, busy.tokens_a_piece = load.tokens_per_second(*during), load.tokens_a_piece()
     busy.pauses = [pause for window in windows for pause in load.pauses(*window)]
     if publish.device.type == "cuda":
-        result.learner_bytes = torch.cuda.memory_reserved(publish.device)
+        result.learner_bytes = sum(ranks.gathered(torch.cuda.memory_reserved(publish.device)))
+
+
+def _compare_decoding(urls: Sequence[str], num_requests: int, result: Result, tell: Tell) -> None:
+    for shared, unshared in decode_in_turns(urls, num_requests, turns=TURNS):
+        result.decode_shared.append(shared)
+        result.decode_unshared.append(unshared)
+        tell(result)
 
 
 class _Publisher:
     """Changes what is trained, as a step does, one value in `every`, and publishes the next version."""
 
-    def __init__(self, model: Any, device: torch.device, *, every: int) -> None:
+    def __init__(self, model: Any, device: torch.device, ranks: Ranks, *, every: int) -> None:
         self.model = model
         self.device = device
+        self.ranks = ranks
         self.bridge: WeightBridge
         self._every = every
         self._version = -1
@@ -239,17 +184,24 @@ class _Publisher:
             with torch.no_grad():
                 for parameter in self.model.parameters():
                     if parameter.requires_grad:
-                        parameter.view(-1)[:: self._every].neg_()
+                        local(parameter).view(-1)[:: self._every].neg_()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             return self.bridge.publish(self.model, policy_version=self._version)
 
 
-def _repeated(publishes: int) -> Iterator[int]:
+def _repeated(publishes: int, ranks: Ranks) -> Iterator[int]:
+    """As rank 0 says, whose clock counts."""
     until = time.monotonic() + LONG_SECONDS
     for i in range(publishes):
-        if i < FEWEST or time.monotonic() < until:
+        if ranks.from_first(lambda: time.monotonic() < until) or i < FEWEST:
             yield i
+
+
+def _sleep(seconds: float, ranks: Ranks) -> None:
+    """Rank 0 does; the others wait for its next word."""
+    if ranks.is_first:
+        time.sleep(seconds)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+from syncline.bench.case import at
 from syncline.bench.sync import Result
 
 HEAD = ("", "bytes", "p50 ms", "p99 ms", "GB/s", "pause p50", "pause p99", "decode during", "attach s")
@@ -45,15 +46,19 @@ def _rows(result: Result) -> list[str]:
     """One for each way that publishes were measured while requests ran; else what is known of the others."""
     rows: list[str] = []
     for frozen_kv, busy in result.busy.items():
-        name = result.bridge + (", KV reused" if frozen_kv == "reuse" else "")
+        name = _name(result) + (", KV reused" if frozen_kv == "reuse" else "")
         pauses = [f"{1e3 * quantile(busy.pauses, share):.1f}" for share in (0.5, 0.99)] if busy.pauses else ["-", "-"]
         seen = (*pauses, f"{busy.decode:.0f} tok/s" if busy.decode else "-", f"{result.attach:.2f}")
         if seconds := [report.seconds for report in busy.reports]:
             rows.append(_row((name, *_speed(result.num_bytes, seconds), *seen)))
     if not rows and result.idle:
         seconds = [report.seconds for report in result.idle]
-        rows.append(_row((f"{result.bridge}, no requests", *_speed(result.num_bytes, seconds), *ABSENT)))
+        rows.append(_row((f"{_name(result)}, no requests", *_speed(result.num_bytes, seconds), *ABSENT)))
     return rows
+
+
+def _name(result: Result) -> str:
+    return result.bridge + at(result.tensor_parallel)
 
 
 def _detail(result: Result) -> list[str]:
@@ -86,4 +91,4 @@ def _speed(num_bytes: int, seconds: Sequence[float]) -> tuple[str, ...]:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"{cells[0]:<24}" + "".join(f"{cell:>15}" for cell in cells[1:])
+    return f"{cells[0]:<30}" + "".join(f"{cell:>15}" for cell in cells[1:])

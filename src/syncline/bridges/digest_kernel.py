@@ -16,8 +16,8 @@ import triton.language as tl
 if TYPE_CHECKING:
     from syncline.bridges.digest import Words
 
-BLOCK = 1024
-"""Words of a program: eight a thread, so that as many threads fit as the chip has places for."""
+BLOCK, WARPS = 1024, 2
+"""Words of a program, and its warps: sixteen words a thread."""
 COLUMNS = 10
 
 
@@ -39,8 +39,9 @@ def _mixed_sums(pieces, table, found, num_pieces, sample, columns: tl.constexpr,
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     x = (x ^ (x >> 31)).to(tl.int64, bitcast=True)
-    tl.atomic_add(found + piece, tl.sum(tl.where(inside, x, 0), axis=0))
-    tl.atomic_add(found + num_pieces + piece, tl.sum(broken.to(tl.int64), axis=0))
+    # nobody reads the sums before the kernel has ended, so no program waits for another's
+    tl.atomic_add(found + piece, tl.sum(tl.where(inside, x, 0), axis=0), sem="relaxed")
+    tl.atomic_add(found + num_pieces + piece, tl.sum(broken.to(tl.int64), axis=0), sem="relaxed")
 
 
 class Launch:
@@ -65,7 +66,7 @@ class Launch:
         with torch.cuda.device(self._device):  # Triton launches on the current one
             for dtype, table, pieces in self._launches:
                 arguments = (pieces, table, found, self._num_pieces, self._samples[dtype])
-                _mixed_sums[(len(pieces),)](*arguments, columns=COLUMNS, block=BLOCK)  # pyright: ignore
+                _mixed_sums[(len(pieces),)](*arguments, columns=COLUMNS, block=BLOCK, num_warps=WARPS)  # pyright: ignore
         return found
 
 

@@ -227,7 +227,7 @@ class Supervisor:
         self._refresh()
 
     def _stop_all(self) -> None:
-        """In reverse order of their first start, each even if another could not be. Another Ctrl-C while this waits cuts
+        """In reverse order of first start, each even if another could not be. Another Ctrl-C while this waits cuts
         every grace short."""
         self._over.set()
         signals = self._num_signals

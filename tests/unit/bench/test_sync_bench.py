@@ -8,10 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from rank_processes import on_ranks
 
+from syncline.bench import sync
 from syncline.bench.load import Arrivals, Load, arrivals, decode_in_turns, seen_until
 from syncline.bench.sync import Busy, Result
 from syncline.bench.table import quantile, sync_table
+from syncline.bridges.ranks import Ranks
 from syncline.errors import EngineError
 from syncline.protocols import Receipt, SyncReport
 
@@ -130,14 +133,14 @@ def test_quantile(share: float, expected: int) -> None:
 
 def test_the_table_has_a_line_for_each_bridge_and_each_reference() -> None:
     report = SyncReport(Receipt(1, "d"), 2_000_000_000, 0.010, 0.004, {"digest": 0.001, "send": 0.009})
-    result = Result("small", "broadcast", "vllm 0 on x", num_bytes=2_000_000_000, weights_bytes=2_100_000_000)
+    result = Result("small", "broadcast", "vllm 0 on x", 2, num_bytes=2_000_000_000, weights_bytes=2_100_000_000)
     result.idle, result.busy = [report], {"recompute": Busy([report], [0.005]), "reuse": Busy([report], [0.003])}
     result.decode_shared, result.decode_unshared = [99.0, 99.0, 50.0], [100.0, 200.0, 100.0]
     lines = "\n".join(sync_table([result], {"small": {"link": {"num_bytes": 2_100_000_000, "seconds": [0.005]}}}, {}))
     assert "200.0" in lines, "2 GB in 10 ms are 200 GB/s"
     assert "420.0" in lines, "the link's, which carries all weights whatever the bridge sends"
     assert "digest 1.0, send 9.0" in lines
-    assert "broadcast, KV reused" in lines
+    assert "broadcast, TP 2, KV reused" in lines
     assert "decode 99 tok/s while shared, 100 of an engine that shares nothing: 0.500 x, 0.495 to 0.990 in 3 " in lines
 
 
@@ -158,3 +161,13 @@ def test_what_is_known_of_a_bridge_that_was_broken_off_has_its_row() -> None:
     assert len([line for line in lines if "without requests" in line]) == 2
     assert not [line for line in lines if "restart" in line or "decode 99" in line]
     assert any(line.startswith("link") for line in lines) and lines[-1] == "small lora: why"
+
+
+def repeated(ranks: Ranks) -> list[int]:
+    """To the second rank's own clock there is no time left, to the first one's there is."""
+    sync.LONG_SECONDS = 60.0 if ranks.is_first else -1.0
+    return list(sync._repeated(8, ranks))
+
+
+def test_ranks_publish_as_often_as_the_first_has_time_for() -> None:
+    assert on_ranks(repeated) == [[0, 1, 2, 3, 4, 5, 6, 7]] * 2
