@@ -47,10 +47,15 @@ def learner_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    config: Model, *, device: torch.device, running: Learner | None = None, ranks: Ranks = ONE_RANK
+    config: Model,
+    *,
+    device: torch.device,
+    running: Learner | None = None,
+    ranks: Ranks = ONE_RANK,
+    lies_on: torch.device | None = None,
 ) -> nn.Module:
     """The model to train, on `device`, in training mode; with several ranks, this rank's pieces of it. `running` says
-    how its layers run.
+    how its layers run. Of one rank it may lie elsewhere, `lies_on`, until somebody brings it there.
 
     Raises `ConfigError` for a path that holds no model, and for one that cannot be split.
     """
@@ -78,7 +83,7 @@ def load_model(
     model.config.use_cache = False
     if not ranks.split_data:
         parallelize(model, ranks)
-        model = in_one_type(model, dtype).to(device)  # pyright: ignore[reportArgumentType]
+        model = in_one_type(model, dtype).to(lies_on or device)  # pyright: ignore[reportArgumentType]
     family = family_of_model(model)
     if config.lora:
         model = add_lora(model, config.lora, targets=adapter_targets(model, config, config.lora))
