@@ -98,11 +98,13 @@ def load_model(
 
 def run_layers_as(running: Learner, model: nn.Module, *, device: torch.device, ranks: Ranks = ONE_RANK) -> None:
     """What is kept for the backward pass, and whether layers are compiled: `auto` where that was seen to pay, for
-    dense layers that a GPU has whole while they compute (FSDP gathers them; the compiler knows no split ones)."""
+    dense layers that a GPU has whole while they compute (FSDP gathers them; the compiler knows no split ones), unless
+    torch is to be deterministic: the compiler splits sums by the size of the first batch that a process sees."""
     recompute_layers(model, running.recomputation)
     whole = ranks.world_size == 1 or ranks.split_data
     pays = device.type == "cuda" and whole and not _has_experts(causal_lm(model).config)
-    if running.compile == "on" or (running.compile == "auto" and pays):
+    free = not torch.are_deterministic_algorithms_enabled()
+    if running.compile == "on" or (running.compile == "auto" and pays and free):
         compile_layers(model)
 
 
