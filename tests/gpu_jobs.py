@@ -60,6 +60,7 @@ def _others() -> Iterator[Job]:
     yield Job("layers", 1, ("tests/gpu/test_layers_on_cuda.py",), 90)
     for num_gpus, (name, chosen) in enumerate({"one": "one", "two": "two or another"}.items(), 1):
         yield Job(f"resume:{name}", num_gpus, ("tests/gpu/test_resume_on_cuda.py", "-k", chosen), 300)
+    yield Job("shared-start", 1, ("tests/contracts/test_shared_start.py",))
     yield Job("restart-process", 1, ("tests/e2e/test_engine_restart.py",), 140)
     yield Job("learner-apart", 1, ("tests/e2e/test_learner_apart.py",), 140)
     yield Job("prefix-cache", 1, ("tests/contracts/test_prefix_cache.py",))

@@ -1,4 +1,4 @@
-"""A resumed run repeats bit for bit on GPUs too, with the attention kernels and compiled layers that a user has there.
+"""A resumed run repeats bit for bit on GPUs too, with the attention kernels that a user has there.
 
 In sequences that several blocks of an attention kernel share, whose sums no fixed order would have by itself.
 """
@@ -42,8 +42,6 @@ def test_a_killed_learner_goes_on_to_the_bit(tmp_path: Path, kind: str) -> None:
     whole, resumed = whole_and_resumed(KINDS[kind], make_tiny_model(tmp_path / "model", hidden_size=256), tmp_path)
     assert resumed.steps == whole.steps
     assert resumed == whole
-    kernels = [len(list(folder.rglob("*.py"))) for folder in tmp_path.glob("*/kernels-*")]
-    assert len(kernels) == 3 and all(kernels), "the layers were not compiled"
 
 
 def saved_by(ranks: Ranks, path: str, saved: str | None, folder: str) -> None:

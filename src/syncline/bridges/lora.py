@@ -39,7 +39,8 @@ class LoraBridge(CopyingBridge):
     """See the module. `base(model)` yields the frozen parameters under their checkpoint names, tied ones once;
     `layers(model)` the adapted layers; `folder` is where versions are written for engines on other hosts. With several
     ranks both yield wholes on each of them, together; rank 0 alone holds what engines read. `stored(model)` are the
-    digests of what engines repack of the checkpoint, which `base` then leaves out."""
+    digests of what engines repack of the checkpoint, which `base` then leaves out. `device`: where a model that shares
+    its base, and lies elsewhere, is brought as it is attached."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class LoraBridge(CopyingBridge):
         shares_base: bool = False,
         stored: Stored = lambda model: {},
         ranks: Ranks = ONE_RANK,
+        device: torch.device | None = None,
     ) -> None:
         self._fleet = Fleet(engines, config, ranks=ranks)
         self._ranks = ranks
@@ -60,6 +62,7 @@ class LoraBridge(CopyingBridge):
         self._layers = layers
         self._folder = folder
         self._shares_base = shares_base
+        self._brought_to = device
         self._stored = stored
         self._base_digests: dict[str, str] = {}
         self._carrier: Carrier | None = None
@@ -70,8 +73,11 @@ class LoraBridge(CopyingBridge):
     def attach(self, model: Any) -> None:
         """Proves the base, refuses modules an engine cannot adapt, by name, and opens the way to every engine."""
         self._fleet.wait_until_ready()
-        self._base_digests = parameter_digests(self._base(model)) | dict(self._stored(model))
+        base = ((name, p if self._brought_to is None else p.to(self._brought_to)) for name, p in self._base(model))
+        self._base_digests = parameter_digests(base) | dict(self._stored(model))
         self._fleet.each(self._refuse_other_base)
+        if self._shares_base:
+            self._share(model)
         layers = dict(self._layers(model))
         engines = self._fleet.each(lambda engine: engine.adapters())
         layout = self._refuse_unheld(layers, engines)
@@ -79,8 +85,6 @@ class LoraBridge(CopyingBridge):
         self._ways = self._ranks.from_first(lambda: self._ways_to(engines))
         own = self._ways if self._ranks.is_first else []
         self._carrier = Carrier(layout, own, device=self._device, folder=self._folder)
-        if self._shares_base:
-            self._share(dict(self._base(model)), self._device)
 
     def close(self) -> None:
         if self._carrier is not None:
@@ -162,7 +166,7 @@ class LoraBridge(CopyingBridge):
             lines = "\n".join(faults)
             raise SyncError(f"{engine.name} serves another base than the learner adapts:\n{lines}")
 
-    def _share(self, base: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def _share(self, model: Any) -> None:
         """The learner's base becomes the first engine's memory, which the others have too."""
         engine = self._fleet.engines[0]
         memory, *others = engine.export()
@@ -171,8 +175,11 @@ class LoraBridge(CopyingBridge):
                 f"{engine.name} splits the base over {len(others) + 1} ranks, and the learner's is whole; set "
                 "bridge.name to lora"
             )
-        own = {name: whole(p) for name, p in base.items()}
+        own = {name: whole(p) for name, p in self._base(model)}
+        device = self._brought_to or next(iter(own.values())).tensor.device
         bind(own, open_views(memory, device=device, model=fingerprint_of(own)), rank=0)
+        if self._brought_to:
+            model.to(device)  # the adapter, and buffers
 
     def _refuse_unheld(self, layers: Mapping[str, LoraLayer], engines: Sequence[Mapping[str, Any]]) -> AdapterLayout:
         layout = AdapterLayout.of(layers, engines[0]["dtype"])

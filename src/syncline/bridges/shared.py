@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from syncline.bridges.fleet import Fleet
 from syncline.bridges.handles import bind, fingerprint_of, open_views
 from syncline.bridges.manifest import Shard
@@ -27,14 +29,22 @@ Shards = Callable[[Any], Iterable[tuple[str, Shard]]]
 
 class SharedBridge:
     """See the module. `shards(model)` yields this rank's pieces under their checkpoint names, tied ones once; their
-    tensors are those the model computes with, so that rebinding their `.data` rebinds the model."""
+    tensors are those the model computes with, so that rebinding their `.data` rebinds the model. `device`: where a
+    model that lies elsewhere is brought as it is attached, so that its own weights are never there."""
 
     def __init__(
-        self, engines: Sequence[EngineControl], config: Bridge, *, shards: Shards, ranks: Ranks = ONE_RANK
+        self,
+        engines: Sequence[EngineControl],
+        config: Bridge,
+        *,
+        shards: Shards,
+        ranks: Ranks = ONE_RANK,
+        device: torch.device | None = None,
     ) -> None:
         self._fleet = Fleet(engines, config, ranks=ranks)
         self._ranks = ranks
         self._shards = shards
+        self._device = device
         self._digests = LearnerDigests(shards, ranks=ranks)
         self._paused: tuple[Stopwatch, list[Receipt]] | None = None
         """Running since the pause, and what the engines then held; `None` while they sample."""
@@ -45,9 +55,11 @@ class SharedBridge:
         own = dict(self._shards(model))
         self._fleet.refuse_other_model({name: kind_of(shard.tensor, shard.shape) for name, shard in own.items()})
         self._pause()
-        exported, device = self._export_of_own_rank(), next(iter(own.values())).tensor.device
+        exported, device = self._export_of_own_rank(), self._device or next(iter(own.values())).tensor.device
         theirs = self._ranks.together(lambda: open_views(exported, device=device, model=fingerprint_of(own)))
         self._ranks.together(lambda: bind(own, theirs, rank=self._ranks.rank))
+        if self._device:
+            model.to(self._device)  # buffers
 
     @contextmanager
     def updating(self) -> Iterator[None]:

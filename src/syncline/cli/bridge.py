@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from syncline.config import RunConfig
-from syncline.config.model_folder import packed_faults
+from syncline.config.model_folder import packed_faults, quantisation
 from syncline.config.rules import serves_adapters
 from syncline.config.servers import servers
 from syncline.errors import ConfigError
@@ -76,9 +76,22 @@ def await_servers(config: RunConfig, engines: Sequence["EngineController"]) -> N
         raise EngineTimeout("\n".join([*faults, remedy]))
 
 
+def brings_weights(config: RunConfig, ranks: "Ranks") -> bool:
+    """Whether the bridge binds the learner's weights to an engine's memory before anything is computed, so that they
+    need not be on its GPU at first, beside the engine's. Pieces of several ranks stay where they were split, and a
+    packed base is another than the engine's."""
+    return config.bridge.name == "shared" and ranks.world_size == 1 and quantisation(config.model.path) is None
+
+
 def build_bridge(
-    config: RunConfig, engines: Sequence["EngineControl"], assets: Path, *, ranks: "Ranks"
+    config: RunConfig,
+    engines: Sequence["EngineControl"],
+    assets: Path,
+    *,
+    ranks: "Ranks",
+    device: "torch.device | None" = None,
 ) -> "WeightBridge":
+    """`device`: where the bridge brings the model it is attached to, if it `brings_weights`."""
     from syncline.bridges.broadcast import BroadcastBridge
     from syncline.bridges.gather import GatheringBridge
     from syncline.bridges.lora import LoraBridge
@@ -105,9 +118,10 @@ def build_bridge(
             folder=Path(config.run.dir) / "adapters",
             shares_base=config.bridge.name == "shared",
             ranks=ranks,
+            device=device,
         )
     if config.bridge.name == "shared":
-        return SharedBridge(engines, config.bridge, shards=checkpoint_shards, ranks=ranks)
+        return SharedBridge(engines, config.bridge, shards=checkpoint_shards, ranks=ranks, device=device)
     if config.bridge.name == "broadcast" and not ranks.is_first:
         return GatheringBridge(export=export)
     if config.bridge.name == "broadcast":

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from syncline.cli.bridge import await_servers, build_bridge, connect_engines
+from syncline.cli.bridge import await_servers, brings_weights, build_bridge, connect_engines
 from syncline.cli.files import add_file, file_of
 from syncline.cli.ranks import is_rank, run_ranks
 from syncline.config import RunConfig, load
@@ -143,18 +143,19 @@ def assemble(
     if config.observe.training_log and ranks.is_first:
         training_log = TrainingLog(config, [engine.url for engine in engines])
     _set_up_torch(config, ranks)
-    model = load_model(config.model, device=device, running=config.learner, ranks=ranks)
-    if config.learner.gradients == "float32":
-        accumulate_fp32(model)
+    lies_on, brought_to = (torch.device("cpu"), device) if brings_weights(config, ranks) else (device, None)
+    model = load_model(config.model, device=device, running=config.learner, ranks=ranks, lies_on=lies_on)
     assets = assets_folder(config.model.path)
     with ExitStack() as stack:
         for engine in engines:
             stack.callback(engine.close)
         ranks.from_first(lambda: await_servers(config, engines))
-        bridge = build_bridge(config, engines, assets, ranks=ranks)
+        bridge = build_bridge(config, engines, assets, ranks=ranks, device=brought_to)
         stack.callback(bridge.close)
         newest = ranks.from_first(lambda: max((e.health()["newest_version"] for e in engines), default=-1))
         bridge.attach(model)
+        if config.learner.gradients == "float32":
+            accumulate_fp32(model)
         named = folder / config.learner.checkpoint_name
         checkpoints = Checkpoints(named.parent, config.learner.num_checkpoints, assets, ranks, named.name)
         resumed_step = checkpoints.newest_step()

@@ -113,6 +113,11 @@ def _memory(config: RunConfig) -> Iterator[str]:
             f"learner.compile: 'on' does not know split layers, and tensor_parallel_size = "
             f"{learner.tensor_parallel_size}; set it to auto"
         )
+    if learner.compile == "on" and config.run.deterministic:
+        yield (
+            "learner.compile: 'on' fits sums to the first batch that a process sees, which a resumed one sees another "
+            "of, and run.deterministic = true promises the same bits; set it to auto"
+        )
     if not optimizer.in_backward:
         return
     if optimizer.max_grad_norm is not None:

@@ -280,7 +280,7 @@ class Learner(Section):
     `kernels-community/vllm-flash-attn3,auto`."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch compiles the layers at the first step. auto: dense layers on GPUs, but not with
-    tensor_parallel_size above 1."""
+    tensor_parallel_size above 1, nor with run.deterministic."""
     recomputation: Recomputation = Recomputation()
     loss: Loss = Loss()
     gradients: Literal["float32", "bfloat16"] = "float32"

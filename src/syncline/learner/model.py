@@ -47,10 +47,15 @@ def learner_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    config: Model, *, device: torch.device, running: Learner | None = None, ranks: Ranks = ONE_RANK
+    config: Model,
+    *,
+    device: torch.device,
+    running: Learner | None = None,
+    ranks: Ranks = ONE_RANK,
+    lies_on: torch.device | None = None,
 ) -> nn.Module:
     """The model to train, on `device`, in training mode; with several ranks, this rank's pieces of it. `running` says
-    how its layers run.
+    how its layers run. Of one rank it may lie elsewhere, `lies_on`, until somebody brings it there.
 
     Raises `ConfigError` for a path that holds no model, and for one that cannot be split.
     """
@@ -78,7 +83,7 @@ def load_model(
     model.config.use_cache = False
     if not ranks.split_data:
         parallelize(model, ranks)
-        model = in_one_type(model, dtype).to(device)  # pyright: ignore[reportArgumentType]
+        model = in_one_type(model, dtype).to(lies_on or device)  # pyright: ignore[reportArgumentType]
     family = family_of_model(model)
     if config.lora:
         model = add_lora(model, config.lora, targets=adapter_targets(model, config, config.lora))
@@ -93,11 +98,13 @@ def load_model(
 
 def run_layers_as(running: Learner, model: nn.Module, *, device: torch.device, ranks: Ranks = ONE_RANK) -> None:
     """What is kept for the backward pass, and whether layers are compiled: `auto` where that was seen to pay, for
-    dense layers that a GPU has whole while they compute (FSDP gathers them; the compiler knows no split ones)."""
+    dense layers that a GPU has whole while they compute (FSDP gathers them; the compiler knows no split ones), unless
+    torch is to be deterministic: the compiler splits sums by the size of the first batch that a process sees."""
     recompute_layers(model, running.recomputation)
     whole = ranks.world_size == 1 or ranks.split_data
     pays = device.type == "cuda" and whole and not _has_experts(causal_lm(model).config)
-    if running.compile == "on" or (running.compile == "auto" and pays):
+    free = not torch.are_deterministic_algorithms_enabled()
+    if running.compile == "on" or (running.compile == "auto" and pays and free):
         compile_layers(model)
 
 

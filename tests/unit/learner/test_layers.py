@@ -252,6 +252,14 @@ def test_auto_compiles_dense_layers_that_a_gpu_gathers(
     assert bool(asked) is compiled
 
 
+def test_auto_leaves_layers_alone_that_must_repeat_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(learner_model, "compile_layers", asked.append)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    run_layers_as(Learner(), model(), device=torch.device("cuda"))
+    assert not asked
+
+
 def test_a_gpus_attention_is_one_operator_to_the_compiler_and_is_kept() -> None:
     """torch's own, compiled as on a GPU; there is no kernel here that could run it."""
 
