@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from syncline.bridges import digest
-from syncline.bridges.digest import tensor_digest
+from syncline.bridges import digest, digest_host
+from syncline.bridges.digest import piece_sums, tensor_digest
+from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import differences, model_digest, parameter_digests
 from syncline.errors import SyncError
 
@@ -31,6 +32,24 @@ def test_the_digest_is_the_sum_of_mixed_words(dtype: torch.dtype) -> None:
     tensor = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     words = [int(word) & MASK for word in tensor.view(torch.int64).flatten()]
     assert tensor_digest(tensor) == reference_digest(words)
+
+
+def test_a_cpu_digests_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end inside runs, and hold several."""
+    tensor = torch.randn(6, 1024, generator=torch.Generator().manual_seed(1))
+    words = [int(word) & MASK for word in tensor.view(torch.int64).flatten()]
+    halves = [Shard(half, tuple(tensor.shape), start) for half, start in halves_of(tensor)]
+    for chunk in (32, 200, 512, 700, 1 << 15):
+        monkeypatch.setattr(digest_host, "_CHUNK_WORDS", chunk)
+        assert tensor_digest(tensor) == reference_digest(words)
+        for pair in (halves[:2], halves[2:]):
+            assert sum(piece_sums(("w", half) for half in pair).digests) & MASK == reference_digest(words)
+
+
+def halves_of(tensor: torch.Tensor) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+    rows, columns = tensor.shape[0] // 2, tensor.shape[1] // 2
+    above, left = (tensor[:rows], (0, 0)), (tensor[:, :columns], (0, 0))
+    return [above, (tensor[rows:], (rows, 0)), left, (tensor[:, columns:], (0, columns))]
 
 
 def test_a_row_that_is_no_multiple_of_eight_bytes_goes_element_by_element() -> None:
