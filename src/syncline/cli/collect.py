@@ -55,10 +55,14 @@ def engines(config: OfflineConfig, given: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def collect_stage(
-    config: OfflineConfig, engine_urls: Callable[[], tuple[str, ...]], *, model: str | None = None
+    config: OfflineConfig,
+    engine_urls: Callable[[], tuple[str, ...]],
+    *,
+    gpus: tuple[str, ...] | None = None,
+    model: str | None = None,
 ) -> Any:
     """The finished stage. `model`: the digest of what the engines hold; absent, they are asked. `engine_urls` is called
-    when something is to be sampled, or asked."""
+    when something is to be sampled, or asked. `gpus` are those that `engine.devices` counts; absent: all seen here."""
     from syncline.launch.plan import Machine
     from syncline.offline.collect import ROLLOUTS_FILE, Place, collect, model_held
     from syncline.offline.stage import Notes, Stage, run_stage, tokenizer_digest
@@ -70,7 +74,7 @@ def collect_stage(
     asked = {"collect": known, "seed": config.run.seed, "max_length": config.model.max_length}
     inputs = {"model": held, "tokenizer": tokenizer_digest(tokenizer), **_questions_digest(config)}
     stage = Stage(STAGE, asked, inputs)
-    gpus = Machine.here().gpus
+    gpus = Machine.here().gpus if gpus is None else gpus
 
     def work(notes: Notes) -> None:
         place = Place(
