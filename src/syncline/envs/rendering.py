@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from syncline.config.model_folder import read_settings
 from syncline.errors import ConfigError
 from syncline.protocols import Generate
 from syncline.types import Completion, ImageRef, Message, SamplingParams
@@ -14,11 +16,14 @@ RENDERED = "rendered"
 
 def load_tokenizer(path: str) -> Any:
     """A transformers tokenizer from a folder or the hub. Raises `ConfigError` when there is none."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
+        if (beside := Path(path) / "config.json").exists():  # transformers looks into it
+            read_settings(beside, field="model.tokenizer")
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         remedy = "give a folder with tokenizer files or a hub name that can be reached from here"
         raise ConfigError([f"model.tokenizer: {path!r} has no tokenizer that loads; {remedy} ({error})"]) from error
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from syncline.config.model_folder import known_settings
 from syncline.config.offline import Dpo
 from syncline.config.schema import Model
 from syncline.envs.rendering import load_tokenizer
@@ -106,18 +107,20 @@ def _trainer(config: Dpo, task: Task, folder: Path, *, pairs: Sequence[Preferenc
 def load_policy(model: Model, adapter: Path | None, *, device: torch.device) -> Any:
     """The base with the adapter of an earlier round, or a fresh one as `model.lora` says. Attention is SDPA, because
     TRL pads. Raises `ConfigError` for a path that holds no model."""
+    from huggingface_hub.errors import StrictDataclassError
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if model.lora is None:
         raise ConfigError(["model.lora: absent, and DPO trains an adapter; add such as {rank: 16}"])
     dtype = learner_dtype(model.dtype, device)
+    known_settings(model.path)
     try:
         settings = without_dropout(AutoConfig.from_pretrained(model.path))
         base = AutoModelForCausalLM.from_pretrained(
             model.path, config=settings, dtype=dtype, attn_implementation="sdpa"
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ConfigError([f"model.path: {model.path!r} cannot be trained: {error}"]) from error
     refuse_unknown_logits(base.config)
     if adapter is not None:

@@ -15,6 +15,7 @@ import torch
 
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.restart import write_weights
+from syncline.config.model_folder import known_settings
 from syncline.errors import CheckpointError, ConfigError
 from syncline.learner.model import assets_folder, checkpoint_parameters, learner_device, learner_dtype, saved_parameters
 from syncline.observe.files import write_atomically
@@ -64,16 +65,18 @@ def merge(
     Raises `ConfigError` for an adapter of another base, by name or shape, and `CheckpointError` for weights that are
     not finite, or that do not say what the adapter says.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     device = learner_device("auto")
     settings = _settings(adapter)
     _refuse_other_name(settings, base, any_base_name)
+    known_settings(base, field="--base")
     loading: Any = {"dtype": learner_dtype(dtype, device), "device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(base, **loading).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ConfigError([f"--base: {base!r} holds no model that loads: {error}"]) from error
     ids = _tokens(base, texts, model)
     plain = _logprobs(model, ids)
