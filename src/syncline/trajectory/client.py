@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from syncline.config.proxies import is_near
 from syncline.errors import TrajectoryError
 from syncline.protocols import Permit
 from syncline.trajectory import wire
@@ -76,9 +77,7 @@ class TrajectorySink:
         self._worker = worker
         self._retry_seconds = retry_seconds
         self._clock, self._sleep = clock, sleep
-        self._http = httpx.AsyncClient(
-            base_url=url, headers=_headers(token), timeout=_ANSWER_SECONDS, transport=transport
-        )
+        self._http = httpx.AsyncClient(transport=transport, **_options(url, token))
         self._held: dict[str, set[str]] = {}
         self._asking = asyncio.Lock()
         self._putting = asyncio.Semaphore(PUTS_AT_ONCE)
@@ -164,7 +163,7 @@ class TrajectorySource:
         self._wait_timeout_seconds = wait_timeout_seconds
         self._retry_seconds = retry_seconds
         self._clock, self._sleep = clock, sleep
-        self._http = httpx.Client(base_url=url, headers=_headers(token), timeout=_ANSWER_SECONDS, transport=transport)
+        self._http = httpx.Client(transport=transport, **_options(url, token))
 
     def __enter__(self) -> "TrajectorySource":
         return self
@@ -231,8 +230,10 @@ class TrajectorySource:
             self._sleep(pause or 0.0)
 
 
-def _headers(token: str | None) -> dict[str, str]:
-    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+def _options(url: str, token: str | None) -> Any:
+    """What both ends tell httpx."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    return {"base_url": url, "headers": headers, "timeout": _ANSWER_SECONDS, "trust_env": not is_near(url)}
 
 
 def _message(response: httpx.Response) -> str:
