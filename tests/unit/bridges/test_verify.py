@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from syncline.bridges.receipt import parameter_digests
+from syncline.bridges.repacked import PREFIX
 from syncline.bridges.verify import faults_of
 from syncline.errors import CheckpointError
 
@@ -86,6 +87,13 @@ def test_a_tied_head_that_files_repeat_is_the_embedding(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     assert faults_of(folder, held) == []
+
+
+def test_what_an_engine_packed_again_is_beside_what_it_was_handed(tmp_path: Path) -> None:
+    """Of a quantised base it tells both; the checkpoint has the one."""
+    folder = make_tiny_model(tmp_path)
+    again = {f"{PREFIX}model.layers.0.mlp.down_proj.qweight": "int32[1]:0"}
+    assert faults_of(folder, served(folder) | again) == []
 
 
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path: Path) -> None:

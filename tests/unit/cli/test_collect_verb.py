@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from character_tokenizer import CharacterTokenizer
+from real_engine import make_tiny_model
+from small_engine import SmallEngine, small_engine
 
 from syncline.cli import main
 from syncline.launch.supervisor import answers
@@ -61,6 +64,41 @@ def pipeline_file(folder: Path, **collect: object) -> str:
     }  # fmt: skip
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(values))
     return str(folder / "pipeline.yaml")
+
+
+def test_an_engine_of_other_weights_than_the_files_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its answers would be taken for those of the model that is trained on them."""
+    asked, other = make_tiny_model(tmp_path / "asked"), make_tiny_model(tmp_path / "other", hidden_size=64)
+    file = pipeline_file(tmp_path)
+    with small_engine(other) as (engine, url):
+        assert main(["collect", file, f"model.path={asked}", "--engine-url", url]) == 5
+    told = capsys.readouterr().err
+    assert f"{url} does not hold the weights of {asked}" in told and "model.path" in told
+    assert engine.num_generated == 0 and not list(tmp_path.glob("run/collect-*"))
+
+
+def test_an_engine_of_the_files_weights_is_sampled_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class FewTokens(SmallEngine):
+        """Reads any token as one of its vocabulary."""
+
+        def _sample(self, body: Mapping[str, Any]) -> dict[str, Any]:
+            return super()._sample({**body, "prompt_token_ids": [token % 8 for token in body["prompt_token_ids"]]})
+
+    model = make_tiny_model(tmp_path / "model")
+    with small_engine(model, FewTokens) as (engine, url):
+        few = [f"model.path={model}", "collect.questions.num_questions=1", "collect.max_tokens=2"]
+        assert main(["collect", pipeline_file(tmp_path), *few, "--engine-url", url]) == 0
+    assert engine.num_generated == 8 and "is not proved" not in capsys.readouterr().err
+
+
+def test_what_cannot_be_proved_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The weights lie where the engine runs: here is a tokenizer at most."""
+    with stub() as (_, url):
+        words = ["collect.questions.num_questions=1", "--engine-url", url]
+        assert main(["collect", pipeline_file(tmp_path), *words]) == 0
+    assert f"that {url} holds the weights of model.path = 'any' is not proved" in capsys.readouterr().err
 
 
 def kill_when(folder: Path, process: subprocess.Popen, *, lines: int) -> threading.Thread:
