@@ -94,6 +94,7 @@ class TrajectoryQueue:
             raise Refused(f"environment {ask.environment!r} is not part of this run; known: {known}")
         self.expire()
         self.last_heard[ask.environment] = self.clock()
+        self.state.lines[ask.environment].num_tasks = ask.num_tasks
         for ticket in self.ledger.within(TicketState.PERMITTED):
             if (ticket.environment, ticket.worker) == ask.key and ticket.permit_id not in held:
                 self.ledger.hand_back(ticket, TicketState.RETURNED)

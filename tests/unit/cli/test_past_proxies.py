@@ -23,7 +23,7 @@ ANSWERS: dict[str, Any] = {
     "/health": {"status": "ok", "digest": "0123"},
     "/syncline/generate": {"completions": []},
     "/permits": {"permits": []},
-    "/status": {"num_queued": 3, "counters": dict.fromkeys(
+    "/status": {"num_queued": 3, "environments": {}, "counters": dict.fromkeys(
         ("stale", "rewound", "failed", "abandoned", "expired_permits", "replaced", "unreplaced"), 0
     )},
     "/v1/chat/completions": {"choices": [{"message": {"content": "Score: 7"}}]},
