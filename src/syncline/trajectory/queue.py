@@ -242,7 +242,8 @@ class TrajectoryQueue:
 
     def ready(self) -> list[Ticket]:
         """What may be leased: not groups of a version the learner has not announced yet. First those that the next
-        version makes too old, or who sampled long would be the one to be dropped; then in the order they came."""
+        version makes too old, or who sampled long would be the one to be dropped; then in the order they came. Nobody
+        waits for such that are still sampled: a step takes longer than their tokens are worth (docs/log.md)."""
         served, oldest_next = self.state.policy_version, self.state.policy_version - self.limits.max_staleness
         found = [t for t in self.ledger.within(TicketState.QUEUED) if not _above(t.newest, served)]
         return sorted(found, key=lambda t: t.oldest is None or t.oldest > oldest_next)
