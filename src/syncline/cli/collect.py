@@ -53,7 +53,7 @@ def engines(config: OfflineConfig, given: Sequence[str]) -> Iterator[tuple[str, 
         yield tuple(given)
         return
     adapted = config.model_copy(update={"run": config.run.model_copy(update={"dir": f"{config.run.dir}/engines"})})
-    with running_engines(engine_run(adapted, config.model.path)) as urls:
+    with running_engines(engine_run(adapted, _model(config))) as urls:
         yield urls
 
 
@@ -64,10 +64,19 @@ def _refuse_other_weights(config: OfflineConfig, url: str) -> None:
         from syncline.cli.held import refuse_other_base
         from syncline.learner.model import assets_folder
 
-        folder, seconds = assets_folder(config.model.path), config.engine.request_timeout_seconds
+        folder, seconds = assets_folder(_model(config)), config.engine.request_timeout_seconds
         refuse_other_base(url, folder, timeout_seconds=seconds, adapted=config.collect.adapter is not None)
     except (ImportError, ConfigError, CheckpointError) as error:
         log.warning("that %s holds the weights of model.path = %r is not proved: %s", url, config.model.path, error)
+
+
+def _model(config: OfflineConfig) -> str:
+    """What engines serve: `model.path`, or what the file's `merge` makes of it."""
+    if config.merge is None:
+        return config.model.path
+    from syncline.cli.merge import model_folder
+
+    return str(model_folder(config))
 
 
 def collect_stage(

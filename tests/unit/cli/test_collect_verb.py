@@ -14,14 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from character_tokenizer import CharacterTokenizer
 from real_engine import make_tiny_model
 from small_engine import SmallEngine, small_engine
 
 from syncline.cli import main
+from syncline.config import RunConfig
+from syncline.config.schema import Lora, Model
+from syncline.errors import ProcessDied
 from syncline.launch.supervisor import answers
+from syncline.learner.model import load_model
 from syncline.offline import collect as collecting
+from syncline.offline import engines
 
 STUB = Path(__file__).parents[2] / "stub_engine.py"
 NUM_QUESTIONS = 25
@@ -91,6 +97,30 @@ def test_an_engine_of_the_files_weights_is_sampled_from(tmp_path: Path, capsys: 
         few = [f"model.path={model}", "collect.questions.num_questions=1", "collect.max_tokens=2"]
         assert main(["collect", pipeline_file(tmp_path), *few, "--engine-url", url]) == 0
     assert engine.num_generated == 8 and "is not proved" not in capsys.readouterr().err
+
+
+def test_what_the_file_merges_is_what_is_collected_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a pipeline: the model that its adapter makes of `model.path`, and not that."""
+    base = make_tiny_model(tmp_path / "base", hidden_size=64)
+    adapted = load_model(Model(path=str(base), lora=Lora(rank=4)), device=torch.device("cpu"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.05)
+    adapted.save_pretrained(tmp_path / "adapter")  # pyright: ignore[reportCallIssue]
+    words = [f"model.path={base}", f"merge.adapter={tmp_path}/adapter", "engine.device=cpu", "dpo.device=cpu"]
+    with small_engine(base) as (engine, url):
+        assert main(["collect", pipeline_file(tmp_path), *words, "--engine-url", url]) == 5
+    [merged] = tmp_path.glob("run/merge-*/model")
+    assert f"does not hold the weights of {merged}" in capsys.readouterr().err and not engine.num_generated
+
+    def planned(run: RunConfig, **others: object) -> None:
+        raise ProcessDied(f"would serve {run.model.path}")
+
+    monkeypatch.setattr(engines, "plan_servers", planned)
+    assert main(["collect", str(tmp_path / "pipeline.yaml"), *words]) == ProcessDied.exit_code
+    assert f"would serve {merged}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_proved_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
