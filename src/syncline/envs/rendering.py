@@ -33,8 +33,13 @@ def rendered(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     if [m.role for m in messages] == [RENDERED]:
         return tokenizer.encode(messages[0].content, add_special_tokens=False)
     if tokenizer.chat_template:
+        from jinja2 import TemplateError
+
         chat = [_turn(message) for message in messages]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        try:
+            return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses {[m.role for m in messages]} messages: {error}") from error
     if any(message.images for message in messages):
         raise ValueError("the tokenizer has no chat template, which says where images go; give model.tokenizer one")
     return tokenizer.encode("".join(m.content for m in messages))

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from character_tokenizer import CharacterTokenizer
+from jinja2 import TemplateError
 from real_engine import make_tiny_model
 from small_engine import SmallEngine, small_engine
 
@@ -121,6 +122,21 @@ def test_what_the_file_merges_is_what_is_collected_from(
     monkeypatch.setattr(engines, "plan_servers", planned)
     assert main(["collect", str(tmp_path / "pipeline.yaml"), *words]) == ProcessDied.exit_code
     assert f"would serve {merged}" in capsys.readouterr().err
+
+
+def test_a_chat_template_that_refuses_the_prompt_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(CharacterTokenizer):
+        chat_template = "refuses"
+
+        def apply_chat_template(self, *args: object, **others: object) -> list[int]:
+            raise TemplateError("a system message comes first")
+
+    monkeypatch.setattr(collecting, "load_tokenizer", lambda path: Refusing())
+    with stub() as (_, url):
+        assert main(["collect", pipeline_file(tmp_path), "--engine-url", url]) == 2
+    assert "model.tokenizer: the chat template refuses" in capsys.readouterr().err
 
 
 def test_what_cannot_be_proved_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
