@@ -24,6 +24,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(dpo, "train_dpo", train)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").touch()
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "pairs.jsonl").write_text("{}\n")
     rows = {"name": "sums", "made": {}}
@@ -76,6 +77,16 @@ def test_gpus_that_dpo_cannot_use_are_refused_by_the_files_own_field(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     assert main([verb, file, "dpo.devices=[3]"]) == 2
     assert "dpo.devices: [3] is not among the 3 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["pipeline", "dpo", "evaluate"])
+def test_a_model_of_which_only_the_settings_are_there_is_refused(
+    verb: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `syncline plan` leaves a hub's; its stages would be done again once the weights are there."""
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert main([verb, file, *(["--pairs", str(tmp_path / "pairs.jsonl")] if verb == "dpo" else [])]) == 2
+    assert f"{tmp_path}/model: holds settings and no weights" in capsys.readouterr().err
 
 
 def test_another_chat_template_is_another_stage(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
