@@ -32,8 +32,11 @@ def faults_of(folder: Path, served: Mapping[str, str]) -> list[str]:
 
 def _faults_of_adapter(folder: Path, served: Mapping[str, str]) -> list[str]:
     adapter = {name: digest for name, digest in served.items() if is_adapter_name(name)}
-    config = json.loads((folder / "adapter_config.json").read_text())
-    base = Path(config["base_model_name_or_path"] or "")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, _ = Path(config["base_model_name_or_path"] or ""), config["lora_alpha"] / config["r"]
+    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{folder}: adapter_config.json is not what PEFT writes ({error!r})") from error
     if not base.is_dir():
         raise CheckpointError(f"{folder}: its base {str(base)!r} is no folder here; verify a merged checkpoint instead")
     dtype = next((digest.partition("[")[0] for digest in adapter.values()), "float32")

@@ -92,17 +92,16 @@ class Policies:
     def _publish(self, adapter: Path, urls: tuple[str, ...], *, version: int) -> dict[str, Any]:
         """The receipt and what the publish cost. The base is proved again each time: nobody keeps it in memory between
         rounds."""
-        from peft import PeftModel
-
         from syncline.bridges.ranks import ONE_RANK
         from syncline.cli.bridge import build_bridge, connect_engines
         from syncline.learner.model import assets_folder, learner_device, load_model
+        from syncline.offline.adapters import adapted
 
         run = self._run()
         plain = run.model.model_copy(update={"lora": None})
         device = learner_device(run.learner.device)
         base = load_model(plain, device=device)
-        model = PeftModel.from_pretrained(base, str(adapter))
+        model = adapted(base, adapter)
         with ExitStack() as stack:
             engines = connect_engines(run, urls, None, device=device, ranks=ONE_RANK)
             for engine in engines:

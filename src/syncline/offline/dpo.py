@@ -18,6 +18,7 @@ from syncline.config.schema import Model
 from syncline.envs.rendering import load_tokenizer
 from syncline.errors import ConfigError
 from syncline.learner.model import add_lora, learner_device, learner_dtype, refuse_unknown_logits, without_dropout
+from syncline.offline.adapters import adapted
 from syncline.offline.preferences import Preference, read_preferences
 from syncline.offline.stage import Notes
 
@@ -108,7 +109,6 @@ def load_policy(model: Model, adapter: Path | None, *, device: torch.device) -> 
     """The base with the adapter of an earlier round, or a fresh one as `model.lora` says. Attention is SDPA, because
     TRL pads. Raises `ConfigError` for a path that holds no model."""
     from huggingface_hub.errors import StrictDataclassError
-    from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if model.lora is None:
@@ -124,7 +124,7 @@ def load_policy(model: Model, adapter: Path | None, *, device: torch.device) -> 
         raise ConfigError([f"model.path: {model.path!r} cannot be trained: {error}"]) from error
     refuse_unknown_logits(base.config)
     if adapter is not None:
-        return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+        return adapted(base, adapter, field="--start", is_trainable=True)
     return add_lora(base, model.lora)
 
 

@@ -99,3 +99,10 @@ def test_what_an_engine_packed_again_is_beside_what_it_was_handed(tmp_path: Path
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no model\*\.safetensors; give the folder of a checkpoint"):
         faults_of(tmp_path, {})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"r": "4"}', '{"r": 0, "lora_alpha": 8, "base_model_name_or_path": null}'])
+def test_settings_of_an_adapter_that_are_none_are_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: adapter_config.json is not what PEFT writes"):
+        faults_of(tmp_path, {})
