@@ -154,7 +154,7 @@ def _run(args: argparse.Namespace, split: Split, run_dir: Path, overrides: list[
 
     environment = os.environ | {"PYTHONPATH": path}
     with (
-        httpx.Client(timeout=2.0) as client,
+        httpx.Client(timeout=2.0, trust_env=False) as client,
         subprocess.Popen(command, env=environment, start_new_session=True) as run,
     ):
         until = min(args.until, time.monotonic() + args.seconds_each)

@@ -179,7 +179,9 @@ class Bench:
     def _profile(self, url: str) -> None:
         """Sixty-four steps, traced."""
         try:
-            with httpx.Client(base_url=url, timeout=max(1.0, self._deadline - time.monotonic())) as http:
+            with httpx.Client(
+                base_url=url, timeout=max(1.0, self._deadline - time.monotonic()), trust_env=False
+            ) as http:
                 http.post("/start_profile").raise_for_status()
                 asyncio.run(self._traced(url))
                 http.post("/stop_profile").raise_for_status()

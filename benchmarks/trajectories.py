@@ -223,7 +223,7 @@ async def drive(way: Wire, traffic: Traffic, pid: int) -> Seen:
 async def measure(name: str, url: str, traffic: Traffic, pid: int, *, plain: bool) -> Seen:
     accept = {"Accept-Encoding": "identity" if plain else "gzip"}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, headers=accept) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, headers=accept, trust_env=False) as http:
         return await drive((OwnTraffic if name == "own" else AtroposTraffic)(http, traffic), traffic, pid)
 
 
@@ -264,7 +264,7 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> N
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            httpx.get(url).raise_for_status()
+            httpx.get(url, trust_env=False).raise_for_status()
             return
         except httpx.TransportError:
             time.sleep(0.1)

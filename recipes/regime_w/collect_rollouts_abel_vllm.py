@@ -71,7 +71,7 @@ def collect(args: argparse.Namespace) -> None:
     with engines(config, args.engine_url) as urls:
         print("vLLM engine initialized successfully!\nStarting rollout collection...")
         print(f"Generating {len(arms)} trajectories per question\n", flush=True)
-        done = collect_stage(config, lambda: urls)
+        done = collect_stage(config, lambda: urls, given=bool(args.engine_url))
     solutions = {question.question_id: question.solution for question in questions}
     lines = list(_lines(done.folder / ROLLOUTS_FILE, solutions, args.version))
     print(f"\nWriting rollouts to {args.out_path}...")

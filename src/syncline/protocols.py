@@ -57,6 +57,7 @@ class Environment(Protocol):
 
     `task(i)` is a pure function of the environment's own configuration and `i`, so that a lost task can be
     handed out again. `score` never raises for a wrong answer; whatever escapes becomes `RolloutStatus.ERROR`.
+    One whose training tasks come again after a pass may have `num_train_tasks`: the metric `epoch` counts passes.
     """
 
     name: str

@@ -10,7 +10,9 @@ from real_engine import run_values, running_engine
 from safetensors.torch import load_file
 from test_gpt_oss_engine import Side
 
+from syncline.bridges.adapter import is_adapter_name
 from syncline.bridges.repacked import is_repacked
+from syncline.bridges.verify import faults_of
 from syncline.errors import SyncError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -74,6 +76,7 @@ def test_every_part_of_the_base_is_in_the_digest(side: Packed) -> None:
     assert load_file(side.path / "model.safetensors").keys() <= told.keys()
     layers = {name.rpartition(".")[0].rpartition(".")[2] for name in told if is_repacked(name)}
     assert layers == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert faults_of(side.path, {name: told[name] for name in told if not is_adapter_name(name)}) == []
 
 
 def test_a_learner_of_another_base_is_refused_by_its_layers_names(side: Packed, tmp_path: Path) -> None:

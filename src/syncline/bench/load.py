@@ -130,7 +130,8 @@ def _decode(url: str, num_requests: int, num_tokens: int) -> float:
     asked: dict[str, Any] = {"prompt": {"prompt_token_ids": PROMPT}, "n": num_requests, "max_tokens": num_tokens}
     asked |= {"ignore_eos": True, "detokenize": False}
     started = time.monotonic()
-    answer = httpx.post(f"{url}/generate", json=asked, timeout=TIMEOUT_SECONDS).raise_for_status().json()
+    answer = httpx.post(f"{url}/generate", json=asked, timeout=TIMEOUT_SECONDS, trust_env=False)
+    answer = answer.raise_for_status().json()
     seconds = time.monotonic() - started
     if answer["finish_reasons"] != ["length"] * num_requests:
         raise EngineError(f"{url} ended completions of a fixed length by {sorted(set(answer['finish_reasons']))}")

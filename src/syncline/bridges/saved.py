@@ -6,7 +6,6 @@ transformers itself.
 """
 
 import functools
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from syncline.config.model_folder import read_settings
 from syncline.errors import CheckpointError
 
 WEIGHTS = "model*.safetensors"
@@ -54,7 +54,7 @@ def model_class(config: Any) -> Any:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_settings(path, field="the checkpoint") if path.is_file() else {}
 
 
 def _is_converted(model_type: str | None) -> bool:

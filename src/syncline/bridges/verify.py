@@ -12,6 +12,7 @@ import torch
 
 from syncline.bridges.adapter import A, AdapterLayout, B, LoraLayer, is_adapter_name
 from syncline.bridges.receipt import differences, parameter_digests
+from syncline.bridges.repacked import is_repacked
 from syncline.bridges.saved import saved_tensors, tensors_as_in_memory
 from syncline.errors import CheckpointError
 
@@ -19,9 +20,10 @@ from syncline.errors import CheckpointError
 def faults_of(folder: Path, served: Mapping[str, str]) -> list[str]:
     """What differs between the checkpoint in `folder` and an engine's `served` parameters (name → `kind:digest`).
 
-    Tensors are cast to the type they are served in, as a load does. Raises `CheckpointError` for a folder without
-    readable weights.
+    Tensors are cast to the type they are served in, as a load does; what an engine packs again, beside what its loader
+    was handed, no checkpoint has. Raises `CheckpointError` for a folder without readable weights.
     """
+    served = {name: digest for name, digest in served.items() if not is_repacked(name)}
     if (folder / "adapter_config.json").is_file():
         return _faults_of_adapter(folder, served)
     saved = parameter_digests(_saved_as_served(folder, served))
@@ -30,8 +32,11 @@ def faults_of(folder: Path, served: Mapping[str, str]) -> list[str]:
 
 def _faults_of_adapter(folder: Path, served: Mapping[str, str]) -> list[str]:
     adapter = {name: digest for name, digest in served.items() if is_adapter_name(name)}
-    config = json.loads((folder / "adapter_config.json").read_text())
-    base = Path(config["base_model_name_or_path"] or "")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, _ = Path(config["base_model_name_or_path"] or ""), config["lora_alpha"] / config["r"]
+    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{folder}: adapter_config.json is not what PEFT writes ({error!r})") from error
     if not base.is_dir():
         raise CheckpointError(f"{folder}: its base {str(base)!r} is no folder here; verify a merged checkpoint instead")
     dtype = next((digest.partition("[")[0] for digest in adapter.values()), "float32")

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ LOCAL_ONLY = {"concurrency": True, "lost_after_seconds": True, "baseline": True}
 def run_sets(args: argparse.Namespace) -> int:
     from syncline.cli.merge import model_folder
     from syncline.cli.policies import Policies
+    from syncline.launch.plan import Machine, see_only
     from syncline.observe.logs import set_up_logging
     from syncline.offline.engines import running_engines
 
     set_up_logging()
     config = load_offline(args.file, args.overrides)
+    start = partial(running_engines, machine=Machine.here())
+    see_only("dpo.devices", config.dpo.devices, device=config.dpo.device)  # where an adapter is published from
     path = model_folder(config)
-    with Policies(config, path, given=tuple(args.engine_urls), start=running_engines) as policies:
+    with Policies(config, path, given=tuple(args.engine_urls), start=start) as policies:
         done = assess_stage(config, policies, args.adapter, version=1)
     print("\n".join(told(done.facts["sets"])))
     baseline = args.baseline or (Path(config.eval.baseline) if config.eval.baseline else None)

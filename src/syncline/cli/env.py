@@ -64,9 +64,10 @@ async def _work(config: RunConfig, args: argparse.Namespace) -> None:
     own = config.environments[args.index]
     environment = training_environment(config, args.index)
     token, patience = os.environ.get(TOKEN_VARIABLE), args.patience_seconds
+    num_tasks = getattr(environment, "num_train_tasks", None)
     async with (
         open_policy(config, args.engine_urls, temperature=config.sampling.temperature) as policy,
-        TrajectorySink(args.trajectories_url, token=token, retry_seconds=patience) as sink,
+        TrajectorySink(args.trajectories_url, num_tasks=num_tasks, token=token, retry_seconds=patience) as sink,
     ):
         worker = EnvironmentWorker(
             environment,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from syncline.config import RunConfig
 from syncline.errors import EngineError, SyncError
@@ -35,3 +36,21 @@ def held_by(config: RunConfig, engine_urls: Sequence[str]) -> tuple[Receipt, lis
     if len(held) < least or any(r != newest and r.policy_version == newest.policy_version for r in receipts.values()):
         raise SyncError(f"the engines hold different weights: {receipts}")
     return newest, held
+
+
+def refuse_other_base(engine_url: str, model_path: Path, *, timeout_seconds: float, adapted: bool = False) -> None:
+    """Raises `SyncError` for a running engine that does not hold the weights of `model_path`, a folder; with `adapted`
+    whatever adapter it has is left out. `CheckpointError`: the folder has no weights to compare with."""
+    from syncline.bridges.adapter import is_adapter_name
+    from syncline.bridges.verify import faults_of
+    from syncline.engines.client import EngineController
+
+    engine = EngineController(engine_url, timeout_seconds=timeout_seconds)
+    try:
+        served = engine.parameters()
+    finally:
+        engine.close()
+    own = {name: digest for name, digest in served.items() if not (adapted and is_adapter_name(name))}
+    if faults := faults_of(model_path, own):
+        told = f"{engine.name} does not hold the weights of {model_path} (model.path)"
+        raise SyncError("\n".join([f"{told}; serve these, or name those that it holds:", *faults]))

@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from syncline.cli import collect
 from syncline.cli.report import PIPELINE_FILE
 from syncline.config.offline import OfflineConfig, load_offline
 from syncline.offline.stage import Finished
+
+if TYPE_CHECKING:
+    from syncline.launch.plan import Machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from syncline.cli.assess import told, told_comparison
+    from syncline.launch.plan import Machine, see_only
     from syncline.observe.logs import set_up_logging
     from syncline.offline.report import write_offline_report
 
     set_up_logging()
     config = load_offline(args.file, args.overrides)
-    summary = run_pipeline(config, given=tuple(args.engine_urls), show=partial(print, flush=True))
+    machine = Machine.here()
+    see_only("dpo.devices", config.dpo.devices, device=config.dpo.device)
+    summary = run_pipeline(config, machine, given=tuple(args.engine_urls), show=partial(print, flush=True))
     for own in (summary["evaluations"][0], summary["evaluations"][-1]):
         print(f"round {own['round']}, model {own['model'][:12]}")
         print("\n".join(f"  {line}" for line in told(own["sets"])))
@@ -39,8 +45,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_pipeline(config: OfflineConfig, *, given: tuple[str, ...], show: Callable[[str], None]) -> dict[str, Any]:
-    """Every stage, done, and `summary.json`, which it returns."""
+def run_pipeline(
+    config: OfflineConfig, machine: "Machine", *, given: tuple[str, ...], show: Callable[[str], None]
+) -> dict[str, Any]:
+    """Every stage, done, and `summary.json`, which it returns. `machine` is what engines are started on: this process
+    sees the GPU of `dpo.devices` alone."""
     from syncline.cli.assess import assess_stage
     from syncline.cli.merge import model_folder
     from syncline.cli.policies import Policies
@@ -53,12 +62,12 @@ def run_pipeline(config: OfflineConfig, *, given: tuple[str, ...], show: Callabl
     path = model_folder(config)
     adapter = Path(config.collect.adapter) if config.collect.adapter else None
     told = _Told(show)
-    with Policies(config, path, given=given, start=running_engines) as policies:
+    with Policies(config, path, given=given, start=partial(running_engines, machine=machine)) as policies:
         evaluations = [told.stage("evaluate", lambda: assess_stage(config, policies, adapter, version=0))]
         rounds: list[dict[str, Finished]] = []
         for number in range(1, config.dpo.num_rounds + 1):
             show(f"round {number} of {config.dpo.num_rounds}")
-            rounds.append(_round(config, path, policies, adapter, number=number, told=told))
+            rounds.append(_round(config, path, policies, adapter, machine=machine, number=number, told=told))
             adapter = rounds[-1]["dpo"].folder / "adapter"
             after = adapter
             evaluations.append(
@@ -70,7 +79,14 @@ def run_pipeline(config: OfflineConfig, *, given: tuple[str, ...], show: Callabl
 
 
 def _round(
-    config: OfflineConfig, path: Path, policies: Any, adapter: Path | None, *, number: int, told: "_Told"
+    config: OfflineConfig,
+    path: Path,
+    policies: Any,
+    adapter: Path | None,
+    *,
+    machine: "Machine",
+    number: int,
+    told: "_Told",
 ) -> dict[str, Finished]:
     """Each round has a seed of its own, and so other samples, and other questions where they are made."""
     from syncline.cli.collect import collect_stage
@@ -84,7 +100,10 @@ def _round(
     own = config.model_copy(update={"run": run, "collect": config.collect.model_copy(update={"adapter": None})})
     digest = policies.digest(adapter, version=version)
     rollouts = told.stage(
-        "collect", lambda: collect_stage(own, lambda: policies.serve(adapter, version=version)[0], model=digest)
+        "collect",
+        lambda: collect_stage(
+            own, lambda: policies.serve(adapter, version=version)[0], gpus=machine.gpus, model=digest
+        ),
     )
     pairs = told.stage("pairs", lambda: pairs_stage(own, rollouts.folder / ROLLOUTS_FILE, model=digest))
     trained = told.stage(

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from syncline.cli.held import refuse_other_base
 from syncline.config import RunConfig
 from syncline.config.offline import OfflineConfig, engine_run
 from syncline.errors import SyncError
@@ -53,7 +54,8 @@ class Policies:
         urls = self._running()
         facts: dict[str, Any] = asdict(self._held(urls))
         if adapter is None and known is None and self._given:
-            self._refuse_other_base(urls[0])
+            seconds = self._config.engine.start_timeout_seconds  # those started here hold what they were started from
+            refuse_other_base(urls[0], self._model_path, timeout_seconds=seconds)
         if adapter is not None and (known is None or facts["digest"] != known.facts["digest"]):
             facts = self._publish(adapter, urls, version=version)
         if known is not None and facts["digest"] != known.facts["digest"]:
@@ -87,33 +89,19 @@ class Policies:
 
         return held_by(self._run(), urls)[0]
 
-    def _refuse_other_base(self, url: str) -> None:
-        """Engines started here hold what they were started from; those that run may hold anything, all the same."""
-        from syncline.bridges.verify import faults_of
-        from syncline.engines.client import EngineController
-
-        engine = EngineController(url, timeout_seconds=self._config.engine.start_timeout_seconds)
-        try:
-            served = engine.parameters()
-        finally:
-            engine.close()
-        if faults := faults_of(self._model_path, served):
-            raise SyncError(f"{engine.name} does not hold the weights of {self._model_path}:\n" + "\n".join(faults))
-
     def _publish(self, adapter: Path, urls: tuple[str, ...], *, version: int) -> dict[str, Any]:
         """The receipt and what the publish cost. The base is proved again each time: nobody keeps it in memory between
         rounds."""
-        from peft import PeftModel
-
         from syncline.bridges.ranks import ONE_RANK
         from syncline.cli.bridge import build_bridge, connect_engines
         from syncline.learner.model import assets_folder, learner_device, load_model
+        from syncline.offline.adapters import adapted
 
         run = self._run()
         plain = run.model.model_copy(update={"lora": None})
         device = learner_device(run.learner.device)
         base = load_model(plain, device=device)
-        model = PeftModel.from_pretrained(base, str(adapter))
+        model = adapted(base, adapter)
         with ExitStack() as stack:
             engines = connect_engines(run, urls, None, device=device, ranks=ONE_RANK)
             for engine in engines:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from syncline.cli.bridge import await_servers, brings_weights, build_bridge, connect_engines
 from syncline.cli.files import add_file, file_of
@@ -184,15 +184,16 @@ def _outside(
     config: RunConfig, stack: ExitStack, *, trajectories_url: str, resumed_step: int, training_log: "MetricSink | None"
 ) -> tuple["MetricSink", "RolloutSource"]:
     from syncline.cli.trajectories import run_terms
+    from syncline.envs.rendering import load_tokenizer
     from syncline.observe.exports import ExportingSink, open_exports
     from syncline.observe.sinks import JsonlSink, MultiSink
     from syncline.observe.training_log import CompletionsCsv
     from syncline.trajectory.client import TrajectorySource
     from syncline.trajectory.guard import TOKEN_VARIABLE
 
-    folder = Path(config.run.dir)
+    folder, tokenizer = Path(config.run.dir), load_tokenizer(config.model.tokenizer or config.model.path)
     exports = open_exports(config.observe, folder, resumed_step=resumed_step)
-    own: list[MetricSink] = [JsonlSink(folder, resumed_step=resumed_step, decode=_tokenizer(config).decode)]
+    own: list[MetricSink] = [JsonlSink(folder, resumed_step=resumed_step, decode=tokenizer.decode)]
     if config.observe.completions_csv:
         own += [CompletionsCsv(Path(config.observe.completions_csv), resumed_step=resumed_step)]
     own += [training_log] if training_log else []
@@ -242,20 +243,14 @@ def _step(config: RunConfig, model: "torch.nn.Module", device: "torch.device", r
     )
 
 
-def _tokenizer(config: RunConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
-
-
 def _gate(config: RunConfig, engine_urls: Sequence[str], ranks: "Ranks", model: "torch.nn.Module") -> "ParityGate":
     from syncline.engines.pool import EnginePool
-    from syncline.envs.rendering import rendered
+    from syncline.envs.rendering import load_tokenizer, rendered
     from syncline.learner.parity import ParityGate
     from syncline.observe.images import image_ref
     from syncline.types import Message
 
-    tokenizer = _tokenizer(config)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     shown = [Message("user", config.parity.prompts[0], (image_ref(path),)) for path in config.parity.images]
     return ParityGate(
         config=config.parity,

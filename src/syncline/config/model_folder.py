@@ -3,10 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from syncline.config.load import validated
 from syncline.config.schema import RunConfig
 from syncline.config.servers import servers
+from syncline.errors import ConfigError
 
 MXFP4 = "mxfp4"
 WITH_ADAPTERS = ("auto", "marlin")
@@ -14,6 +18,7 @@ WITH_ADAPTERS = ("auto", "marlin")
 _MARLIN_COLUMNS = 128
 """Of a rank's experts: Marlin pads to a multiple of it."""
 _COMPRESSED = "compressed-tensors"
+_REMEDY = "mend it, or fetch the model again"
 _WORDS = (4, 8)
 """Bits of integers that vLLM's kernels take."""
 _FP8_LAYERS = "with one scale a layer, and vLLM quantises layers that it fuses again, to give them one"
@@ -23,22 +28,108 @@ _FP8_BLOCKS = (
 )
 
 
+def _size(value: Any) -> Any:
+    """Some families have a list: one for each layer."""
+    if value is None or isinstance(value, list) or (type(value) is int and value > 0):
+        return value
+    raise ValueError(f"{value!r} is no whole number above 0")
+
+
+def _count(value: Any) -> Any:
+    """0: the family can have some, and the model has none."""
+    return value if value == 0 and type(value) is int else _size(value)
+
+
+Size = Annotated[Any, BeforeValidator(_size)]
+Count = Annotated[Any, BeforeValidator(_count)]
+
+
+class _Read(BaseModel):
+    """What is read of a config.json, here and by `launch.shape`; `null` is as good as absent."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class _Weights(_Read):
+    num_bits: float | None = None
+    group_size: int | None = None
+
+
+class _Group(_Read):
+    weights: _Weights | None = None
+
+
+class _Packing(_Read):
+    quant_method: str | None = None
+    version: str | None = None
+    bits: float | None = None
+    group_size: int | None = None
+    dynamic: dict[str, Any] | None = None
+    config_groups: dict[str, _Group] | None = None
+
+
+class _Decoder(_Read):
+    model_type: str | None = None
+    hidden_size: Size = None
+    num_hidden_layers: Size = None
+    num_attention_heads: Size = None
+    num_key_value_heads: Size = None
+    head_dim: Size = None
+    intermediate_size: Count = None
+    moe_intermediate_size: Count = None
+    vocab_size: Size = None
+    num_experts: Count = None
+    num_local_experts: Count = None
+    n_routed_experts: Count = None
+    num_experts_per_tok: Count = None
+    layer_types: list[str] | None = None
+    sliding_window: Count = None
+
+
+class _Model(_Decoder):
+    text_config: _Decoder | None = None
+    vision_config: dict[str, Any] | None = None
+    quantization_config: _Packing | None = None
+
+
 def quantisation(path: str) -> str | None:
     """How the weights of a model are packed (`"mxfp4"`, `"gptq"`); `None`: not at all, or nobody has its config.json
     here (see `known_settings`)."""
     return (known_settings(path).get("quantization_config") or {}).get("quant_method")
 
 
-def known_settings(path: str) -> dict[str, Any]:
+def known_settings(path: str, *, field: str = "model.path") -> dict[str, Any]:
     """A model's config.json: a folder's, or of a hub name the one in the hub's cache. Nobody is asked over a network,
-    so it is empty for a model that was never fetched."""
+    so it is empty for a model that was never fetched. Raises `ConfigError` for a folder that has none, and what
+    `read_settings` does."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         file = Path(path) / "config.json" if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
-        return json.loads(Path(file).read_text(encoding="utf-8")) if isinstance(file, str | Path) else {}
-    except (OSError, ValueError):
-        return {}
+    except (OSError, ValueError) as error:
+        fault = f"{path!r} is no folder that can be read here, and no name of the hub ({error})"
+        raise ConfigError([f"{field}: {fault}; give one of the two"]) from error
+    return read_settings(Path(file), field=field) if isinstance(file, str | Path) else {}
+
+
+def read_settings(file: Path, *, field: str = "model.path") -> dict[str, Any]:
+    """A config.json. Raises `ConfigError` for one that cannot be read, or whose values are none that a model has."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        remedy = "give a model's folder, or a name of the hub"
+        raise ConfigError([f"{field}: {file} cannot be read ({error.strerror}); {remedy}"]) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{field}: {file} is no JSON ({error}); {_REMEDY}"]) from error
+    if not isinstance(found, dict):
+        raise ConfigError([f"{field}: {file} holds a {type(found).__name__}, and no settings by name; {_REMEDY}"])
+    try:
+        validated(_Model, found)
+    except ConfigError as error:
+        raise ConfigError(
+            [f"{field}: {file}: {fault.partition(' or instance of ')[0]}; {_REMEDY}" for fault in error.faults]
+        ) from None
+    return found
 
 
 def model_faults(config: RunConfig) -> list[str]:
@@ -92,7 +183,7 @@ def packed_faults(config: RunConfig) -> list[str]:
 
 def expert_faults(config: RunConfig, settings: Mapping[str, Any]) -> Iterator[str]:
     """Why vLLM could not adapt MXFP4 experts of a model with these `settings`, or nobody could measure them."""
-    extra, inner = config.engine.extra, settings.get("intermediate_size", 0)
+    extra, inner = config.engine.extra, settings.get("intermediate_size") or 0
     if (backend := extra.get("moe_backend", "auto")) not in WITH_ADAPTERS:
         yield (
             f"engine.extra.moe_backend: {backend!r} has no adapters of MXFP4 experts, or keeps them where nobody can "
@@ -123,7 +214,7 @@ def _unreadable(settings: Mapping[str, Any], *, on_cpu: bool) -> Iterator[str]:
     if packed == "gptq":
         yield from _gptq(settings, on_cpu=on_cpu)
     elif packed == "awq":
-        layout = (settings.get("version", "gemm").lower(), settings.get("bits"), settings.get("zero_point"))
+        layout = ((settings.get("version") or "gemm").lower(), settings.get("bits"), settings.get("zero_point"))
         if layout != ("gemm", 4, True):
             yield "and what is proved of it is four bits with zero points in the layout gemm"
     elif packed == "fp8":

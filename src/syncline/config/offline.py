@@ -72,6 +72,7 @@ class Dpo(Section):
     guard: Guard = Guard()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: tuple[NonNegativeInt, ...] = (0,)
+    """One GPU: an adapter is also published to the engines from it, and merged there."""
 
 
 class Eval(Section):
@@ -122,7 +123,10 @@ def load_offline(path: str | Path, overrides: Sequence[str] = ()) -> OfflineConf
     faults = [fault for rule in (_model, _dpo, _sets) for fault in rule(config)]
     if faults:
         raise ConfigError(faults)
-    engine_run(config, config.model.path)
+    try:
+        engine_run(config, config.model.path)
+    except ConfigError as error:
+        raise error.renamed({f"learner.{name}": f"dpo.{name}" for name in ("device", "devices")}) from None
     return config
 
 
@@ -169,6 +173,9 @@ def _model(config: OfflineConfig) -> Iterator[str]:
 
 def _dpo(config: OfflineConfig) -> Iterator[str]:
     dpo = config.dpo
+    if dpo.device != "cpu" and len(set(dpo.devices)) != 1:
+        fault = f"{list(dpo.devices)} names {len(set(dpo.devices))} GPUs, and DPO trains on one"
+        yield f"dpo.devices: {fault}; name that one, or set dpo.device to cpu"
     if dpo.pairs_per_step % dpo.microbatch_pairs:
         yield f"dpo.microbatch_pairs: {dpo.microbatch_pairs} does not divide pairs_per_step = {dpo.pairs_per_step}"
     for name, weight in dpo.losses.items():

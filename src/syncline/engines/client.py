@@ -18,6 +18,7 @@ import aiohttp
 import httpx
 from pydantic_core import from_json, to_json
 
+from syncline.config.proxies import is_near
 from syncline.errors import EngineError, EngineGone, EngineTimeout
 from syncline.observe.images import read_image
 from syncline.protocols import Membership, Paused, Receipt, Received
@@ -64,7 +65,7 @@ class EngineClient:
             connector=aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=IDLE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=None, connect=limit, sock_connect=limit, sock_read=limit),
             headers={"Content-Type": "application/json"},
-            trust_env=bool(getproxies()),  # as `EngineController` does; aiohttp looks for them at every request
+            trust_env=not is_near(self.url) and bool(getproxies()),  # aiohttp looks for them at every request
         )
         return self
 
@@ -132,7 +133,7 @@ class EngineController:
         self.url = url
         self.name = f"{name} at {url}"
         self._timeout_seconds = timeout_seconds
-        self._http = httpx.Client(base_url=url)
+        self._http = httpx.Client(base_url=url, trust_env=not is_near(url))
         self._pause: int | None = None
         """The last that the engine told of; whatever is asked of it in a publish names it (`routes.Order`)."""
 

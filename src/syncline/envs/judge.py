@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from syncline.config.proxies import is_near
 from syncline.errors import ConfigError
 
 T = TypeVar("T")
@@ -65,7 +66,9 @@ class Judge:
         self._endpoint, self._rubric, self._sleep = endpoint, rubric, sleep
         key = os.environ[endpoint.api_key_env] if endpoint.api_key_env else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.AsyncClient(timeout=endpoint.timeout_seconds, headers=headers, transport=transport)
+        self._http = httpx.AsyncClient(
+            timeout=endpoint.timeout_seconds, headers=headers, transport=transport, trust_env=not is_near(endpoint.url)
+        )
 
     async def __aenter__(self) -> "Judge":
         return self

@@ -19,6 +19,7 @@ class SoftLengthLimit:
     def __init__(self, environment: Environment, overlong: Overlong, *, max_tokens: int) -> None:
         """`max_tokens` bounds each completion."""
         self.name = environment.name
+        self.num_train_tasks: int | None = getattr(environment, "num_train_tasks", None)
         self._environment = environment
         self._overlong = overlong
         self._max_tokens = max_tokens

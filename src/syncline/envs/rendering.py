@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from syncline.config.model_folder import read_settings
 from syncline.errors import ConfigError
 from syncline.protocols import Generate
 from syncline.types import Completion, ImageRef, Message, SamplingParams
@@ -14,11 +16,14 @@ RENDERED = "rendered"
 
 def load_tokenizer(path: str) -> Any:
     """A transformers tokenizer from a folder or the hub. Raises `ConfigError` when there is none."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
+        if (beside := Path(path) / "config.json").exists():  # transformers looks into it
+            read_settings(beside, field="model.tokenizer")
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         remedy = "give a folder with tokenizer files or a hub name that can be reached from here"
         raise ConfigError([f"model.tokenizer: {path!r} has no tokenizer that loads; {remedy} ({error})"]) from error
 
@@ -28,8 +33,13 @@ def rendered(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     if [m.role for m in messages] == [RENDERED]:
         return tokenizer.encode(messages[0].content, add_special_tokens=False)
     if tokenizer.chat_template:
+        from jinja2 import TemplateError
+
         chat = [_turn(message) for message in messages]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        try:
+            return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses {[m.role for m in messages]} messages: {error}") from error
     if any(message.images for message in messages):
         raise ValueError("the tokenizer has no chat template, which says where images go; give model.tokenizer one")
     return tokenizer.encode("".join(m.content for m in messages))

@@ -188,7 +188,7 @@ def _hub_rows(hub: tuple[str, str | None], split: str) -> Iterator[tuple[str, An
 def _json(line: str, *, where: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError([f"{where}: is not JSON ({error}); a row is one JSON object a line"]) from error
 
 

@@ -1,16 +1,17 @@
 """A model's sizes, read from its `config.json` alone: how many parameters, and what a token costs to keep."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from syncline.config.model_folder import MXFP4
+from syncline.config.model_folder import MXFP4, known_settings, read_settings
 from syncline.errors import ConfigError
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_COUNTS = ("head_dim", "num_key_value_heads", "moe_intermediate_size", "num_experts", "num_local_experts")
+_COUNTS += ("n_routed_experts", "num_experts_per_tok", "sliding_window")
 _BIASED_ATTENTION = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl_text")
 
 
@@ -94,14 +95,15 @@ class Shape:
 
 def read_shape(model: str) -> Shape:
     """Of a folder, or of a model of the hub. Raises `ConfigError` when it cannot be read or names no sizes."""
-    path = Path(model) / "config.json" if Path(model).is_dir() else _from_hub(model)
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"model.path: {model!r} has no readable config.json: {error}"]) from error
-    text = values.get("text_config", values)
-    if missing := [name for name in _NEEDED if name not in text]:
-        raise ConfigError([f"model.path: {model!r} has a config.json without {', '.join(missing)}; it is no decoder"])
+    values = known_settings(model)
+    if not values and not Path(model).is_dir():
+        values = read_settings(_from_hub(model))
+    text = values.get("text_config") or values
+    missing = [name for name in _NEEDED if text.get(name) is None]
+    lists = [name for name in (*_NEEDED, *_COUNTS) if isinstance(text.get(name), list)]
+    if missing or lists:
+        fault = f"without {', '.join(missing)}" if missing else f"with a list for {', '.join(lists)}"
+        raise ConfigError([f"model.path: {model!r} has a config.json {fault}; give a decoder that has one of each"])
     tied = bool(text.get("tie_word_embeddings", values.get("tie_word_embeddings", False)))
     return shape_of(text, tied=tied, packing=values.get("quantization_config") or {})
 

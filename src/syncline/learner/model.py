@@ -13,6 +13,7 @@ from torch import nn
 from syncline.bridges.manifest import Shard
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.saved import model_class
+from syncline.config.model_folder import known_settings
 from syncline.config.schema import Learner, Lora, Model
 from syncline.errors import ConfigError
 from syncline.learner.attention import check_attention
@@ -59,10 +60,12 @@ def load_model(
 
     Raises `ConfigError` for a path that holds no model, and for one that cannot be split.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     running = running or Learner()
     dtype = learner_dtype(config.dtype, device)
+    known_settings(config.path)
     try:
         settings = without_dropout(AutoConfig.from_pretrained(config.path))
         check_attention(settings.get_text_config())
@@ -77,7 +80,7 @@ def load_model(
             model = model_class(settings).from_pretrained(
                 config.path, config=settings, dtype=dtype, attn_implementation=attention, **dequantised(settings)
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         raise ConfigError([f"model.path: {config.path!r} cannot be trained: {error}"]) from error
     refuse_unknown_logits(model.config)
     model.config.use_cache = False
@@ -329,9 +332,13 @@ class Reference:
 
 
 def assets_folder(path: str) -> Path:
-    """The folder with the model's config and tokenizer files; a hub name resolves to its cached snapshot."""
-    if Path(path).is_dir():
-        return Path(path)
+    """The folder with the model's config and tokenizer files; a hub name resolves to its cached snapshot. Raises
+    `ConfigError` for a name that is neither, and for a config.json that cannot be read."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, local_files_only=True))
+    known_settings(path)
+    try:
+        return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=True))
+    except (OSError, ValueError) as error:
+        fault = f"{path!r} is no folder here, and the hub's cache has no copy ({error})"
+        raise ConfigError([f"model.path: {fault}; give a folder, or fetch the model: `hf download NAME`"]) from error

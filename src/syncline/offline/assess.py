@@ -15,11 +15,11 @@ from typing import Any
 
 from syncline.config.offline import Eval
 from syncline.config.offline_collect import Questions
-from syncline.envs.rendering import load_tokenizer, rendered
+from syncline.envs.rendering import load_tokenizer
 from syncline.errors import ConfigError
 from syncline.observe.files import read_object, write_atomically
 from syncline.offline.arms import Arm
-from syncline.offline.collect import Place, attempt_of
+from syncline.offline.collect import Place, attempt_of, prompt_tokens, request_of
 from syncline.offline.gauge import Gauge, gauging
 from syncline.offline.lines import AppendOnlyLines
 from syncline.offline.marks import GREEDY, SAMPLED, Marked, read_answer, summarise
@@ -28,7 +28,6 @@ from syncline.offline.records import Attempt, read_trajectories
 from syncline.offline.replica import EngineReplica, allow_connections
 from syncline.offline.sampler import Request, Sampler
 from syncline.offline.work import WorkItem
-from syncline.types import SamplingParams
 
 EVALUATION_FILE = "evaluation.json"
 SHOW_SECONDS = 10.0
@@ -77,18 +76,11 @@ class _Set:
 
     def requests(self, question: Question, seed: int) -> Iterator[Request]:
         arms = [self._greedy] + [self._sampled] * (self._asked.num_samples > 0)
-        ids = tuple(rendered(self._tokenizer, self._greedy.prompt(question.question)))
-        room = self._place.max_length - len(ids)
-        if room < 1:
-            where = f"question {question.question_id} ({question.question[:60]!r}) has {len(ids)} prompt tokens"
-            raise ConfigError([f"model.max_length: {self._place.max_length}, but {where}; raise it"])
+        ids = prompt_tokens(self._tokenizer, self._greedy.prompt(question.question))
         for arm in arms:
             for sample in range(arm.num_samples):
                 item = WorkItem(question.question_id, question.question, question.gold, arm, sample, seed)
-                sampling = SamplingParams(
-                    min(self._asked.max_tokens, room), temperature=arm.temperature, top_p=arm.top_p, seed=item.seed
-                )
-                yield Request(item, ids, sampling)
+                yield request_of(item, ids, max_tokens=self._asked.max_tokens, max_length=self._place.max_length)
 
     async def sample(self, pending: list[Request], lines: AppendOnlyLines, show: Callable[[str], None]) -> None:
         asked, place = self._asked, self._place

@@ -6,7 +6,7 @@ lets the workload decide again what they make due, and samples what is missing: 
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from syncline.offline.replica import EngineReplica, allow_connections
 from syncline.offline.sampler import Request, Sampler
 from syncline.offline.scoring import aurocs, score_attempts
 from syncline.offline.work import WorkItem, Workload
-from syncline.types import Completion, FinishReason, SamplingParams
+from syncline.types import Completion, FinishReason, Message, SamplingParams
 
 ATTEMPTS_FILE = "attempts.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -123,6 +123,24 @@ def attempt_of(request: Request, completion: Completion, *, tokenizer: Any, mode
     )
 
 
+def prompt_tokens(tokenizer: Any, prompt: Sequence[Message]) -> tuple[int, ...]:
+    try:
+        return tuple(rendered(tokenizer, prompt))
+    except ValueError as error:
+        raise ConfigError([f"model.tokenizer: {error}; give one whose template takes such a prompt"]) from error
+
+
+def request_of(item: WorkItem, ids: tuple[int, ...], *, max_tokens: int, max_length: int) -> Request:
+    """Raises `ConfigError` for a prompt that leaves no room for an answer."""
+    room = max_length - len(ids)
+    if room < 1:
+        where = f"question {item.question_id} ({item.question[:60]!r}) has {len(ids)} prompt tokens"
+        raise ConfigError([f"model.max_length: {max_length}, but {where}; raise it, or leave it out"])
+    arm = item.arm
+    sampling = SamplingParams(min(max_tokens, room), temperature=arm.temperature, top_p=arm.top_p, seed=item.seed)
+    return Request(item, ids, sampling)
+
+
 class _Collection:
     def __init__(self, asked: Collect, place: Place, loaded: Loaded, *, model: str, seed: int) -> None:
         self.workload = Workload(loaded.questions, asked, seed=seed)
@@ -185,16 +203,8 @@ class _Collection:
         asked, prompt = self._asked, item.prompt
         text = prompt[0].content
         if text not in self._prompt_ids:
-            self._prompt_ids[text] = tuple(rendered(self._tokenizer, prompt))
-        ids = self._prompt_ids[text]
-        room = self._place.max_length - len(ids)
-        if room < 1:
-            where = f"question {item.question_id} ({item.question[:60]!r}) has {len(ids)} prompt tokens"
-            raise ConfigError([f"model.max_length: {self._place.max_length}, but {where}; raise it, or leave it out"])
-        sampling = SamplingParams(
-            min(asked.max_tokens, room), temperature=item.arm.temperature, top_p=item.arm.top_p, seed=item.seed
-        )
-        return Request(item, ids, sampling)
+            self._prompt_ids[text] = prompt_tokens(self._tokenizer, prompt)
+        return request_of(item, self._prompt_ids[text], max_tokens=asked.max_tokens, max_length=self._place.max_length)
 
     def _written(self, request: Request, attempt: Attempt) -> list[Request]:
         return [self._request(item) for item in self._note(request.item, attempt)]

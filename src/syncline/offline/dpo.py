@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from syncline.config.model_folder import known_settings
 from syncline.config.offline import Dpo
 from syncline.config.schema import Model
 from syncline.envs.rendering import load_tokenizer
 from syncline.errors import ConfigError
 from syncline.learner.model import add_lora, learner_device, learner_dtype, refuse_unknown_logits, without_dropout
+from syncline.offline.adapters import adapted
 from syncline.offline.preferences import Preference, read_preferences
 from syncline.offline.stage import Notes
 
@@ -106,22 +108,23 @@ def _trainer(config: Dpo, task: Task, folder: Path, *, pairs: Sequence[Preferenc
 def load_policy(model: Model, adapter: Path | None, *, device: torch.device) -> Any:
     """The base with the adapter of an earlier round, or a fresh one as `model.lora` says. Attention is SDPA, because
     TRL pads. Raises `ConfigError` for a path that holds no model."""
-    from peft import PeftModel
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if model.lora is None:
         raise ConfigError(["model.lora: absent, and DPO trains an adapter; add such as {rank: 16}"])
     dtype = learner_dtype(model.dtype, device)
+    known_settings(model.path)
     try:
         settings = without_dropout(AutoConfig.from_pretrained(model.path))
         base = AutoModelForCausalLM.from_pretrained(
             model.path, config=settings, dtype=dtype, attn_implementation="sdpa"
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ConfigError([f"model.path: {model.path!r} cannot be trained: {error}"]) from error
     refuse_unknown_logits(base.config)
     if adapter is not None:
-        return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+        return adapted(base, adapter, field="--start", is_trainable=True)
     return add_lora(base, model.lora)
 
 

@@ -29,8 +29,11 @@ GRACE_SECONDS = 10.0
 
 
 @contextmanager
-def running_engines(run: RunConfig, *, show: Callable[[str], None] = print) -> Iterator[tuple[str, ...]]:
-    """The URLs of `engine.num_replicas` engines, ready; they log below `run.dir`, and end with the body.
+def running_engines(
+    run: RunConfig, *, machine: Machine | None = None, show: Callable[[str], None] = print
+) -> Iterator[tuple[str, ...]]:
+    """The URLs of `engine.num_replicas` engines, ready; they log below `run.dir`, and end with the body. `machine`:
+    with the GPUs that `engine.devices` counts, for a process that sees its own alone by now.
 
     Call it on the main thread: they are tied to the thread's life. Raises `ConfigError` for GPUs and ports that are not
     there, `ProcessDied` and `EngineTimeout` with the end of the log.
@@ -39,7 +42,7 @@ def running_engines(run: RunConfig, *, show: Callable[[str], None] = print) -> I
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(run.model_dump(mode="json")))
     with ExitStack() as stack:
         ports = stack.enter_context(lease_ports(wanted_engine_ports(run)))
-        specs = plan_servers(run, ports=ports, machine=Machine.here(), folder=folder)
+        specs = plan_servers(run, ports=ports, machine=machine or Machine.here(), folder=folder)
         stack.enter_context(subreaper())
         write_atomically(folder / PROCESSES_FILE, json.dumps({"processes": []}))
         stack.callback(_guardian(folder).communicate, DONE)

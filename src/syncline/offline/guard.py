@@ -93,7 +93,7 @@ class Watch(TrainerCallback):
         if "loss" not in values:
             return
         self.num_tokens = values["num_tokens"] = self._tokens_before + int(values["num_tokens"])
-        if values.get("grad_norm") == 0.0:
+        if values.get("grad_norm") == 0.0 and state.global_step == 1:  # later ones may have told all pairs apart
             raise TrainingError("dpo: the gradient is 0: nothing trains; see model.lora.target_modules")
         if not all(torch.tensor(values[name]).isfinite() for name in ("loss", "grad_norm") if name in values):
             raise TrainingError(f"dpo: loss {values['loss']} at step {state.global_step} is not finite{self._kept()}")

@@ -71,7 +71,11 @@ class AppendOnlyLines:
                 self._file.truncate(end)
                 break
             end += len(line)
-            key = self._key(parse_line(line.decode(), where=f"{self.path}:{number}"))
+            record = parse_line(line, where=f"{self.path}:{number}")
+            try:
+                key = self._key(record)
+            except KeyError as error:
+                raise ConfigError([f"{self.path}:{number}: has no {error}; remove the line"]) from error
             if key in self.done:
                 raise ConfigError([f"{self.path}:{number}: {key!r} is there twice; remove one of the two lines"])
             self.done.add(key)
@@ -80,7 +84,7 @@ class AppendOnlyLines:
 def read_records(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """Pairs of where a line stands (`rollouts.jsonl:3`) and its object. Raises `ConfigError` naming the line."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 where = f"{path}:{number}"
                 yield where, parse_line(line, where=where)
@@ -88,10 +92,10 @@ def read_records(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         raise ConfigError([f"{path}: cannot be read ({error}); give a JSON lines file"]) from error
 
 
-def parse_line(line: str, *, where: str) -> dict[str, Any]:
+def parse_line(line: str | bytes, *, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError([f"{where}: is not JSON ({error}); one JSON object a line"]) from error
     if not isinstance(record, dict):
         raise ConfigError([f"{where}: holds a {type(record).__name__}; one JSON object a line"])

@@ -15,9 +15,11 @@ import torch
 
 from syncline.bridges.receipt import model_digest, parameter_digests
 from syncline.bridges.restart import write_weights
+from syncline.config.model_folder import known_settings
 from syncline.errors import CheckpointError, ConfigError
 from syncline.learner.model import assets_folder, checkpoint_parameters, learner_device, learner_dtype, saved_parameters
 from syncline.observe.files import write_atomically
+from syncline.offline.adapters import WEIGHTS_FILE, adapted, adapter_settings
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 """Mean |Δ logprob|, nats: what rounding the merged weights once costs."""
@@ -27,7 +29,6 @@ TEXTS = (
     "12+7=19",
 )
 SUMMARY_FILE = "merge.json"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +65,27 @@ def merge(
     Raises `ConfigError` for an adapter of another base, by name or shape, and `CheckpointError` for weights that are
     not finite, or that do not say what the adapter says.
     """
-    from peft import PeftModel
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     device = learner_device("auto")
-    settings = _settings(adapter)
+    settings = adapter_settings(adapter, field="--adapter")
     _refuse_other_name(settings, base, any_base_name)
+    known_settings(base, field="--base")
     loading: Any = {"dtype": learner_dtype(dtype, device), "device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(base, **loading).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ConfigError([f"--base: {base!r} holds no model that loads: {error}"]) from error
     ids = _tokens(base, texts, model)
     plain = _logprobs(model, ids)
     num_adapted = _refuse_other_shapes(model, adapter)
-    adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
-    wanted = _logprobs(adapted, ids)
-    merged = dict(checkpoint_parameters(adapted))
+    peft_model = adapted(model, adapter, field="--adapter").eval()
+    wanted = _logprobs(peft_model, ids)
+    merged = dict(checkpoint_parameters(peft_model))
     _refuse_broken(merged)
     partial = out.with_name(out.name + ".unproved")
-    write_weights(saved_parameters(adapted), partial, assets=assets_folder(base))
+    write_weights(saved_parameters(peft_model), partial, assets=assets_folder(base))
     _copy_tokenizer(adapter, partial)
     found = _logprobs(AutoModelForCausalLM.from_pretrained(partial, **loading).eval(), ids)
     limit = TOLERANCES[model.dtype] if tolerance is None else tolerance
@@ -106,16 +108,6 @@ def merge(
     return summary
 
 
-def _settings(adapter: Path) -> Mapping[str, Any]:
-    path = adapter / ADAPTER_CONFIG
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            [f"--adapter: {adapter} is no PEFT adapter ({path.name}: {error}); give its folder"]
-        ) from error
-
-
 def _refuse_other_name(settings: Mapping[str, Any], base: str, any_base_name: bool) -> None:
     """Folders move, so the last part of the name counts."""
     named = settings.get("base_model_name_or_path")
@@ -132,25 +124,28 @@ def _refuse_other_shapes(model: Any, adapter: Path) -> int:
     """PEFT leaves out what it finds no place for; here every tensor of the adapter must have one, of its shape.
 
     Returns the number of adapted layers."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    path = adapter / "adapter_model.safetensors"
+    path = adapter / WEIGHTS_FILE
     if not path.is_file():
         raise ConfigError([f"--adapter: {adapter} has no {path.name}; pickled adapters are not loaded, save it again"])
     modules, layers = dict(model.named_modules()), set[str]()
     faults: list[str] = []
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118  (not a dict: it cannot be iterated)
-            name, _, leaf = key.removeprefix("base_model.model.").partition(".lora_")
-            weight = getattr(modules.get(name), "weight", None)
-            shape = list(file.get_slice(key).get_shape())
-            if not leaf:
-                faults.append(f"--adapter: trains {name} whole (modules_to_save), which is not merged")
-            elif weight is None:
-                faults.append(f"--base: has no {name}, which the adapter adapts")
-            elif not _fits(leaf, shape, list(weight.shape)):
-                faults.append(f"--base: {name} is {list(weight.shape)}, and the adapter's lora_{leaf} is {shape}")
-            layers.add(name)
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (no dict)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError([f"--adapter: {path} cannot be read ({error}); save it again"]) from error
+    for key, shape in shapes.items():
+        name, _, leaf = key.removeprefix("base_model.model.").partition(".lora_")
+        weight = getattr(modules.get(name), "weight", None)
+        if not leaf:
+            faults.append(f"--adapter: trains {name} whole (modules_to_save), which is not merged")
+        elif weight is None:
+            faults.append(f"--base: has no {name}, which the adapter adapts")
+        elif not _fits(leaf, shape, list(weight.shape)):
+            faults.append(f"--base: {name} is {list(weight.shape)}, and the adapter's lora_{leaf} is {shape}")
+        layers.add(name)
     if faults:
         raise ConfigError([*faults[:5], *([f"… and {len(faults) - 5} more"] if len(faults) > 5 else [])])
     return len(layers)

@@ -95,6 +95,8 @@ def _answer_ids(
 ) -> tuple[int, ...]:
     text = "".join(message.content for message in messages[field])
     sampled = (provenance.get(field) or {}).get("token_ids")
+    if sampled is None and tokenizer.eos_token_id is None:
+        raise ValueError(f"field {field!r}: names no tokens, and the tokenizer has no end token; give it one")
     if sampled is None:
         return (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
     if tokenizer.decode(sampled, skip_special_tokens=True) != text:

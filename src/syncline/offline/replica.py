@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from syncline.config.proxies import is_near
 from syncline.engines.client import EngineClient
 from syncline.errors import ConfigError, EngineError
 from syncline.types import Completion, FinishReason, SamplingParams
@@ -40,7 +41,7 @@ class EngineReplica:
         self.name = url
         self._adapter = adapter and str(Path(adapter).absolute())
         self._client = EngineClient(url, timeout_seconds=timeout_seconds, max_connections=max_connections)
-        self._http = httpx.AsyncClient(base_url=url, timeout=HEALTH_TIMEOUT_SECONDS)
+        self._http = httpx.AsyncClient(base_url=url, timeout=HEALTH_TIMEOUT_SECONDS, trust_env=not is_near(url))
 
     async def __aenter__(self) -> "EngineReplica":
         await self._client.__aenter__()

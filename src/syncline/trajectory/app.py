@@ -107,7 +107,7 @@ def _add_environment_routes(app: FastAPI, store: TrajectoryStore) -> None:
 
     @app.post("/permits", **takes(wire.PermitsRequest))
     async def permits(request: Request, body: Annotated[wire.PermitsRequest, _body(wire.PermitsRequest)]) -> Response:
-        ask = Ask(body.environment, body.worker, body.num_permits)
+        ask = Ask(body.environment, body.worker, body.num_permits, body.num_tasks)
 
         def grant(queue: TrajectoryQueue) -> list[Ticket]:
             return queue.grant(ask, room=store.room(queue))

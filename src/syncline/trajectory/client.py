@@ -8,11 +8,12 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
 
+from syncline.config.proxies import is_near
 from syncline.errors import TrajectoryError
 from syncline.protocols import Permit
 from syncline.trajectory import wire
@@ -58,7 +59,8 @@ class TrajectorySink:
     """`RolloutSink` over HTTP. Use as an async context manager.
 
     `worker` names this sampling process among those of its environment. A process that starts under the name of a
-    dead one takes its place: permits the dead one still held are handed out again at once.
+    dead one takes its place: permits the dead one still held are handed out again at once. `num_tasks`: of a pass over
+    the environment's tasks.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class TrajectorySink:
         url: str,
         *,
         worker: str = "0",
+        num_tasks: int | None = None,
         token: str | None = None,
         retry_seconds: float = 60.0,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -73,12 +76,10 @@ class TrajectorySink:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._url = url
-        self._worker = worker
+        self._worker, self._num_tasks = worker, num_tasks
         self._retry_seconds = retry_seconds
         self._clock, self._sleep = clock, sleep
-        self._http = httpx.AsyncClient(
-            base_url=url, headers=_headers(token), timeout=_ANSWER_SECONDS, transport=transport
-        )
+        self._http = httpx.AsyncClient(transport=transport, **_options(url, token))
         self._held: dict[str, set[str]] = {}
         self._asking = asyncio.Lock()
         self._putting = asyncio.Semaphore(PUTS_AT_ONCE)
@@ -97,6 +98,7 @@ class TrajectorySink:
                 wait = min(max(0.0, deadline - self._clock()), POLL_SECONDS)
                 held = self._held.setdefault(environment, set())
                 ask: dict[str, Any] = {"environment": environment, "worker": self._worker, "num_permits": num_permits}
+                ask |= {"num_tasks": self._num_tasks}
                 body = wire.PermitsRequest(**ask, held=tuple(sorted(held)), timeout_seconds=wait)
                 answer = await self._post("/permits", body.model_dump_json(), f"permits for {environment!r}")
                 if answer.status_code == 200:
@@ -164,7 +166,7 @@ class TrajectorySource:
         self._wait_timeout_seconds = wait_timeout_seconds
         self._retry_seconds = retry_seconds
         self._clock, self._sleep = clock, sleep
-        self._http = httpx.Client(base_url=url, headers=_headers(token), timeout=_ANSWER_SECONDS, transport=transport)
+        self._http = httpx.Client(transport=transport, **_options(url, token))
 
     def __enter__(self) -> "TrajectorySource":
         return self
@@ -210,10 +212,10 @@ class TrajectorySource:
         self._ask("/commit", wire.CommitRequest(learner=self._learner, step=step), f"committing step {step}")
 
     def metrics(self) -> dict[str, float]:
-        """Groups waiting, and what the run has dropped or handed out again so far."""
+        """Groups waiting, passes over the tasks, and what the run has dropped or handed out again so far."""
         status = self._ask("/status", None, "status").json()
-        counters = status["counters"]
-        return {"queue/length": status["num_queued"]} | {f"queue/{name}": counters[name] for name in _COUNTERS}
+        told = {"queue/length": status["num_queued"]} | passes(status["environments"])
+        return told | {f"queue/{name}": status["counters"][name] for name in _COUNTERS}
 
     def _ask(self, path: str, body: wire.WireMessage | None, what: str) -> httpx.Response:
         what = f"trajectory server {self._url}: {what}"
@@ -231,8 +233,19 @@ class TrajectorySource:
             self._sleep(pause or 0.0)
 
 
-def _headers(token: str | None) -> dict[str, str]:
-    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+def passes(environments: Mapping[str, Any]) -> dict[str, float]:
+    """`epoch`, as TRL counts it: tasks done with over those of a pass. Of several environments `epoch/NAME`, of those
+    whose tasks have an end."""
+    key = "epoch/{}" if len(environments) > 1 else "epoch"
+    return {
+        key.format(name): own["num_done"] / own["num_tasks"] for name, own in environments.items() if own["num_tasks"]
+    }
+
+
+def _options(url: str, token: str | None) -> Any:
+    """What both ends tell httpx."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    return {"base_url": url, "headers": headers, "timeout": _ANSWER_SECONDS, "trust_env": not is_near(url)}
 
 
 def _message(response: httpx.Response) -> str:

@@ -94,6 +94,7 @@ class TrajectoryQueue:
             raise Refused(f"environment {ask.environment!r} is not part of this run; known: {known}")
         self.expire()
         self.last_heard[ask.environment] = self.clock()
+        self.state.lines[ask.environment].num_tasks = ask.num_tasks
         for ticket in self.ledger.within(TicketState.PERMITTED):
             if (ticket.environment, ticket.worker) == ask.key and ticket.permit_id not in held:
                 self.ledger.hand_back(ticket, TicketState.RETURNED)
@@ -241,7 +242,8 @@ class TrajectoryQueue:
 
     def ready(self) -> list[Ticket]:
         """What may be leased: not groups of a version the learner has not announced yet. First those that the next
-        version makes too old, or who sampled long would be the one to be dropped; then in the order they came."""
+        version makes too old, or who sampled long would be the one to be dropped; then in the order they came. Nobody
+        waits for such that are still sampled: a step takes longer than their tokens are worth (docs/log.md)."""
         served, oldest_next = self.state.policy_version, self.state.policy_version - self.limits.max_staleness
         found = [t for t in self.ledger.within(TicketState.QUEUED) if not _above(t.newest, served)]
         return sorted(found, key=lambda t: t.oldest is None or t.oldest > oldest_next)

@@ -16,6 +16,8 @@ class Ask:
     environment: str
     worker: str
     num_permits: int
+    num_tasks: int | None = None
+    """Of a pass over the environment's tasks; `None`: they have no end."""
 
     @property
     def key(self) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from syncline.trajectory.atropos_run import TRAINER, why_no_batch
 from syncline.trajectory.queue import TrajectoryQueue
-from syncline.trajectory.tickets import TicketState
+from syncline.trajectory.tickets import OUTSTANDING, TicketState
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,10 @@ class EnvironmentStatus:
     num_queued: int
     num_to_retry: int
     """Task indices waiting to be handed out again."""
+    num_done: int
+    """Tasks trained on, or given up: neither out nor waiting. What a learner lost with its last steps is not."""
+    num_tasks: int | None
+    """Of a pass over its tasks; `None`: they have no end."""
     seconds_since_heard: float | None
     """`None`: not since this server process began."""
 
@@ -73,12 +77,15 @@ def why_no_permit(queue: TrajectoryQueue) -> str:
 
 def _environment(queue: TrajectoryQueue, name: str) -> EnvironmentStatus:
     line, heard = queue.state.lines[name], queue.last_heard.get(name)
+    out = queue.ledger.count(*OUTSTANDING, environment=name)
     return EnvironmentStatus(
         weight=queue.ledger.weights[name],
         num_granted=line.granted,
         num_permits=queue.ledger.count(TicketState.PERMITTED, environment=name),
         num_queued=queue.ledger.count(TicketState.QUEUED, environment=name),
         num_to_retry=len(line.returned),
+        num_done=line.next_index - len(line.returned) - out,
+        num_tasks=line.num_tasks,
         seconds_since_heard=None if heard is None else queue.clock() - heard,
     )
 

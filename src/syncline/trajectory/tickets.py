@@ -80,6 +80,8 @@ class Line:
     """Ascending: the lowest goes out first."""
     faults: dict[int, int] = field(default_factory=dict)
     granted: int = 0
+    num_tasks: int | None = None
+    """Of a pass, as the environment's worker said last."""
     share: float = 0.0
     """Virtual time up to which it has been served: permits over weight."""
 

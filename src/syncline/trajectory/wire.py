@@ -45,6 +45,8 @@ class PermitsRequest(WireMessage):
     held: tuple[Name, ...]
     """Every permit the worker holds. Others the server had given it were lost on the way, and are taken back."""
     timeout_seconds: PollSeconds
+    num_tasks: Positive | None = None
+    """Of a pass over the environment's tasks; `None`: they have no end."""
 
 
 class PermitsAnswer(WireMessage):

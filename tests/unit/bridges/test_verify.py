@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from syncline.bridges.receipt import parameter_digests
+from syncline.bridges.repacked import PREFIX
 from syncline.bridges.verify import faults_of
 from syncline.errors import CheckpointError
 
@@ -88,6 +89,20 @@ def test_a_tied_head_that_files_repeat_is_the_embedding(tmp_path: Path) -> None:
     assert faults_of(folder, held) == []
 
 
+def test_what_an_engine_packed_again_is_beside_what_it_was_handed(tmp_path: Path) -> None:
+    """Of a quantised base it tells both; the checkpoint has the one."""
+    folder = make_tiny_model(tmp_path)
+    again = {f"{PREFIX}model.layers.0.mlp.down_proj.qweight": "int32[1]:0"}
+    assert faults_of(folder, served(folder) | again) == []
+
+
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no model\*\.safetensors; give the folder of a checkpoint"):
+        faults_of(tmp_path, {})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"r": "4"}', '{"r": 0, "lora_alpha": 8, "base_model_name_or_path": null}'])
+def test_settings_of_an_adapter_that_are_none_are_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: adapter_config.json is not what PEFT writes"):
         faults_of(tmp_path, {})

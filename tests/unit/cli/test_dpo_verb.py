@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from syncline.cli import main
-from syncline.offline import dpo
+from syncline.errors import ProcessDied
+from syncline.launch.plan import Machine
+from syncline.offline import dpo, engines
 from syncline.offline.stage import Notes
 
 
@@ -22,6 +24,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(dpo, "train_dpo", train)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").touch()
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "pairs.jsonl").write_text("{}\n")
     rows = {"name": "sums", "made": {}}
@@ -47,6 +50,43 @@ def test_it_trains_on_the_gpu_that_is_named(file: str, tmp_path: Path, monkeypat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     assert main(["dpo", file, "dpo.devices=[1]", "--pairs", str(tmp_path / "pairs.jsonl")]) == 0
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+@pytest.mark.parametrize("verb", ["pipeline", "evaluate"])
+def test_a_pipeline_is_on_that_gpu_too_and_its_engines_on_theirs(
+    verb: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def planned(*args: object, machine: Machine, **others: object) -> None:
+        seen.extend((machine.gpus, (os.environ["CUDA_VISIBLE_DEVICES"],)))
+        raise ProcessDied("no engine is started here")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    monkeypatch.setattr(engines, "plan_servers", planned)
+    assert main([verb, file, "dpo.devices=[1]", "engine.devices=[2]"]) == ProcessDied.exit_code
+    assert seen == [("4", "5", "6"), ("5",)]
+
+
+@pytest.mark.parametrize("verb", ["pipeline", "dpo", "evaluate"])
+def test_gpus_that_dpo_cannot_use_are_refused_by_the_files_own_field(
+    verb: str, file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([verb, file, "dpo.devices=[0,1]"]) == 2
+    assert "dpo.devices: [0, 1] names 2 GPUs, and DPO trains on one" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert main([verb, file, "dpo.devices=[3]"]) == 2
+    assert "dpo.devices: [3] is not among the 3 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["pipeline", "dpo", "evaluate"])
+def test_a_model_of_which_only_the_settings_are_there_is_refused(
+    verb: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `syncline plan` leaves a hub's; its stages would be done again once the weights are there."""
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert main([verb, file, *(["--pairs", str(tmp_path / "pairs.jsonl")] if verb == "dpo" else [])]) == 2
+    assert f"{tmp_path}/model: holds settings and no weights" in capsys.readouterr().err
 
 
 def test_another_chat_template_is_another_stage(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from packed_models import SETTINGS
 
 from syncline.cli import main
 from syncline.config import load
-from syncline.config.model_folder import model_faults, quantisation
+from syncline.config.model_folder import known_settings, model_faults, quantisation
+from syncline.errors import ConfigError
 
 TEXT = """
 run: {dir: runs/x, num_steps: 10, groups_per_step: 4}
@@ -156,3 +157,69 @@ def test_what_vllm_cannot_adapt_of_experts_is_refused_before_it_starts(
 ) -> None:
     found = model_faults(load(EXAMPLE, change))
     assert [one.startswith(str(fault)) for one in found] == ([True] if fault else [])
+
+
+DECODER = {
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"), 8),
+    "model_type": "qwen2",
+}
+BROKEN = {
+    "empty": ("", "is no JSON"),
+    "torn": ('{"hidden_size": 8,', "is no JSON"),
+    "bytes": ("\udcff", "is no JSON"),
+    "deep": ("[" * 100_000, "is no JSON"),
+    "a list": ("[1, 2]", "holds a list, and no settings by name"),
+    "null": ("null", "holds a NoneType"),
+    "a text for a size": ({"num_hidden_layers": "24"}, "num_hidden_layers: '24' is no whole number above 0"),
+    "a fraction": ({"hidden_size": 8.5}, "hidden_size: 8.5 is no whole number above 0"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads: 0 is no whole number above 0"),
+    "no type": ({"model_type": 7}, "model_type: 7 is not usable: input should be a valid string"),
+    "a list of a packing": ({"quantization_config": ["gptq"]}, "quantization_config: ['gptq'] is not usable"),
+    "a text of bits": (
+        {"quantization_config": {"quant_method": "gptq", "bits": "4"}}, "quantization_config.bits: '4' is not usable"
+    ),
+    "no groups": (
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"a": 3}}},
+        "quantization_config.config_groups.a: 3 is not usable: input should be a valid dictionary; mend it",
+    ),
+    "experts of a text": (
+        {"quantization_config": {"quant_method": "mxfp4"}, "intermediate_size": "x"}, "intermediate_size: 'x'"
+    ),
+    "a text of layers": ({"text_config": {"num_hidden_layers": "2"}}, "text_config.num_hidden_layers: '2'"),
+    "a text of a tower": ({"vision_config": "x"}, "vision_config: 'x' is not usable"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["check", "plan"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_config_json_is_told_with_its_file_and_field(
+    verb: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, told = BROKEN[name]
+    text = content if isinstance(content, str) else json.dumps({**DECODER, **content})
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    (tmp_path / "run.yaml").write_text(TEXT)
+    assert main([verb, str(tmp_path / "run.yaml"), f"model.path={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert f"model.path: {tmp_path}/config.json" in said and told in said
+    assert "mend it, or fetch the model again" in said
+
+
+@pytest.mark.parametrize("verb", ["check", "plan"])
+@pytest.mark.parametrize("path", ["FOLDER", "FOLDER/nowhere", "a/b/c"])
+def test_a_path_that_holds_no_model_is_refused(
+    verb: str, path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistyped path passed, and the engine that could not start was the first to say so."""
+    (tmp_path / "run.yaml").write_text(TEXT)
+    asked = path.replace("FOLDER", str(tmp_path))
+    assert main([verb, str(tmp_path / "run.yaml"), f"model.path={asked}"]) == 2
+    said = capsys.readouterr().err
+    assert f"syncline {verb}: model.path: " in said and asked in said and "; give " in said
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir(mode=0)
+    (tmp_path / "model" / "config.json").symlink_to(tmp_path / "model" / "config.json")  # root may read all but this
+    with pytest.raises(ConfigError, match=r"model\.path: .*config\.json cannot be read \(.+\); give a model's folder"):
+        known_settings(str(tmp_path / "model"))

@@ -11,6 +11,7 @@ pytest.importorskip("trl", reason="the extra `offline` is not installed")
 import torch
 from real_engine import make_tiny_model
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, TrainerState
 
 from syncline.config.offline import Dpo, Guard
 from syncline.config.schema import Lora, Model
@@ -18,7 +19,7 @@ from syncline.errors import ConfigError, TrainingError
 from syncline.observe.files import read_lines
 from syncline.offline import dpo, guard
 from syncline.offline.dpo import Task, train_dpo
-from syncline.offline.guard import LAST_GOOD, METRIC, newest_checkpoint
+from syncline.offline.guard import LAST_GOOD, METRIC, Watch, newest_checkpoint
 from syncline.offline.stage import Notes
 
 POLICY = "d" * 64
@@ -155,3 +156,39 @@ def test_pairs_that_cannot_be_trained_on_are_named(task: Task, tmp_path: Path, b
     with pytest.raises(ConfigError, match=told):
         trained(bad, tmp_path)
     assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
+REFUSING = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+REFUSING += "{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"chat_template": REFUSING}, r"pairs\.jsonl:1: .*chat template.*no system role"),
+        ({"eos_token": None}, r"pairs\.jsonl:1: field 'chosen': .* no end token"),
+    ],
+)
+def test_a_tokenizer_that_cannot_say_a_pair_is_named_with_it(
+    task: Task, tmp_path: Path, change: dict, told: str
+) -> None:
+    """Of another tool's pairs: with a system prompt for a template that takes none, or without tokens of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(task.model.path)
+    for name, value in change.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    said = pair(1, 2)
+    said["prompt"] = [{"role": "system", "content": "s"}, *said["prompt"]]
+    model = task.model.model_copy(update={"tokenizer": str(tmp_path / "tokenizer")})
+    with pytest.raises(ConfigError, match=told):
+        trained(replace(task, model=model, pairs=write_pairs(tmp_path / "pairs.jsonl", [said])), tmp_path)
+
+
+def test_pairs_that_are_all_told_apart_are_no_fault(tmp_path: Path) -> None:
+    """A hinge has no gradient beyond its margin. A first step without one has nothing that trains."""
+    watch = Watch(Guard(), [], folder=tmp_path, resumed_step=0)
+    logs = {"loss": 0.0, "grad_norm": 0.0, "num_tokens": 12.0}
+    watch.on_log(None, TrainerState(global_step=2), None, logs=logs)
+    with pytest.raises(TrainingError, match="the gradient is 0: nothing trains"):
+        watch.on_log(None, TrainerState(global_step=1), None, logs=logs)
+    watch.close()

@@ -1,9 +1,11 @@
 """What is on disk after a crash is what `append` returned from, once."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from syncline.envs.rows import file_rows
 from syncline.errors import ConfigError
 from syncline.offline.lines import AppendOnlyLines, read_records
 
@@ -49,13 +51,31 @@ def test_a_key_is_written_once(tmp_path: Path) -> None:
         ('{"key": "a"}\nnonsense\n{"key": "b"}\n', r"x\.jsonl:2: is not JSON"),
         ("[1]\n", r"x\.jsonl:1: holds a list"),
         ('{"key": "a"}\n{"key": "a"}\n', r"x\.jsonl:2: 'a' is there twice"),
+        ('{"key": "a"}\n{"kye": "b"}\n', r"x\.jsonl:2: has no 'key'"),
+        ('{"key": "a"}\n\udcff\n', r"x\.jsonl:2: is not JSON"),
+        ('{"key": ' + "9" * 5000 + "}\n", r"x\.jsonl:1: is not JSON"),
+        ("[" * 100_000 + "\n", r"x\.jsonl:1: is not JSON"),
     ],
 )
 def test_a_spoilt_file_is_refused_by_line(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "x.jsonl").write_text(text)
+    content = text.encode(errors="surrogateescape")
+    (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(ConfigError, match=said), AppendOnlyLines(tmp_path / "x.jsonl", key="key"):
         pass
-    assert (tmp_path / "x.jsonl").read_text() == text
+    assert (tmp_path / "x.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("read", [read_records, lambda path: file_rows(str(path))])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"n": ' + "9" * 5000 + "}"])
+def test_what_json_itself_cannot_read_is_refused_by_line(tmp_path: Path, text: str, read: Callable) -> None:
+    (tmp_path / "x.jsonl").write_text('{"n": 1}\n' + text + "\n")
+    with pytest.raises(ConfigError, match=r"x\.jsonl:2: is not JSON"):
+        list(read(tmp_path / "x.jsonl"))
+
+
+def test_a_byte_order_mark_of_another_tool_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"n": 1}\r\n{"n": 2}')
+    assert [record["n"] for _, record in read_records(tmp_path / "x.jsonl")] == [1, 2]
 
 
 def test_two_writers_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from syncline.protocols import Permit
 from syncline.testing import make_group
 from syncline.trajectory import guard, wire
 from syncline.trajectory.app import build_app
-from syncline.trajectory.client import PUTS_AT_ONCE, TrajectorySink, TrajectorySource
+from syncline.trajectory.client import PUTS_AT_ONCE, TrajectorySink, TrajectorySource, passes
 from syncline.trajectory.ledger import QueueLimits
 from syncline.trajectory.store import TrajectoryStore
 
@@ -76,6 +76,26 @@ def test_a_whole_step_over_the_wire(serve):
         assert (status["policy_version"], status["counters"]["trained"], status["num_queued"]) == (1, 2, 0)
 
     serve(scenario)
+
+
+def test_the_learner_is_told_how_many_passes_its_tasks_make(serve):
+    """Of a run with several environments each has its own; an endless one has none."""
+
+    async def scenario(server):
+        transport = httpx.ASGITransport(server.app)
+        await server.start()
+        async with TrajectorySink("http://127.0.0.1:1", transport=transport, num_tasks=8) as sink:
+            for permit in await sink.permits("math", 2, timeout_seconds=0.0):
+                await sink.put(make_group("math", permit.task_index), permit)
+        leased = wire.decode(wire.LeaseAnswer, (await server.lease(2)).content)
+        ids = [group.group_id for group in leased.groups]
+        await server.post("/acknowledge", learner="L", group_ids=ids, step=1, policy_version=1)
+        return passes((await server.http.get("/status")).json()["environments"])
+
+    assert serve(scenario) == {"epoch/math": 2 / 8}
+    alone = {"math": {"num_done": 12, "num_tasks": 8}}
+    assert passes(alone) == {"epoch": 1.5}
+    assert passes({"sums": {"num_done": 12, "num_tasks": None}}) == {}
 
 
 def test_used_up_refills_are_said_once_a_step(serve, caplog):

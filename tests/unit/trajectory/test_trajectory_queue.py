@@ -39,8 +39,8 @@ class Bench:
     def start(self, *, policy_version=0, step=0, learner="L", resumed_version=None) -> None:
         self.queue.start(learner=learner, policy_version=policy_version, step=step, resumed_version=resumed_version)
 
-    def ask(self, environment="math", num_permits=1) -> Ask:
-        ask = Ask(environment, "0", num_permits)
+    def ask(self, environment="math", num_permits=1, num_tasks=None) -> Ask:
+        ask = Ask(environment, "0", num_permits, num_tasks)
         self.queue.ask(ask, held={ticket.permit_id for ticket in self.queue.ledger.live.values()})
         return ask
 
@@ -77,6 +77,27 @@ class Bench:
 
 def indices(tickets) -> list[int]:
     return [ticket.task_index for ticket in tickets]
+
+
+# A pass over the tasks
+
+
+def test_tasks_that_are_done_with_are_counted_and_taken_back_with_the_steps_that_a_learner_lost():
+    bench = Bench(max_refills=1)
+    done = lambda: queue_status(bench.queue).environments["math"].num_done  # noqa: E731
+    bench.start()
+    bench.ask(num_tasks=8)
+    assert (queue_status(bench.queue).environments["math"].num_tasks, done()) == (8, 0)
+    assert bench.train(step=1) == [0, 1] and done() == 2
+    bench.queue.commit(learner="L", step=1)
+    bench.put(bench.grant()[0], rewards=(1.0, 1.0), policy_version=1)
+    assert done() == 3, "replaced: sampled, scored and not handed out again"
+    assert bench.train(step=2) == [3, 4] and done() == 5
+    out = bench.grant(num_permits=2)
+    bench.queue.give_back(out[0].permit_id, "sandbox down")
+    assert done() == 5, "neither what is out nor what is to be handed out again"
+    bench.start(policy_version=1, step=1, learner="M")
+    assert done() == 3, "the checkpoint holds step 1"
 
 
 # Permits

@@ -49,6 +49,7 @@ class TrlRewards:
         hub = (dataset, dataset_config) if dataset else None
         train, heldout = open_rows(path, heldout_path, hub=hub, heldout_split=heldout_split)
         self._rows = Rows(train, heldout, build=prompt_row, key=lambda row: row.key, seed=seed)
+        self.num_train_tasks = len(self._rows.train)
 
     def task(self, index: int, *, split: str = "train") -> PromptRow:
         return self._rows.task(index, split=split)

@@ -51,6 +51,7 @@ class Verifiers:
         self._rows = Rows(
             train, self._heldout, build=lambda row, where: row, key=lambda row: repr(row["prompt"]), seed=seed
         )
+        self.num_train_tasks = len(self._rows.train)
 
     def task(self, index: int, *, split: str = "train") -> dict[str, Any]:
         """A row of their data set: prompt, answer, info."""

@@ -88,6 +88,7 @@ class Gsm8k(SingleTurn):
         self.toolbox = build_toolbox(tools, max_turns=max_turns, sandbox=sandbox)
         train, heldout = open_rows(path, heldout_path, hub=(HUB_NAME, "main"))
         self.rows = Rows(train, heldout, build=_problem, key=lambda row: row.question, seed=seed)
+        self.num_train_tasks = len(self.rows.train)
 
     def task(self, index: int, *, split: str = "train") -> WordProblem:
         return self.rows.task(index, split=split)

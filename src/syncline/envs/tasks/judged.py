@@ -47,6 +47,7 @@ class Judged:
         self._mode, self._num_opponents = mode, num_opponents
         train, heldout = open_rows(path, heldout_path, hub=None)
         self._rows = Rows(train, heldout, build=prompt_row, key=lambda row: row.key, seed=seed)
+        self.num_train_tasks = len(self._rows.train)
 
     def task(self, index: int, *, split: str = "train") -> PromptRow:
         return self._rows.task(index, split=split)

@@ -63,6 +63,7 @@ class Summary(SingleTurn):
         self._prompt, self._images_dir = prompt, images_dir
         train, heldout = open_rows(path, heldout_path, hub=None)
         self._rows = Rows(train, heldout, build=self._task, key=_key, seed=seed)
+        self.num_train_tasks = len(self._rows.train)
 
     def task(self, index: int, *, split: str = "train") -> SummaryTask:
         return self._rows.task(index, split=split)

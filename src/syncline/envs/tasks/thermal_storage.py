@@ -53,6 +53,7 @@ class ThermalStorage:
         self._rows = Rows(
             _source(path), lambda: _source(heldout), build=_decision, key=lambda row: row.prompt, seed=seed
         )
+        self.num_train_tasks = len(self._rows.train)
 
     def task(self, index: int, *, split: str = "train") -> Decision:
         return self._rows.task(index, split=split)
