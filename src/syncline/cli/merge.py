@@ -1,6 +1,7 @@
 """`syncline merge --base B --adapter A --out O`: an adapter merged into its base, safetensors, proved by logits."""
 
 import argparse
+import gc
 import json
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
 def model_folder(config: OfflineConfig) -> Path:
     """The folder of the model that a pipeline is about: the one the file names, or what its `merge` makes of it."""
+    import torch
+
     from syncline.learner.model import assets_folder
     from syncline.offline.merge import SUMMARY_FILE, merge
     from syncline.offline.stage import Notes, Stage, run_stage, weights_digest
@@ -58,6 +61,8 @@ def model_folder(config: OfflineConfig) -> Path:
                 tolerance=asked.tolerance,
                 any_base_name=asked.any_base_name,
             )
+            gc.collect()
+            torch.cuda.empty_cache()  # engines want it next; nothing without a GPU
         notes.facts |= json.loads((out / SUMMARY_FILE).read_text())
 
     done = run_stage(
