@@ -15,7 +15,7 @@ from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.bridges.saved import model_class
 from syncline.config.schema import Learner, Lora, Model
 from syncline.errors import ConfigError
-from syncline.learner.attention import check_attention
+from syncline.learner.attention import ATTENTION, WRITTEN_OUT, check_attention, refuse_own_attention
 from syncline.learner.attention_choice import choose_attention
 from syncline.learner.data_parallel import in_parts, shard_over, with_parameters
 from syncline.learner.expert_adapter import found_parameters, is_expert_lora, with_delta
@@ -67,6 +67,8 @@ def load_model(
         settings = without_dropout(AutoConfig.from_pretrained(config.path))
         check_attention(settings.get_text_config())
         attention: Any = choose_attention(running.attention, settings, device=device, dtype=dtype)
+        if attention in (ATTENTION, WRITTEN_OUT):
+            refuse_own_attention(settings)
         if sees(settings):  # a tower packs its pictures in its own way
             refuse_family(settings, num_ranks=ranks.world_size)
             attention = {"": attention, "text_config": attention, "vision_config": "sdpa"}
