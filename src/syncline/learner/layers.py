@@ -49,13 +49,10 @@ def train_as_sampled(model: nn.Module) -> nn.Module:
     as the engine runs it: some families add noise while they train, or draw the experts that a token goes to."""
     model.train()
     for name, module in model.named_modules():
-        if name and not isinstance(module, GradientCheckpointingLayer) and not _is_of_adapter(name, module):
+        of_adapter = "lora_" in name or hasattr(module, "lora_A")
+        if name and not of_adapter and not isinstance(module, GradientCheckpointingLayer):
             module.training = False
     return model
-
-
-def _is_of_adapter(name: str, module: nn.Module) -> bool:
-    return "lora_" in name or hasattr(module, "lora_A")
 
 
 def _draws(model: nn.Module) -> bool:
