@@ -212,10 +212,15 @@ class Importance(Section):
 
 class Loss(Section):
     name: Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo"] = "grpo"
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """1: ratios have no lower bound, as in TRL's and ms-swift's `cispo`."""
     clip_high: PositiveFloat = 0.2
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the k3 estimate of KL(policy || reference). 0: no reference model is loaded."""
+    kl_ratio: bool = False
+    """Multiplies that estimate by the PPO ratio, so that its gradient, too, is one of KL(policy || reference), of older
+    tokens as well (DeepSeek-V3.2; TRL's `use_bias_correction_kl`, which is on there). Alone, as in the GRPO paper, its
+    gradient is one of KL(reference || policy)."""
     old_logprobs: Literal["learner", "sampler"] = "learner"
     """What the PPO ratio divides by: the learner's own at the start of the step, or the sampler's."""
     scale_advantages: Literal["group", "batch", "none"] = "group"

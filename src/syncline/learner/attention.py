@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
 
+from syncline.bridges.saved import model_class
+from syncline.errors import ConfigError
 from syncline.learner.sinks import attention_with_sinks
 
 ATTENTION = "syncline_varlen"
@@ -27,12 +29,11 @@ WRITTEN_OUT = "syncline_written_out"
 def register_attention() -> str:
     """Makes `attn_implementation=ATTENTION` known to transformers, and returns `ATTENTION`.
 
-    Registering twice is harmless.
+    Registering twice is harmless. A mask of its own it has none: for one, transformers would ask the GPU at each
+    micro-batch whether its sequences are packed, and wait for all that was queued before.
     """
     AttentionInterface.register(ATTENTION, packed_attention)
     AttentionInterface.register(WRITTEN_OUT, written_out_attention)
-    for name in (ATTENTION, WRITTEN_OUT):
-        AttentionMaskInterface.register(name, _no_mask)
     return ATTENTION
 
 
@@ -46,6 +47,17 @@ def check_attention(config: PreTrainedConfig) -> None:
         )
     if getattr(config, "attention_chunk_size", None) is not None:
         raise ValueError(f"model type {config.model_type!r} uses chunked attention, which {ATTENTION} cannot do")
+
+
+def refuse_own_attention(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for a family that computes attention itself, and so asks no attention function of ours: it
+    would see across the borders, and without a mask into the future."""
+    family = model_class(config)._model_mapping.get(type(config), None)
+    if not getattr(family, "_supports_attention_backend", True):
+        raise ValueError(
+            f"model type {config.model_type!r} computes attention by itself, which knows no packed sequences; choose "
+            "another model, or set learner.attention to eager, which the parity check then proves or refuses"
+        )
 
 
 def packed_attention(
@@ -110,13 +122,8 @@ def _refuse_unsupported(
     }
     refused = [name for name, wanted in asked.items() if wanted]
     if refused:
-        raise ValueError(f"{type(module).__name__}: {ATTENTION} attention cannot do {', '.join(refused)}")
-
-
-def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
-    """The mask transformers builds before the layers: none, the borders say it all."""
-    if attention_mask is not None:
-        raise ValueError(f"{ATTENTION} attention takes packed sequences, not an attention_mask over padding")
+        fault = f"{type(module).__name__} asks for what {ATTENTION} attention cannot do: {', '.join(refused)}"
+        raise ConfigError([f"model.path: {fault}; choose another model, or set learner.attention to eager"])
 
 
 def _flash(

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class Checkpoints:
         return self._step(newest) if newest else 0
 
     def save(self, state: TrainState, model: nn.Module, optimizer: Any, *, digest: str) -> Path:
+        """Raises `CheckpointError` when it cannot be written, as on a full disk: what was written of it is removed, and
+        older checkpoints stay."""
         shards = {name: shard(tensor) for name, tensor in _trained(model).items()}
         weights = wholes(shards.items(), self.ranks) if _is_adapted(model) else saved_parameters(model, self.ranks)
         files = {
@@ -80,9 +83,14 @@ class Checkpoints:
         path = self.folder / self.name.format(step=state.step)
         partial = self.ranks.from_first(lambda: self._new(path.with_name(path.name + ".partial")))
         own = _shards_of_state(optimizer, model)
-        self.ranks.together(lambda: self._write_own(own, partial))
         told = json.dumps(asdict(state) | {"digest": digest})
-        self.ranks.from_first(lambda: self._write(path, partial, files, model=model, state=told))
+        try:
+            self.ranks.together(lambda: self._write_own(own, partial))
+            self.ranks.from_first(lambda: self._write(path, partial, files, model=model, state=told))
+        except CheckpointError:
+            if self.ranks.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         return path
 
     def load(self, path: Path, model: nn.Module, optimizer: Any) -> tuple[TrainState, str]:
@@ -110,30 +118,33 @@ class Checkpoints:
         return {name: whole.cpu() for name, whole in named if self.ranks.is_first}
 
     def _new(self, partial: Path) -> Path:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        with _writing(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         return partial
 
     def _write_own(self, shards: Mapping[str, Shard], partial: Path) -> None:
         if not partial.is_dir():
             raise CheckpointError(f"{partial} is not there for rank {self.ranks.rank}; all hosts must share run.dir")
-        _sync_to_disk(write_pieces(shards, partial, "optimizer", self.ranks))
+        with _writing(partial):
+            _sync_to_disk(write_pieces(shards, partial, "optimizer", self.ranks))
 
     def _write(
         self, path: Path, partial: Path, files: Mapping[str, Mapping[str, torch.Tensor]], *, model: Any, state: str
     ) -> None:
-        copy_assets(self.assets, partial)
-        for name, tensors in files.items():
-            _save(tensors, partial / name)
-        for adapter in getattr(model, "peft_config", {}).values():
-            adapter.save_pretrained(partial)
-        (partial / "state.json").write_text(state)
-        for file in _files(partial):
-            _sync_to_disk(file)
-        _sync_entry(partial)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
-        _sync_entry(self.folder)
+        with _writing(partial):
+            copy_assets(self.assets, partial)
+            for name, tensors in files.items():
+                _save(tensors, partial / name)
+            for adapter in getattr(model, "peft_config", {}).values():
+                adapter.save_pretrained(partial)
+            (partial / "state.json").write_text(state)
+            for file in _files(partial):
+                _sync_to_disk(file)
+            _sync_entry(partial)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+            _sync_entry(self.folder)
         self._forget_oldest()
 
     def _forget_oldest(self) -> None:
@@ -148,6 +159,14 @@ class Checkpoints:
 
     def _step(self, path: Path) -> int:
         return int(path.name.removeprefix(self.name.partition("{")[0]))
+
+
+@contextmanager
+def _writing(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{partial}: cannot be written: {error}; make room, then go on with --resume") from error
 
 
 def _is_adapted(model: nn.Module) -> bool:

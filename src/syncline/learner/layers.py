@@ -44,6 +44,17 @@ def recompute_layers(model: nn.Module, asked: Recomputation) -> None:
         layer.gradient_checkpointing = i % asked.every == 0  # pyright: ignore[reportArgumentType]
 
 
+def train_as_sampled(model: nn.Module) -> nn.Module:
+    """The model, in training mode where layers may be computed again and an adapter may draw its dropout. All else runs
+    as the engine runs it: some families add noise while they train, or draw the experts that a token goes to."""
+    model.train()
+    for name, module in model.named_modules():
+        of_adapter = "lora_" in name or hasattr(module, "lora_A")
+        if name and not of_adapter and not isinstance(module, GradientCheckpointingLayer):
+            module.training = False
+    return model
+
+
 def _draws(model: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 

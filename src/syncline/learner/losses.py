@@ -144,7 +144,9 @@ def splits_by_token(loss: Loss) -> bool:
 def k3_kl(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """KL(policy || reference) of each token, estimated on tokens of the policy: exp(d) - d - 1 with d = ref - policy.
 
-    Never negative, unbiased (Schulman, "Approximating KL divergence", 2020, estimator k3).
+    Never negative, unbiased (Schulman, "Approximating KL divergence", 2020, estimator k3). Its gradient is (1 - ref /
+    policy) times the log-probability's, whose mean is the gradient of KL(reference || policy). Times the token's ratio
+    to the policy that drew it, it is d(KL(policy || reference)), unbiased (DeepSeek-V3.2, arXiv 2512.02556 §3.1).
     """
     difference = ref_logprobs - policy_logprobs
     return difference.exp() - difference - 1
@@ -188,7 +190,7 @@ class ClipTally:
     """Ratio above 1 + clip_high and a positive advantage."""
     num_tokens: int
     low_min: Tensor
-    """The smallest share of a micro-batch; `high_max` is the largest."""
+    """The smallest share of a sample; `high_max` is the largest."""
     high_max: Tensor
 
     def __add__(self, other: "ClipTally") -> "ClipTally":
@@ -201,13 +203,17 @@ class ClipTally:
         )
 
     def metrics(self) -> dict[str, float]:
-        """TRL's keys; its extremes are of a micro-batch's ranks, averaged, these of all micro-batches of the step."""
+        """TRL's keys; the extremes are of the step's samples."""
         low, high = self.num_low.item() / self.num_tokens, self.num_high.item() / self.num_tokens
         means = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
         return means | {"clip_ratio/low_min": self.low_min.item(), "clip_ratio/high_max": self.high_max.item()}
 
 
-def clip_tally(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> ClipTally:
+def clip_tally(
+    ratio: Tensor, advantages: Tensor, *, sample_index: Tensor, clip_low: float, clip_high: float
+) -> ClipTally:
     """Counts of a micro-batch; `ratio` `[N]` is the algorithm's own, N above 0."""
     low, high = (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
-    return ClipTally(low.sum(), high.sum(), ratio.numel(), low.double().mean(), high.double().mean())
+    length = sum_over_sample(torch.ones_like(ratio), sample_index)
+    shares = (sum_over_sample(clipped.to(ratio.dtype), sample_index) / length for clipped in (low, high))
+    return ClipTally(low.sum(), high.sum(), ratio.numel(), next(shares).min(), next(shares).max())

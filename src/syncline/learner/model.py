@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from syncline.bridges.manifest import Shard
 from syncline.bridges.ranks import ONE_RANK, Ranks
@@ -16,11 +17,11 @@ from syncline.bridges.saved import model_class
 from syncline.config.model_folder import known_settings
 from syncline.config.schema import Learner, Lora, Model
 from syncline.errors import ConfigError
-from syncline.learner.attention import check_attention
+from syncline.learner.attention import ATTENTION, WRITTEN_OUT, check_attention, refuse_own_attention
 from syncline.learner.attention_choice import choose_attention
 from syncline.learner.data_parallel import in_parts, shard_over, with_parameters
 from syncline.learner.expert_adapter import found_parameters, is_expert_lora, with_delta
-from syncline.learner.layers import compile_layers, recompute_layers
+from syncline.learner.layers import compile_layers, recompute_layers, train_as_sampled
 from syncline.learner.logprobs import LossOf, token_logprobs, token_loss
 from syncline.learner.mxfp4 import dequantised, in_one_type
 from syncline.learner.packed import settings_of, unpacked_model
@@ -70,6 +71,8 @@ def load_model(
         settings = without_dropout(AutoConfig.from_pretrained(config.path))
         check_attention(settings.get_text_config())
         attention: Any = choose_attention(running.attention, settings, device=device, dtype=dtype)
+        if attention in (ATTENTION, WRITTEN_OUT):
+            refuse_own_attention(settings)
         if sees(settings):  # a tower packs its pictures in its own way
             refuse_family(settings, num_ranks=ranks.world_size)
             attention = {"": attention, "text_config": attention, "vision_config": "sdpa"}
@@ -96,7 +99,7 @@ def load_model(
         model = model.to(device)  # pyright: ignore[reportArgumentType]
     run_layers_as(running, model, device=device, ranks=ranks)
     log.info("Loaded policy model dtype=%s", dtype)
-    return model.train()
+    return train_as_sampled(model)
 
 
 def run_layers_as(running: Learner, model: nn.Module, *, device: torch.device, ranks: Ranks = ONE_RANK) -> None:
@@ -119,8 +122,10 @@ def _has_experts(config: Any) -> bool:
 def without_dropout(config: Any) -> Any:
     """The engine samples without dropout, so the policy that is trained has none; some families ship with 0.1."""
     for field, value in vars(config).items():
-        if field.endswith(("dropout", "pdrop")) and isinstance(value, float):
+        if field.endswith(("drop", "dropout", "dropout_prob")) and isinstance(value, float):
             setattr(config, field, 0.0)
+        elif isinstance(value, PreTrainedConfig):
+            without_dropout(value)
     return config
 
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -172,36 +173,37 @@ class SplitMasterAdamW:
         """A backward pass inside of it, the step's last, steps each parameter once its gradient is whole, and frees it.
 
         Yields a list that fills with the squared norms of the gradients. A gradient that is not finite raises
-        `TrainingError` naming its parameter, when others have moved: the run must end there.
+        `TrainingError` naming its parameter at the end, when all have moved, for nothing waits for the device before:
+        the run must end there.
         """
         self._num_steps += 1
         squares: list[Tensor] = []
+        stepped: list[str] = []
         names = {id(slot.parameter): slot for slot in self._slots}
         hooks = [
             slot.parameter.register_post_accumulate_grad_hook(
-                lambda parameter: self._step_now(names[id(parameter)], learning_rate, squares)
+                lambda parameter: self._step_now(names[id(parameter)], learning_rate, squares, stepped)
             )
             for slot in self._slots
         ]
         try:
             yield squares
             for slot in self._slots:  # what got its gradient without autograd, as a head's `main_grad`
-                self._step_now(slot, learning_rate, squares)
+                self._step_now(slot, learning_rate, squares, stepped)
+            on_host = torch.stack(squares).tolist() if squares else []
+            if bad := [name for name, square in zip(stepped, on_host, strict=True) if not isfinite(square)]:
+                raise TrainingError(f"the gradient is not finite in parameter {bad[0]!r}; the step was applied")
         finally:
             for hook in hooks:
                 hook.remove()
 
     @torch.no_grad()
-    def _step_now(self, slot: _Slot, learning_rate: float, squares: list[Tensor]) -> None:
+    def _step_now(self, slot: _Slot, learning_rate: float, squares: list[Tensor], stepped: list[str]) -> None:
         gradient = slot.gradient
         if gradient is None:
             return
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        if not norm.isfinite():
-            raise TrainingError(
-                f"the gradient is not finite in parameter {slot.name!r}; parameters after it have moved"
-            )
-        squares.append(norm.square())
+        squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
+        stepped.append(slot.name)
         self._update([(slot, gradient)], learning_rate=learning_rate, clip=1.0)
         slot.free_gradient()
 

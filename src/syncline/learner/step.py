@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from syncline.bridges.ranks import ONE_RANK, Ranks
 from syncline.config.schema import Learner
 from syncline.learner.importance import ImportanceTally, importance_weights
-from syncline.learner.losses import ALGORITHMS, ClipTally, clip_tally, k3_kl, splits_by_token, weighted_loss
+from syncline.learner.losses import (
+    ALGORITHMS,
+    ClipTally,
+    clip_tally,
+    k3_kl,
+    splits_by_token,
+    token_ratio,
+    weighted_loss,
+)
 from syncline.learner.model import Reference, Scorer
 from syncline.learner.optim import SplitMasterAdamW
 from syncline.learner.packing import ALL, PackedBatch, Share, pack
@@ -187,8 +195,14 @@ class Step:
         weights, _ = importance_weights(
             logprobs, sampler_logprobs, sample_index=batch.sample_index, importance=config.importance
         )
-        kl = None if ref_logprobs is None else k3_kl(logprobs, ref_logprobs)
+        kl = self._kl(logprobs, old, ref_logprobs, batch.sample_index)
         return weighted_loss(token_loss, batch.loss_weights, importance_weights=weights, kl=kl, kl_coef=config.kl_coef)
+
+    def _kl(self, logprobs: Tensor, old: Tensor, ref_logprobs: Tensor | None, sample_index: Tensor) -> Tensor | None:
+        if ref_logprobs is None:
+            return None
+        kl = k3_kl(logprobs, ref_logprobs)
+        return kl * token_ratio(logprobs, old, sample_index) if self.config.loss.kl_ratio else kl
 
     def _divided_by(self, logprobs: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:
         """By what the PPO ratio divides, and the sampler's log-probabilities where it recorded any."""
@@ -217,8 +231,9 @@ class Step:
             logprobs, sampler_logprobs, sample_index=batch.sample_index, importance=config.importance
         )
         ratio = ALGORITHMS[config.name].ratio(logprobs, old, batch.sample_index)
-        clip = clip_tally(ratio, batch.advantages, clip_low=config.clip_low, clip_high=config.clip_high)
-        kl = None if ref_logprobs is None else k3_kl(logprobs, ref_logprobs)
+        bounds = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+        clip = clip_tally(ratio, batch.advantages, sample_index=batch.sample_index, **bounds)
+        kl = self._kl(logprobs, old, ref_logprobs, batch.sample_index)
         tally.add(loss, entropy, kl, clip, importance)
 
 

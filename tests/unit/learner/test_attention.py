@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from syncline.learner.attention import ATTENTION, check_attention, register_attention
+from syncline.errors import ConfigError
+from syncline.learner.attention import ATTENTION, check_attention, refuse_own_attention, register_attention
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -101,18 +103,34 @@ def test_a_sequence_does_not_see_its_neighbours() -> None:
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(extra: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=rf"Qwen2Attention: .*{named}"):
+    with pytest.raises(ConfigError, match=rf"Qwen2Attention asks .*{named}"):
         packed_logits(model("qwen2", ATTENTION), torch.zeros(8, dtype=torch.int64), (8,), **extra)
 
 
 def test_padding_is_refused() -> None:
-    with pytest.raises(ValueError, match="not an attention_mask"):
-        packed_logits(
-            model("qwen2", ATTENTION),
-            torch.zeros(8, dtype=torch.int64),
-            (8,),
-            attention_mask=torch.ones(1, 8, dtype=torch.int64),
-        )
+    padded = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
+    with pytest.raises(ConfigError, match="without cu_seq_lens_q"):
+        model("qwen2", ATTENTION)(**padded, use_cache=False)
+
+
+class Answers(TorchDispatchMode):
+    """Counts the numbers that are fetched from a tensor: on a GPU each waits for all that was asked before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_fetched = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_fetched += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+def test_a_forward_pass_waits_for_no_answer(kind: str) -> None:
+    token_ids = torch.randint(SIZES["vocab_size"], (sum(LENGTHS),))
+    with Answers() as answers:
+        packed_logits(model(kind, ATTENTION), token_ids)
+    assert answers.num_fetched == 0
 
 
 def test_attention_dropout_is_refused_in_training() -> None:
@@ -120,7 +138,7 @@ def test_attention_dropout_is_refused_in_training() -> None:
     for layer in packed.model.layers:
         layer.self_attn.attention_dropout = 0.1
     packed_logits(packed.eval(), torch.zeros(8, dtype=torch.int64), (8,))
-    with pytest.raises(ValueError, match="attention dropout"):
+    with pytest.raises(ConfigError, match="attention dropout"):
         packed_logits(packed.train(), torch.zeros(8, dtype=torch.int64), (8,))
 
 
@@ -130,3 +148,10 @@ def test_layers_that_carry_a_state_are_refused_by_configuration() -> None:
         check_attention(AutoConfig.for_model("qwen3_next"))
     with pytest.raises(ValueError, match="chunked"):
         check_attention(AutoConfig.for_model("llama4_text"))
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "bloom", "rwkv"])
+def test_families_that_compute_attention_themselves_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{kind}.*attention by itself"):
+        refuse_own_attention(AutoConfig.for_model(kind))
+    refuse_own_attention(AutoConfig.for_model("qwen2"))

@@ -1,5 +1,9 @@
 """A checkpoint is whole or absent, and restores every bit."""
 
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -102,6 +106,32 @@ def test_a_half_written_checkpoint_is_none(model_path: Path, tmp_path: Path) -> 
     checkpoints.save(TrainState(1, 1), trained.model, trained.optimizer, digest="")
     (tmp_path / "step-000002.partial").mkdir()
     assert checkpoints.newest_step() == 1
+
+
+@contextmanager
+def room_for_files_of(num_bytes: int) -> Iterator[None]:
+    """What a write beyond it meets is what it meets on a full disk: an error of the operating system."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(model_path: Path, tmp_path: Path, file: str) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, model_path)
+    trained = Trained(model_path, steps=1)
+    saved = checkpoints.save(TrainState(1, 1), trained.model, trained.optimizer, digest="")
+    trained.step(1)
+    limit = room_for_files_of((saved / file).stat().st_size - 1)
+    with limit, pytest.raises(CheckpointError, match=r"step-000002\.partial: cannot be written: .*make room"):
+        checkpoints.save(TrainState(2, 2), trained.model, trained.optimizer, digest="")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    checkpoints.load(saved, trained.model, trained.optimizer)
 
 
 def test_only_the_newest_are_kept(model_path: Path, tmp_path: Path) -> None:

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from syncline.learner.losses import ALGORITHMS, BatchCounts, clip_tally, k3_kl, sequence_ratio, weighted_loss
+from syncline.learner.losses import (
+    ALGORITHMS,
+    BatchCounts,
+    clip_tally,
+    k3_kl,
+    sequence_ratio,
+    token_ratio,
+    weighted_loss,
+)
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "losses.json").read_text())
 ROWS = [
@@ -57,6 +65,23 @@ def test_k3_value_and_gradient_match_the_hand_worked_table(row: dict) -> None:
     assert gradient.item() == pytest.approx(row["gradient"], abs=1e-12)
 
 
+def test_the_kls_gradient_is_the_reverse_kls_with_the_ratio_and_the_forward_kls_without() -> None:
+    """The expectation over a vocabulary of five, of an older policy with the ratio, written out."""
+    torch.manual_seed(0)
+    logits, reference, older = torch.randn(3, 5, dtype=torch.float64).unbind()
+    policy, none = logits.requires_grad_().log_softmax(-1), torch.zeros(5, dtype=torch.int64)
+    reference, older = reference.log_softmax(-1), older.log_softmax(-1)
+
+    def gradient(expectation: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(expectation, logits, retain_graph=True)[0]
+
+    kl = k3_kl(policy, reference)
+    reverse = gradient((older.exp() * kl * token_ratio(policy, older, none)).sum())
+    torch.testing.assert_close(reverse, gradient((policy.exp() * (policy - reference)).sum()))
+    forward = gradient((policy.detach().exp() * kl).sum())
+    torch.testing.assert_close(forward, gradient((reference.exp() * (reference - policy)).sum()))
+
+
 def test_sequence_ratio_is_the_geometric_mean_of_each_sample() -> None:
     # sample 0: token ratios 4 and 1, mean sqrt(4) = 2; sample 1: token ratio 3.
     old = tensor(-1, -1, -1)
@@ -95,12 +120,25 @@ def test_importance_weighs_the_policy_loss_and_not_the_kl() -> None:
 
 def test_clip_tally_counts_by_sign_and_adds_up() -> None:
     # Low: ratio 0.5 with A < 0. High: ratio 2 with A > 0, twice. The others are outside where nothing is clipped.
-    first = clip_tally(tensor(0.5, 0.5, 2), tensor(-1, 1, 1), clip_low=0.2, clip_high=0.2)
-    second = clip_tally(tensor(2, 2), tensor(-1, 1), clip_low=0.2, clip_high=0.2)
+    clip = {"clip_low": 0.2, "clip_high": 0.2}
+    first = clip_tally(tensor(0.5, 0.5, 2), tensor(-1, 1, 1), sample_index=torch.tensor([0, 0, 1]), **clip)
+    second = clip_tally(tensor(2, 2), tensor(-1, 1), sample_index=torch.tensor([0, 0]), **clip)
     assert (first + second).metrics() == {
         "clip_ratio/low_mean": 1 / 5,
         "clip_ratio/high_mean": 2 / 5,
         "clip_ratio/region_mean": pytest.approx(3 / 5),
-        "clip_ratio/low_min": 0,
-        "clip_ratio/high_max": 1 / 2,
+        "clip_ratio/low_min": 0,  # samples have 1/2, 0 and 0
+        "clip_ratio/high_max": 1,  # and 0, 1 and 1/2
     }
+
+
+def test_extremes_of_clipping_are_of_samples_however_they_are_batched() -> None:
+    ratio, advantages, samples = tensor(0.5, 1, 0.5, 0.5, 2), tensor(-1, -1, -1, -1, 1), torch.tensor([0, 0, 1, 1, 2])
+    clip = {"clip_low": 0.2, "clip_high": 0.2}
+    whole = clip_tally(ratio, advantages, sample_index=samples, **clip).metrics()
+    apart = [
+        clip_tally(ratio[samples == i], advantages[samples == i], sample_index=samples[samples == i] - i, **clip)
+        for i in range(3)
+    ]
+    assert whole == (apart[0] + apart[1] + apart[2]).metrics()
+    assert (whole["clip_ratio/low_min"], whole["clip_ratio/high_max"]) == (0, 1)

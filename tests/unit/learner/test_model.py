@@ -7,6 +7,7 @@ import pytest
 import torch
 from model_families import save_random_model
 from real_engine import make_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from syncline.bridges.restart import write_weights
 from syncline.config.schema import Lora, Model
@@ -139,6 +140,26 @@ def test_a_model_that_ships_with_dropout_is_trained_without(tmp_path: Path) -> N
     packed = {"position_ids": positions[None], "cu_seq_lens_q": borders, "max_length_q": 20, "use_cache": False}
     once, again = (model(token_ids[None], **packed).logits for _ in range(2))
     assert model.training and torch.equal(once, again)
+
+
+def test_a_model_that_draws_its_experts_while_it_trains_is_trained_as_it_is_sampled(tmp_path: Path) -> None:
+    """Phi-3.5-MoE adds noise to what experts see, and picks them at random, in training mode alone."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    experts = {"num_local_experts": 4, "router_jitter_noise": 0.3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("phimoe", **sizes, **experts, **heads))
+    made.save_pretrained(tmp_path)
+    completion = Completion(tuple(range(20, 40)), (-3.0,) * 20, (VersionSpan(0, 0, 20),), FinishReason.STOP)
+    [batch] = pack_samples([TrainingSample.from_completion((5, 6, 7), completion)], token_budget=64)
+    for fields in ({}, {"lora": Lora(rank=4, target_modules=("q_proj",))}):
+        model, drawn = load(tmp_path, **fields), torch.get_rng_state()
+        scored, _ = Scorer(1.0, 64).score(model, batch)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        whole = made.eval()(input_ids=batch.token_ids[None]).logits[0, batch.predict_index].log_softmax(-1)
+        torch.testing.assert_close(scored, whole.gather(1, batch.labels[:, None])[:, 0])
+        scored.sum().backward()
+        assert model.training and all(p.grad is not None for _, p in trainable_parameters(model) if p.requires_grad)
 
 
 def test_experts_are_saved_as_files_name_them_and_load_again(tmp_path: Path) -> None:

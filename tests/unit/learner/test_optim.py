@@ -1,9 +1,11 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncline.config.schema import Optimizer
 from syncline.errors import CheckpointError, TrainingError
@@ -235,6 +237,23 @@ def test_a_gradient_that_is_not_finite_ends_the_backward_pass_by_name() -> None:
         optimizer.stepping_in_backward(RATE),
     ):
         (own["layer.weight"] * float("nan")).sum().backward()
+
+
+def test_stepping_in_the_backward_pass_waits_for_no_answer() -> None:
+    """On a GPU each would hold back the launches of the rest."""
+
+    class Answers(TorchDispatchMode):
+        num_fetched = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.num_fetched += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    own = parameters(torch.bfloat16)
+    optimizer = SplitMasterAdamW(own.items(), CONFIG.model_copy(update={"max_grad_norm": None}))
+    with optimizer.stepping_in_backward(RATE) as squares, Answers() as answers:
+        torch.stack([parameter.float().square().sum() for parameter in own.values()]).sum().backward()
+        assert (len(squares), answers.num_fetched) == (len(own), 0)
 
 
 def test_without_a_limit_no_gradient_is_scaled() -> None:

@@ -27,8 +27,8 @@ CORRECTIONS: Mapping[str, dict[str, Any]] = {
 
 
 def config(name: str, old: str, correction: str, kl_coef: float = 0.0) -> Loss:
-    importance = CORRECTIONS[correction]
-    return Loss.model_validate({"name": name, "old_logprobs": old, "kl_coef": kl_coef, "importance": importance})
+    fields = {"name": name, "old_logprobs": old, "kl_coef": kl_coef, "importance": CORRECTIONS[correction]}
+    return Loss.model_validate(fields | {"kl_ratio": name == "grpo"})
 
 
 def reference(kl_coef: float) -> Reference | None:
@@ -66,6 +66,8 @@ def written_out(loss: Loss, ref: Reference | None) -> tuple[float, torch.Tensor]
         logprobs, batch.sampler_logprobs, sample_index=batch.sample_index, importance=loss.importance
     )
     kl = k3_kl(logprobs, logprobs_of(ref.model, batch)) if ref else None
+    if kl is not None and loss.kl_ratio:
+        kl = kl * (logprobs - old).exp()
     total = weighted_loss(token_loss, batch.loss_weights, importance_weights=weights, kl=kl, kl_coef=loss.kl_coef)
     total.backward()
     return total.item(), torch.cat([parameter.grad.flatten() for parameter in model().parameters()])
