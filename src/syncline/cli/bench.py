@@ -3,7 +3,7 @@
 The engines of all shapes and tensor parallel sizes start at once; a process of its own measures on them, one after
 another, and tells this one what it knows; over `shared` it starts as many ranks as the engine has, which measure. So
 whatever fails, hangs or takes too long costs its own row, and the table of what is known comes by the deadline, and
-when the run is interrupted.
+when the run is interrupted; the exit code is 1 where a row is not whole.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             watch(plan.names, lambda names: [*child, json.dumps(names)], plan.told, outcome=outcome, **bounds)
         finally:  # before the engines end, which takes seconds
             _print(plan, outcome, args.json)
-    return 0
+    return 0 if not outcome.missing(plan.names) and not outcome.faults else 1
 
 
 def _take(plan: "Plan", names: Sequence[str]) -> int:
