@@ -95,8 +95,7 @@ def take_turns(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[list
     def taken(engines: dict[str, Engine], *, turns: int) -> tuple[list[list[float]], list[str]]:
         clock, order = Clock(), list[str]()
 
-        def post(url: str, *, json: dict[str, Any], timeout: float) -> httpx.Response:
-            del timeout
+        def post(url: str, *, json: dict[str, Any], **_: Any) -> httpx.Response:
             order.append(url.removesuffix("/generate"))
             answer = engines[order[-1]].answer(clock, json)
             return httpx.Response(200, json=answer, request=httpx.Request("POST", f"http://{url}"))

@@ -106,7 +106,7 @@ def test_the_engine_holds_what_one_process_would_have_sent(path: str, ranks: Any
     learn(alone)
     learn(alone)
     if kind == "lora":
-        bridge = build_bridge(config, [engine_of(kind, alone)], tmp_path, ranks=ONE_RANK)
+        bridge = build_bridge(config, [engine_of(kind, alone)], Path(path), ranks=ONE_RANK)
         bridge.attach(alone)
         expected = bridge.publish(alone, policy_version=1).receipt.digest
         bridge.close()
