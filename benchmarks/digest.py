@@ -4,13 +4,15 @@
     python benchmarks/digest.py --shape qwen2.5-1.5b --block 512 1024 4096 --warps 2 4     # the kernel's programs
     python benchmarks/digest.py --shape tiny --device cpu
 
-"kernel" is the device's own time, "proof" what the learner waits for: names, layout and the answer's way back included.
+"kernel" is the device's own time (numpy's on a CPU); "torch's operators" mix the same words a chunk at a time, and do not
+count what is not finite; "proof" is what the learner waits for: names, layout and the answer's way back included.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -18,12 +20,14 @@ import torch
 
 from syncline.bench.shapes import SHAPES, build_model
 from syncline.bridges import digest as digests
-from syncline.bridges.digest import Words
+from syncline.bridges.digest import Words, mixed_words
 from syncline.bridges.measure import LearnerDigests
 from syncline.bridges.receipt import whole
 
 REPEATS = 20
 WARM_UP = 3
+CHUNK_WORDS = 1 << 17
+"""Of torch's operators: what a CPU's cache holds of their results."""
 
 
 def main() -> int:
@@ -37,9 +41,20 @@ def main() -> int:
     batch = [Words.of(name, whole(parameter)) for name, parameter in named]
     for title in _programs(args):
         _print(f"kernel{title}", _milliseconds(digests.prepared(batch), args.device), num_bytes)
+    by_torch = partial(_by_torch, [words.bits for words in batch])
+    _print("torch's operators", _milliseconds(by_torch, args.device), num_bytes)
     proof = LearnerDigests(lambda model: ((name, whole(p)) for name, p in model.named_parameters()))
     _print("proof", _milliseconds(lambda: proof.of(model), args.device), num_bytes)
     return 0
+
+
+def _by_torch(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    found = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
+    for bits in tensors:
+        for start in range(0, len(bits), CHUNK_WORDS):
+            chunk = bits[start : start + CHUNK_WORDS].to(torch.int64)
+            found += mixed_words(chunk, torch.arange(start, start + len(chunk), device=bits.device)).sum()
+    return found
 
 
 def _programs(args: argparse.Namespace) -> Iterator[str]:

@@ -100,14 +100,13 @@ class Watch:
         return self.num_idle[when] / max(1, self.num_asked[when])
 
 
-def by_engines(steps: Sequence[dict], num_engines: int) -> dict[str, list[dict]]:
-    """The steps by what had become of the engines; what no step saw is left out."""
-    found: dict[str, list[dict]] = {}
-    when = ALL
+def had_become(steps: Sequence[dict], num_engines: int) -> list[str]:
+    """Of each step, what had become of the engines when it was published."""
+    found, when = list[str](), ALL
     for step in steps:
         whole = step["sync/engines"] == num_engines
         when = when if whole and when != LOST else BACK if whole else LOST
-        found.setdefault(when, []).append(step)
+        found.append(when)
     return found
 
 
@@ -125,8 +124,11 @@ def main() -> int:
         ended, watch = _run(args, split, run_dir, overrides)
         steps = _steps(run_dir)[WARM_UP_STEPS:]
         whole = whole and ended == ENDED
-        rows = [_line(f"{text} {when}", watch.idle(when), of) for when, of in by_engines(steps, split.engines).items()]
-        rows = rows or [f"{text:>14}  no step to count"]
+        when = had_become(steps, split.engines)
+        rows = [
+            _line(f"{text} {one}", watch.idle(one), [step for step, was in zip(steps, when, strict=True) if was == one])
+            for one in dict.fromkeys(when)
+        ] or [f"{text:>14}  no step to count"]
         lines += rows if ended == ENDED else [*rows[:-1], f"{rows[-1]}  ({ended})"]
         num_done += 1
         if ended == within_deadline.INTERRUPTED or time.monotonic() > args.until:
@@ -144,13 +146,13 @@ def _run(args: argparse.Namespace, split: Split, run_dir: Path, overrides: list[
 
     def enough() -> bool:
         steps = _steps(run_dir)[WARM_UP_STEPS:]
-        found = by_engines(steps, split.engines)
-        if steps:
-            watch.ask(client, [args.port + i for i in range(split.engines)], list(found)[-1])
+        when = had_become(steps, split.engines)
+        if when:
+            watch.ask(client, [args.port + i for i in range(split.engines)], when[-1])
         if args.kill and not watch.killed and len(steps) >= args.steps:
             watch.killed = True
             os.kill(_pid(run_dir, "engine-1" if split.engines > 1 else "engine"), signal.SIGKILL)
-        return len(found.get(BACK, ())) >= args.steps
+        return when.count(BACK) >= args.steps
 
     environment = os.environ | {"PYTHONPATH": path}
     with (
