@@ -4,8 +4,8 @@
     python benchmarks/digest.py --shape qwen2.5-1.5b --block 512 1024 4096 --warps 2 4     # the kernel's programs
     python benchmarks/digest.py --shape tiny --device cpu
 
-"kernel" is the device's own time (numpy's on a CPU); "torch's operators" mix the same words a chunk at a time, and do not
-count what is not finite; "proof" is what the learner waits for: names, layout and the answer's way back included.
+"kernel" is the device's own time (numpy's on a CPU); "torch's operators" mix the same words a chunk at a time, and do
+not count what is not finite; "proof" is what the learner waits for: names, layout and the answer's way back included.
 """
 
 import argparse
