@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from syncline.bench.engine import free_port
 from syncline.bench.shapes import SHAPES, make_model
 
 WARM_UP_STEPS = 2
@@ -58,7 +59,7 @@ def trainer(args: argparse.Namespace, model: Path, clock: Clock) -> Any:
             before, self.at = self.at, time.perf_counter()
             clock.seconds["step"].append(self.at - before)
 
-    def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def even(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         return [sum(token % 2 == 0 for token in tokens) / max(1, len(tokens)) for tokens in completion_ids]
 
     letters = random.Random(0)
@@ -83,7 +84,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     if on_gpu:
         vllm |= {"vllm_mode": "server" if args.server else "colocate", "vllm_gpu_memory_utilization": 0.3}
         vllm |= {"vllm_max_model_length": args.prompt_tokens + args.max_tokens}
-        vllm |= {"vllm_server_base_url": args.server} if args.server else {}
+        server = {"vllm_server_base_url": args.server, "vllm_group_port": free_port()}  # TRL's own is one for all
+        vllm |= server if args.server else {}
         vllm |= {"generation_kwargs": {"ignore_eos": True}}
     return vllm | {
         "output_dir": tempfile.mkdtemp(prefix="trl-"),

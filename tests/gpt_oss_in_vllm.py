@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rank_digests import combined_together
 
 from syncline.bridges.adapter import AdapterLayout, what_cannot_be_held
-from syncline.bridges.blocks import digested
 from syncline.bridges.measure import Measure
-from syncline.bridges.receipt import Combination, combined, differences, parameter_digests
+from syncline.bridges.receipt import Combination, differences, parameter_digests
 from syncline.bridges.repacked import is_repacked
 from syncline.config.schema import Lora, Model
 from syncline.engines.vllm.adapter_pieces import adaptable
 from syncline.engines.vllm.layout import checkpoint_views
 from syncline.engines.vllm.packed_experts import handed_to
 from syncline.engines.vllm.plugin import UNPACKED
-from syncline.engines.vllm.slots import load, read, sizes
-from syncline.learner.adapter import adapter_layers, base_parameters, plain_parameters
+from syncline.engines.vllm.slots import Slots
+from syncline.learner.adapter import AdapterLayers, base_parameters, plain_parameters
 from syncline.learner.model import load_model, trainable_parameters
 from syncline.learner.mxfp4 import stored_experts
 
@@ -113,17 +113,20 @@ def main(path: Path) -> dict[str, Any]:
         told = Combination([measure.pieces]).digests([reading.digests]) | handed_to(model)
         learner = learners(path, target_parameters=EXPERTS)
         base = parameter_digests(plain_parameters(learner)) | stored_experts(dict(base_parameters(learner)), path)
-        layers = dict(adapter_layers(learner))
+        layers = dict(AdapterLayers()(learner))
         layout = AdapterLayout.of(layers, "bfloat16")
         buffer = layout.new_buffer(torch.device("cpu"))
-        layout.pack(layers, buffer)
-        load(manager, SLOT_ID, layout, buffer)
-        slots = combined([digested(read(manager, adaptable(manager), SLOT_ID, layout))])
+        packed = layout.on(buffer)
+        packed.pack(layers)
+        slots = Slots(manager, adaptable(manager))
+        slots.load(SLOT_ID, layout, layout.views(buffer))
+        slots.read(slots.held(SLOT_ID, layout))
+        held = combined_together([slots.held(SLOT_ID, layout).pieces])
         return {
             "base": differences(base, {name: digest for name, digest in told.items() if not is_repacked(name)}),
             "repacked": sorted(name.rpartition(".")[2] for name in told if is_repacked(name)),
-            "cannot": what_cannot_be_held(layout.shapes, {"modules": sizes(adaptable(manager)), "max_rank": 8}),
-            "slots": differences(layout.digests(buffer), slots),
+            "cannot": what_cannot_be_held(layout.shapes, {"modules": slots.sizes, "max_rank": 8}),
+            "slots": differences(packed.digests(), held),
             "experts": experts_differ(config, model, manager, learner),
             "packed": packed_by_a_reload(config, model),
         }

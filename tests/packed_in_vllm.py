@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from gpt_oss_in_vllm import SLOT_ID, TOKENS, learners, settings, vllms
+from rank_digests import combined_together
 
 from syncline.bridges.adapter import AdapterLayout
-from syncline.bridges.blocks import digested
 from syncline.bridges.measure import Measure
-from syncline.bridges.receipt import Combination, combined, differences, parameter_digests
+from syncline.bridges.receipt import Combination, differences, parameter_digests
 from syncline.bridges.repacked import is_repacked
 from syncline.engines.vllm.adapter_pieces import adaptable
 from syncline.engines.vllm.layout import checkpoint_views
 from syncline.engines.vllm.packed_experts import handed_to
-from syncline.engines.vllm.slots import load, read
-from syncline.learner.adapter import adapter_layers, frozen_base
+from syncline.engines.vllm.slots import Slots
+from syncline.learner.adapter import AdapterLayers, frozen_base
 
 
 @torch.no_grad()
@@ -60,16 +60,19 @@ def shown(path: Path) -> dict[str, Any]:
         learner = learners(path)
         plain, stored = frozen_base(path)
         base = parameter_digests(plain(learner)) | dict(stored(learner))
-        layers = dict(adapter_layers(learner))
+        layers = dict(AdapterLayers()(learner))
         layout = AdapterLayout.of(layers, "bfloat16")
         buffer = layout.new_buffer(torch.device("cpu"))
-        layout.pack(layers, buffer)
-        load(manager, SLOT_ID, layout, buffer)
-        slots = combined([digested(read(manager, adaptable(manager), SLOT_ID, layout))])
+        packed = layout.on(buffer)
+        packed.pack(layers)
+        slots = Slots(manager, adaptable(manager))
+        slots.load(SLOT_ID, layout, layout.views(buffer))
+        slots.read(slots.held(SLOT_ID, layout))
+        held = combined_together([slots.held(SLOT_ID, layout).pieces])
         return {
             "base": differences(base, {name: digest for name, digest in told.items() if not is_repacked(name)}),
             "repacked": sorted({name.rpartition(".")[2] for name in told if is_repacked(name)}),
-            "slots": differences(layout.digests(buffer), slots),
+            "slots": differences(packed.digests(), held),
             "layers": layers_differ(config, model, manager, learner),
         }
 

@@ -2,10 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
-from syncline.engines.vllm import compat
-from syncline.engines.vllm.worker import WorkerExtension
+from syncline.bridges.measure import Reading
+from syncline.engines.vllm.slots import Held, Slots
 
 SPOIL = "SYNCLINE_TEST_SPOIL"
 """Names the file, which holds what to spoil: `part`, `copy` or `padding`."""
@@ -26,15 +25,16 @@ def install(folder: Path) -> None:
 
 def spoil() -> None:
     """Between the loading of a slot and its digest, one number of it changes."""
-    honest = WorkerExtension._digests
+    honest = Slots.read
 
-    def digests(worker: Any, adapter_id: int) -> list[Any]:
+    def read(slots: Slots, held: Held) -> Reading:
+        from vllm.distributed import get_tensor_model_parallel_rank
+
         asked = Path(os.environ[SPOIL])
-        if worker.rank == 1 and asked.exists():
-            manager = compat.adapter_manager(worker.model_runner)
+        if get_tensor_model_parallel_rank() == 1 and asked.exists():
             layer, stack, (row, column) = PLACES[asked.read_text()]
-            held = getattr(manager.modules[f"model.layers.1.mlp.{layer}"], stack)[0]
-            held[manager.lora_index_to_id.index(adapter_id), 0, row, column] += 1
-        return honest(worker, adapter_id)
+            slot = next(slot for slot, one in slots._held.items() if one is held)
+            getattr(slots.manager.modules[f"model.layers.1.mlp.{layer}"], stack)[0][slot, 0, row, column] += 1
+        return honest(slots, held)
 
-    WorkerExtension._digests = digests
+    Slots.read = read

@@ -223,9 +223,10 @@ class EngineControl(Protocol):
         `adapter`: its `dtype`, `shapes` by name, and the `source` to read it from (`bridges.carriers`)."""
         ...
 
-    def switch(self, receipt: Receipt) -> Receipt:
+    def switch(self, receipt: Receipt, *, resume: bool = False) -> Receipt:
         """New requests are sampled from the adapter that gives this receipt's digest, as its version; running ones
-        end under the adapter they began with. Raises `EngineError` when it holds no such adapter."""
+        end under the adapter they began with. With `resume` a paused engine goes on. Raises `EngineError` when it
+        holds no such adapter."""
         ...
 
     def adopt(self, expected: Receipt, *, resume: bool = False) -> Receipt:

@@ -19,7 +19,7 @@ from syncline.bridges.repacked import is_repacked
 from syncline.config.schema import Bridge, Lora, Model
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import SyncError
-from syncline.learner.adapter import adapter_layers, frozen_base, plain_parameters
+from syncline.learner.adapter import AdapterLayers, frozen_base, plain_parameters
 from syncline.learner.model import Scorer, load_model, trainable_parameters
 from syncline.learner.mxfp4 import is_expert
 from syncline.learner.packing import pack_samples
@@ -57,7 +57,7 @@ class Side:
             Bridge(name="lora", **config),
             base=base,
             stored=stored,
-            layers=adapter_layers,
+            layers=AdapterLayers(),
             folder=self.folder,
         )
         bridge.attach(model or self.model)

@@ -186,8 +186,8 @@ def test_pictures_that_are_none_are_refused_by_name(side: Side) -> None:
 
 
 def test_an_adapter_of_a_tower_is_no_adapter_that_an_engine_serves(side: Side) -> None:
-    from syncline.learner.adapter import adapter_layers
+    from syncline.learner.adapter import AdapterLayers
 
     model = side.load(Lora(rank=4), Parts(aligner="trained"))
     with pytest.raises(SyncError, match=r"set bridge\.name to restart"):
-        list(adapter_layers(model))
+        list(AdapterLayers()(model))

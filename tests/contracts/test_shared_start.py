@@ -21,7 +21,7 @@ from syncline.bridges.lora import LoraBridge
 from syncline.bridges.receipt import parameter_digests
 from syncline.bridges.shared import SharedBridge
 from syncline.config.schema import Bridge, Lora, Model, Optimizer
-from syncline.learner.adapter import adapter_layers, base_parameters
+from syncline.learner.adapter import AdapterLayers, base_parameters
 from syncline.learner.model import Scorer, checkpoint_shards, load_model, trainable_parameters
 from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32
 from syncline.learner.packing import pack_samples
@@ -110,8 +110,8 @@ def test_the_learner_has_the_engines_weights_and_never_its_own_on_the_device(
     if lora is None:
         bridge = SharedBridge([lender], SHARED, shards=checkpoint_shards, device=DEVICE)  # pyright: ignore
     else:
-        lender.modules = {name: [layer.a.shape[1], layer.b.shape[0]] for name, layer in adapter_layers(model)}
-        whose = {"base": base_parameters, "layers": adapter_layers, "folder": tmp_path}
+        lender.modules = {name: [layer.a.shape[1], layer.b.shape[0]] for name, layer in AdapterLayers()(model)}
+        whose = {"base": base_parameters, "layers": AdapterLayers(), "folder": tmp_path}
         bridge = LoraBridge([lender], SHARED, **whose, shares_base=True, device=DEVICE)  # pyright: ignore
     held = held_bytes()
     bridge.attach(model)

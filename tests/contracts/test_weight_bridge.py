@@ -25,7 +25,7 @@ from syncline.cli import main
 from syncline.config.schema import Bridge, Lora
 from syncline.engines.client import EngineClient, EngineController
 from syncline.errors import EngineError, SyncError
-from syncline.learner.adapter import adapter_layers, base_parameters
+from syncline.learner.adapter import AdapterLayers, base_parameters
 from syncline.learner.model import add_lora, checkpoint_parameters, checkpoint_shards
 from syncline.protocols import Receipt, SyncReport, WeightBridge
 from syncline.types import Completion, SamplingParams
@@ -62,7 +62,7 @@ def lora(side: "Side", config: Bridge) -> WeightBridge:
         [side.engine],
         config,
         base=base_parameters,
-        layers=adapter_layers,
+        layers=AdapterLayers(),
         folder=side.folder,
         shares_base=config.name == "shared",
     )
@@ -117,7 +117,7 @@ class Side:
         if self.name not in ADAPTED:
             return parameter_digests(self.model.named_parameters())
         digests = parameter_digests(base_parameters(self.model))
-        for name, layer in adapter_layers(self.model):
+        for name, layer in AdapterLayers()(self.model):
             for end, tensor in (("A", layer.a), ("B", layer.b.float() * layer.scaling)):
                 held = tensor.detach().to(DTYPE)
                 digests[f"{name}.lora_{end}.weight"] = (

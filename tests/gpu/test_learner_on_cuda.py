@@ -5,13 +5,15 @@ import copy
 import pytest
 import torch
 from packed_on_cuda import LENGTHS, models, sample
-from rank_digests import combined
+from rank_digests import combined, combined_together
 
+from syncline.bridges.adapter import AdapterLayout, LoraLayer
 from syncline.bridges.digest import piece_sums, tensor_digest
 from syncline.bridges.manifest import Shard
 from syncline.bridges.measure import LearnerDigests
 from syncline.bridges.receipt import parameter_digests, whole
 from syncline.config.schema import Optimizer
+from syncline.errors import SyncError
 from syncline.learner.logprobs import token_logprobs, token_loss
 from syncline.learner.model import Scorer
 from syncline.learner.optim import SplitMasterAdamW, accumulate_fp32, join_master
@@ -117,6 +119,29 @@ def test_the_digests_of_pieces_on_the_gpu_add_up(dtype: torch.dtype, shape: tupl
         start[dim], first = first, half.shape[dim]
         ranks.append([("w", Shard(half, shape, tuple(start)))])
     assert combined(ranks) == parameter_digests([("w", tensor)])
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((32, 896), 1), ((896, 32), 0), ((5, 24), 1), ((18944, 32), 0)])
+def test_an_adapters_digests_on_the_gpu_are_those_of_the_host_and_of_its_pieces(shape: tuple, dim: int) -> None:
+    torch.manual_seed(0)
+    layer = LoraLayer(torch.randn(4, 8), torch.randn(12, 4), 2.0)
+    layers = {"small": layer, "w": LoraLayer(torch.randn(shape), torch.randn(shape), 0.5)}
+    layout = AdapterLayout.of(layers, "bfloat16")
+    found = []
+    for device in ("cpu", "cuda"):
+        packed = layout.on(layout.new_buffer(torch.device(device)))
+        packed.pack({n: LoraLayer(one.a.to(device), one.b.to(device), one.scaling) for n, one in layers.items()})
+        found.append(packed.digests())
+    assert found[0] == found[1]
+    tensor, half = layers["w"].a.bfloat16().cuda(), shape[dim] // 2
+    parts = tensor.split(half, dim)[:2] if shape[dim] % 2 == 0 else (tensor,)
+    starts = [tuple(i * half if d == dim else 0 for d in (0, 1)) for i in range(len(parts))]
+    ranks = [[("w.lora_A.weight", Shard(p, shape, s))] for p, s in zip(parts, starts, strict=True)]
+    assert combined_together(ranks) == {"w.lora_A.weight": found[0]["w.lora_A.weight"]}
+    layers["w"].b[1, 1] = float("inf")
+    packed.pack({n: LoraLayer(one.a.cuda(), one.b.cuda(), one.scaling) for n, one in layers.items()})
+    with pytest.raises(SyncError, match=r"^w\.lora_B\.weight is not finite \(1 of 4 tensors\)"):
+        packed.digests()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from syncline.bridges.blocks import Blocks, copy_all
+from syncline.bridges.blocks import Blocks, Packed, copy_all
 from syncline.errors import SyncError
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -51,6 +51,10 @@ class AdapterLayout:
     def wire(self) -> dict[str, Any]:
         return {"dtype": str(self.dtype).removeprefix("torch."), "shapes": {n: list(s) for n, s in self.shapes.items()}}
 
+    def has(self, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bool:
+        """Whether it is the layout of these, in their order."""
+        return str(self.dtype) == f"torch.{dtype}" and list(self.shapes.items()) == list(shapes.items())
+
     def modules(self) -> list[str]:
         return [name.removesuffix(A) for name in self.shapes if name.endswith(A)]
 
@@ -62,22 +66,36 @@ class AdapterLayout:
         """Each tensor as a view of the buffer."""
         return dict(zip(self.shapes, self._blocks.views(buffer), strict=True))
 
-    @torch.no_grad()
-    def pack(self, layers: Mapping[str, LoraLayer], buffer: torch.Tensor) -> None:
-        """Writes the layers into the buffer. Raises `SyncError` for a layer that is not finite, by name."""
-        views = self.views(buffer)
-        b, scaling = [layer.b.float() for layer in layers.values()], [layer.scaling for layer in layers.values()]
-        copy_all([views[name + A] for name in layers], [layer.a for layer in layers.values()])
-        copy_all([views[name + B] for name in layers], torch._foreach_mul(b, scaling))  # pyright: ignore
-        if not buffer.view(self.dtype).isfinite().all():
-            bad = [name for name, view in views.items() if not view.isfinite().all()]
-            raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(views)} tensors); nothing was published")
+    def on(self, buffer: torch.Tensor) -> "PackedAdapter":
+        """The buffer, to be packed and digested again and again."""
+        return PackedAdapter(self, Packed(self._blocks, buffer))
 
-    def digests(self, buffer: torch.Tensor) -> dict[str, str]:
-        """`name -> "dtype[shape]:digest"`, as `receipt.combined` says it of the pieces that several ranks hold."""
-        kind = str(self.dtype).removeprefix("torch.")
-        values = zip(self.shapes.items(), self._blocks.digests(buffer), strict=True)
-        return {name: f"{kind}{list(shape)}:{value:016x}" for (name, shape), value in values}
+
+class PackedAdapter:
+    """The learner's adapter in its buffer."""
+
+    def __init__(self, layout: AdapterLayout, packed: Packed) -> None:
+        self.layout = layout
+        self._packed = packed
+        self._views = dict(zip(layout.shapes, packed.views, strict=True))
+
+    @torch.no_grad()
+    def pack(self, layers: Mapping[str, LoraLayer]) -> None:
+        """Writes the layers into the buffer."""
+        b, scaling = [layer.b.float() for layer in layers.values()], [layer.scaling for layer in layers.values()]
+        copy_all([self._views[name + A] for name in layers], [layer.a for layer in layers.values()])
+        copy_all([self._views[name + B] for name in layers], torch._foreach_mul(b, scaling))  # pyright: ignore
+
+    def digests(self) -> dict[str, str]:
+        """`name -> "dtype[shape]:digest"`, as `receipt.Combination` says it of pieces that several ranks hold. Raises
+        `SyncError` for a tensor that is not finite, by name."""
+        values, num_broken = self._packed.sums()
+        if any(num_broken):
+            bad = [name for name, number in zip(self.layout.shapes, num_broken, strict=True) if number]
+            raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(num_broken)} tensors); nothing was published")
+        kind = str(self.layout.dtype).removeprefix("torch.")
+        found = zip(self.layout.shapes.items(), values, strict=True)
+        return {name: f"{kind}{list(shape)}:{value:016x}" for (name, shape), value in found}
 
 
 def what_cannot_be_held(shapes: Mapping[str, Sequence[int]], held: Mapping[str, Any]) -> list[str]:

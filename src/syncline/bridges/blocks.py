@@ -1,22 +1,23 @@
 """Many tensors side by side in one buffer, digested in one pass: a launch for each would cost more than the reading.
 
-Every tensor starts at a block's boundary and its last block is filled with zeros. A word of the digest is eight bytes
-of the row-major bits of the whole tensor, the last one filled with zeros, so a piece of a tensor must begin and end
-between words; then the pieces' digests add up to the whole's, as in `receipt.py`.
+A word of the digest is eight bytes of the row-major bits of the whole tensor, the last one filled with zeros, so a
+piece of a tensor must begin and end between words; then the pieces' digests add up to the whole's, as in `receipt.py`.
+What does not change from one digest to the next (views, places, a GPU's table of them) is made once.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
-from syncline.bridges.digest import Places, mixed_words
+from syncline.bridges.digest import Lanes, Places, Sums, Words, prepared, sums
 from syncline.bridges.manifest import Shard
 from syncline.bridges.receipt import Piece
 from syncline.errors import SyncError
 
 _BLOCK_WORDS = 512
-_CHUNK_BLOCKS = 1 << 14
+"""Every tensor starts at a block's boundary."""
 _WORD_BYTES = 8
 
 
@@ -30,8 +31,9 @@ class Blocks:
         self.num_bytes = sum(sizes)
         self.num_words = [-(-size // _WORD_BYTES) for size in sizes]
         """Of each tensor."""
-        self._num_blocks = [-(-words // _BLOCK_WORDS) for words in self.num_words]
-        self.buffer_words = sum(self._num_blocks) * _BLOCK_WORDS
+        blocks = [-(-words // _BLOCK_WORDS) for words in self.num_words]
+        self._first_words = [_BLOCK_WORDS * before for before in accumulate(blocks, initial=0)]
+        self.buffer_words = self._first_words.pop()
 
     def new_buffer(self, device: torch.device) -> torch.Tensor:
         """`[buffer_words]` int64, zeros."""
@@ -39,55 +41,52 @@ class Blocks:
 
     def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """Each tensor as a view of the buffer."""
-        elements = buffer.view(self.dtype)
-        views, start = [], 0
-        for shape, blocks in zip(self.shapes, self._num_blocks, strict=True):
-            views.append(elements[start : start + math.prod(shape)].view(shape))
-            start += blocks * _BLOCK_WORDS * _WORD_BYTES // self.dtype.itemsize
-        return views
+        elements, per_word = buffer.view(self.dtype), _WORD_BYTES // self.dtype.itemsize
+        return [
+            elements.narrow(0, first * per_word, math.prod(shape)).view(shape)
+            for first, shape in zip(self._first_words, self.shapes, strict=True)
+        ]
 
-    def digests(self, buffer: torch.Tensor, places: Sequence[Places] | None = None) -> list[int]:
-        """One number a tensor, modulo 2**64; waits for the device once. `places`: in words, of tensors that are pieces
-        of others."""
-        device = buffer.device
-        counts, sizes = (torch.tensor(numbers, device=device) for numbers in (self._num_blocks, self.num_words))
-        total = sum(self._num_blocks)
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=device), counts, output_size=total)
-        first = (torch.arange(total, device=device) - (counts.cumsum(0) - counts)[owner]) * _BLOCK_WORDS
-        words, within = buffer.view(-1, _BLOCK_WORDS), torch.arange(_BLOCK_WORDS, device=device)
-        runs = (
-            torch.tensor([[p.first, p.length, p.stride - p.length] for p in places], device=device) if places else None
-        )
-        sums = torch.zeros(len(counts), dtype=torch.int64, device=device)
-        for start in range(0, total, _CHUNK_BLOCKS):
-            chunk = slice(start, start + _CHUNK_BLOCKS)
-            index = first[chunk, None] + within
-            position = index if runs is None else _placed(index, runs[owner[chunk]])
-            mixed = mixed_words(words[chunk], position)
-            mixed.masked_fill_(index >= sizes[owner[chunk], None], 0)
-            sums.index_add_(0, owner[chunk], mixed.sum(1))
-        return [value % (1 << 64) for value in sums.tolist()]
+    def words(self, buffer: torch.Tensor, places: Sequence[Places] | None = None) -> list[Words]:
+        """Each tensor's. `places`: in words, of tensors that are pieces of others."""
+        places = places or [Places("", 0, num_words, num_words) for num_words in self.num_words]
+        lanes = Lanes.of(self.dtype, _WORD_BYTES // self.dtype.itemsize)
+        where = zip(self._first_words, self.num_words, places, strict=True)
+        return [Words(buffer.narrow(0, first, num_words), place, lanes) for first, num_words, place in where]
 
 
-def _placed(index: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
-    """`[blocks, words]`: positions in the wholes. `runs`: first word, length and gap of each block's tensor."""
-    first, length, gap = runs[:, :, None].unbind(1)
-    return first + index + index // length * gap
+class Packed:
+    """A buffer of such tensors, to be filled and digested again and again."""
+
+    def __init__(self, blocks: Blocks, buffer: torch.Tensor, places: Sequence[Places] | None = None) -> None:
+        self.buffer = buffer
+        self.views = blocks.views(buffer)
+        self._digest = prepared(blocks.words(buffer, places))
+
+    def sums(self) -> Sums:
+        """Of each tensor; waits for the device once."""
+        return sums([self._digest()])
 
 
-def digested(named: Sequence[tuple[str, Shard]]) -> list[tuple[Piece, int]]:
-    """What `receipt.combined` asks of a rank, of many small pieces of one type; the words are this module's.
+class Together:
+    """Small pieces of one type that a rank holds, read again and again, here or where others of their kind lie. Raises
+    `SyncError` naming a piece that ends inside a word."""
 
-    Raises `SyncError` naming a piece that ends inside a word.
-    """
-    if not named:
-        return []
-    shards = [shard for _, shard in named]
-    blocks = Blocks([shard.tensor.shape for shard in shards], shards[0].tensor.dtype)
-    buffer = blocks.new_buffer(shards[0].tensor.device)
-    copy_all(blocks.views(buffer), [shard.tensor for shard in shards])
-    values = blocks.digests(buffer, [_in_words(name, shard) for name, shard in named])
-    return [(Piece.of(name, shard), value) for (name, shard), value in zip(named, values, strict=True)]
+    def __init__(self, named: Sequence[tuple[str, Shard]]) -> None:
+        self.pieces = [Piece.of(name, shard) for name, shard in named]
+        self._packed: Packed | None = None
+        if named:
+            first = named[0][1].tensor
+            blocks = Blocks([shard.tensor.shape for _, shard in named], first.dtype)
+            places = [_in_words(name, shard) for name, shard in named]
+            self._packed = Packed(blocks, blocks.new_buffer(first.device), places)
+
+    def digests(self, named: Sequence[tuple[str, Shard]]) -> list[int]:
+        """Of what these hold now."""
+        if self._packed is None:
+            return []
+        copy_all(self._packed.views, [shard.tensor for _, shard in named])
+        return self._packed.sums().digests
 
 
 def _in_words(name: str, shard: Shard) -> Places:

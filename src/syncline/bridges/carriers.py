@@ -59,6 +59,7 @@ class Carrier:
             self._file = (path, torch.empty(0, dtype=torch.int64).set_(storage))  # pyright: ignore[reportArgumentType]
         on_file = self._file is not None and device.type == "cpu"
         self.buffer = self._file[1] if on_file and self._file else layout.new_buffer(device)
+        self.packed = layout.on(self.buffer)
         self._sources = [self._source(way) for way in ways]
 
     def send(self, policy_version: int) -> list[dict[str, Any]]:
@@ -134,20 +135,28 @@ class Receiver:
         self._device = device
         self._source: Mapping[str, Any] | None = None
         self._opened: torch.Tensor | None = None
+        self._views: tuple[AdapterLayout, dict[str, torch.Tensor]] | None = None
+        """Of the memory that is open, where the engine reads it as it lies."""
 
-    def receive(self, source: Mapping[str, Any], layout: AdapterLayout) -> torch.Tensor:
-        """The buffer on the engine's device. Raises `SyncError` when it cannot be read or is of another layout."""
+    def receive(self, source: Mapping[str, Any], layout: AdapterLayout) -> dict[str, torch.Tensor]:
+        """The adapter's tensors on the engine's device. Raises `SyncError` when they cannot be read or are of another
+        layout."""
         if "folder" in source:
-            return self._read(Path(source["folder"]), layout).to(self._device)
+            return layout.views(self._read(Path(source["folder"]), layout).to(self._device))
         if source != self._source or self._opened is None:
-            self._opened, self._source = None, None
+            self._opened, self._source, self._views = None, None, None
             memory = source["memory"]
             device = torch.device("cpu") if memory["origin"]["device"] == "cpu" else self._device
             self._opened = open_views(memory, device=device)["adapter"].tensor
             self._source = source
         if self._opened.numel() != layout.buffer_words:
             raise SyncError(f"the adapter's buffer has {self._opened.numel()} words, its layout {layout.buffer_words}")
-        return self._opened.to(self._device)
+        buffer = self._opened.to(self._device)
+        if buffer is not self._opened:
+            return layout.views(buffer)
+        if self._views is None or self._views[0] is not layout:
+            self._views = (layout, layout.views(buffer))
+        return self._views[1]
 
     @staticmethod
     def _read(folder: Path, layout: AdapterLayout) -> torch.Tensor:

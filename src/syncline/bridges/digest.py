@@ -16,9 +16,6 @@ from syncline.errors import SyncError
 
 ROW_WORDS = 32
 BATCH_BYTES = 1 << 30
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +173,3 @@ def tensor_digest(tensor: torch.Tensor, *, offset: int = 0) -> int:
     places = Places("tensor", offset, tensor.numel(), tensor.numel())
     [digest], _ = sums([prepared([Words.laid(tensor.detach(), row, places)])()])
     return digest
-
-
-def mixed_words(words: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Each int64 word mixed with its position in the full tensor; a tensor's digest is their sum."""
-    return _mix(words ^ (position * _GOLDEN))
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser on int64 (torch shifts arithmetically, so the sign bits are masked off)."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
-    return x ^ ((x >> 31) & ((1 << 33) - 1))

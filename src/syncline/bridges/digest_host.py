@@ -22,16 +22,16 @@ Integers = NDArray[np.uint64]
 
 def host_digest(batch: "Sequence[Words]") -> torch.Tensor:
     """What `digest.Digest` says."""
-    found = np.array([_sums(words) for words in batch], dtype=np.uint64).reshape(-1, 2)
+    scratch = np.empty((2, _CHUNK_WORDS), dtype=np.uint64)
+    found = np.array([_sums(words, scratch) for words in batch], dtype=np.uint64).reshape(-1, 2)
     return torch.from_numpy(found.view(np.int64).T.copy())
 
 
-def _sums(words: "Words") -> tuple[int, int]:
+def _sums(words: "Words", scratch: Integers) -> tuple[int, int]:
     """The sum of the mixed words, modulo 2**64, and how many words are not finite."""
     lanes = (words.lanes.exponent, words.lanes.carry, words.lanes.sign)
     exponent, carry, sign = (np.uint64(bits & _MASK) for bits in lanes)
     total = num_broken = 0
-    scratch = np.empty((2, _CHUNK_WORDS), dtype=np.uint64)
     for chunk, positions in _chunks(words):
         x, y = (memory[: chunk.size].reshape(chunk.shape) for memory in scratch)
         np.add(positions * _GOLDEN, _RAMP[: chunk.shape[1]], out=x)

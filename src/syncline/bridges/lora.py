@@ -67,6 +67,8 @@ class LoraBridge(CopyingBridge):
         self._base_digests: dict[str, str] = {}
         self._carrier: Carrier | None = None
         self._device = torch.device("cpu")
+        self._last: Receipt | None = None
+        """What the engines were proved to serve by the last publish, unless it failed."""
         self._ways: list[Way] = []
         """One an engine, in the order of `self._fleet.all`."""
 
@@ -94,24 +96,31 @@ class LoraBridge(CopyingBridge):
     def _publish(self, model: Any, policy_version: int) -> SyncReport:
         if self._carrier is None:
             raise SyncError("the bridge was not attached to a model")
-        clock, layout = Stopwatch(), self._carrier.layout
-        layout.pack(dict(self._layers(model)), self._carrier.buffer)
+        clock, layout, packed = Stopwatch(), self._carrier.layout, self._carrier.packed
+        packed.pack(dict(self._layers(model)))
         clock.lap("pack")
-        adapter = layout.digests(self._carrier.buffer)
+        adapter = packed.digests()
         digests = self._base_digests | adapter
         expected = Receipt(policy_version, model_digest(digests))
         clock.lap("digest")
-        served = self._fleet.receipts()
-        self._fleet.refuse_backwards(policy_version, served)
+        changed = self._is_news(expected)
         clock.lap("ask")
-        changed = any(receipt.digest != expected.digest for receipt in served)
         if changed:
             self._stage(adapter, self._carrier, policy_version=policy_version)
         clock.lap("stage")
         pause_seconds = self._switch(expected, digests)
         clock.lap("switch")
-        moved = layout.num_bytes if changed else 0
+        moved, self._last = layout.num_bytes if changed else 0, expected
         return SyncReport(expected, moved, clock.total, pause_seconds, dict(clock.parts))
+
+    def _is_news(self, expected: Receipt) -> bool:
+        """Whether an engine lacks the adapter: asked where the last publish does not tell. Raises `SyncError` for a
+        version older than what is served."""
+        last, self._last = self._last, None
+        tells = last and last.digest != expected.digest
+        served = [last] * len(self._fleet.engines) if last and tells else self._fleet.receipts()
+        self._fleet.refuse_backwards(expected.policy_version, served)
+        return any(receipt.digest != expected.digest for receipt in served)
 
     def _stage(self, adapter: Mapping[str, str], carrier: Carrier, *, policy_version: int) -> None:
         """Every engine holds the new adapter beside the old one, and has proved it."""
@@ -134,8 +143,8 @@ class LoraBridge(CopyingBridge):
         if self._config.in_flight == "abort":
             self._fleet.pause()
             clock.lap("pause")
-        self._fleet.prove(self._fleet.each(lambda engine: engine.switch(expected)), expected, digests=digests)
-        self._fleet.resume(expected)
+        switched = self._fleet.each(lambda engine: engine.switch(expected, resume=self._fleet.is_one))
+        self._fleet.proved(switched, expected, digests=digests)
         clock.lap("resume")
         return clock.total if "pause" in clock.parts else 0.0
 

@@ -6,7 +6,7 @@ Weights that were made to be read once (merged adapters, gathered shards) are na
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,34 @@ class Reading(NamedTuple):
     layout: str
     digests: list[int]
     num_broken: list[int]
+
+
+def layout_of(pieces: Sequence[Piece]) -> str:
+    return hashlib.sha256(repr(pieces).encode()).hexdigest()
+
+
+class Wholes:
+    """What the readings of several ranks make up. Which pieces they are of is worked out once for each layout."""
+
+    def __init__(self) -> None:
+        self._layouts: list[str] = []
+        self._combination = Combination([])
+        self.pieces: list[list[Piece]] = []
+
+    def knows(self, readings: Sequence[Reading]) -> bool:
+        """Whether they are of the pieces that were learned last."""
+        return [reading.layout for reading in readings] == self._layouts
+
+    def learn(self, readings: Sequence[Reading], pieces: Sequence[Sequence[Any]], *, num_stages: int = 1) -> None:
+        """`pieces`: of each rank, as it told them, stage by stage of a pipeline. Raises `SyncError` where they do not
+        make up wholes."""
+        self.pieces = [[Piece(*piece) for piece in rank] for rank in pieces]
+        self._combination = Combination(self.pieces, num_stages=num_stages)
+        self._layouts = [reading.layout for reading in readings]
+
+    def digests(self, readings: Sequence[Reading]) -> dict[str, str]:
+        """`name -> "dtype[shape]:digest"`; raises `SyncError` for copies of a piece that differ."""
+        return self._combination.digests([reading.digests for reading in readings])
 
 
 class Measure:
@@ -67,7 +95,7 @@ class Measure:
 
         found = piece_sums(noted())
         self.pieces = pieces
-        self.layout = hashlib.sha256(repr(pieces).encode()).hexdigest()
+        self.layout = layout_of(pieces)
         return found, stays
 
     def _prepare(self, model: Any, lie: tuple[int, ...]) -> None:
@@ -82,20 +110,16 @@ class LearnerDigests:
     def __init__(self, pieces: Pieces, *, ranks: Ranks = ONE_RANK) -> None:
         self._measure = Measure(pieces)
         self._ranks = ranks
-        self._layouts: list[str] = []
-        self._pieces: list[list[Piece]] = []
-        self._combination = Combination([])
+        self._wholes = Wholes()
 
     def of(self, model: Any) -> dict[str, str]:
         """`name -> "dtype[shape]:digest"`, on every rank. Raises `SyncError` naming a parameter that is not finite."""
         readings = self._ranks.gathered(self._measure.read(model))
-        layouts = [reading.layout for reading in readings]
-        if layouts != self._layouts:
-            self._pieces = self._ranks.gathered(self._measure.pieces)
-            self._layouts, self._combination = layouts, Combination(self._pieces)
+        if not self._wholes.knows(readings):
+            self._wholes.learn(readings, self._ranks.gathered(self._measure.pieces))
         if any(map(any, (reading.num_broken for reading in readings))):
-            refuse_broken(self._pieces, [reading.num_broken for reading in readings])
-        return self._combination.digests([reading.digests for reading in readings])
+            refuse_broken(self._wholes.pieces, [reading.num_broken for reading in readings])
+        return self._wholes.digests(readings)
 
 
 def _local(model: Any) -> Iterator[torch.Tensor]:

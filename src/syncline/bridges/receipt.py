@@ -17,7 +17,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -82,12 +82,6 @@ def refuse_broken(ranks: Sequence[Sequence[Piece]], num_broken: Sequence[Sequenc
             counts[piece.name] += number
     if bad := [name for name, count in counts.items() if count]:
         raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(counts)} parameters); nothing was published")
-
-
-def combined(ranks: Sequence[Sequence[tuple[Any, int]]], *, num_stages: int = 1) -> dict[str, str]:
-    """The digests of wholes that are measured once, from each rank's pieces with theirs."""
-    pieces = [[Piece(*piece) for piece, _ in rank] for rank in ranks]
-    return Combination(pieces, num_stages=num_stages).digests([[digest for _, digest in rank] for rank in ranks])
 
 
 class Combination:

@@ -42,9 +42,9 @@ def _faults_of_adapter(folder: Path, served: Mapping[str, str]) -> list[str]:
     dtype = next((digest.partition("[")[0] for digest in adapter.values()), "float32")
     layers = _saved_layers(folder, config)
     layout = AdapterLayout.of(layers, dtype)
-    buffer = layout.new_buffer(torch.device("cpu"))
-    layout.pack(layers, buffer)
-    faults = differences(layout.digests(buffer), adapter, left="the checkpoint")
+    packed = layout.on(layout.new_buffer(torch.device("cpu")))
+    packed.pack(layers)
+    faults = differences(packed.digests(), adapter, left="the checkpoint")
     return faults + faults_of(base, {name: digest for name, digest in served.items() if not is_adapter_name(name)})
 
 

@@ -97,7 +97,7 @@ def build_bridge(
     from syncline.bridges.lora import LoraBridge
     from syncline.bridges.restart import RestartBridge
     from syncline.bridges.shared import SharedBridge
-    from syncline.learner.adapter import adapter_layers, frozen_base
+    from syncline.learner.adapter import AdapterLayers, frozen_base
     from syncline.learner.model import checkpoint_shards, checkpoint_wholes, saved_parameters
 
     def export(model: Any) -> Iterable[tuple[str, "torch.Tensor"]]:
@@ -114,7 +114,7 @@ def build_bridge(
             config.bridge,
             base=base,
             stored=stored,
-            layers=adapter_layers,
+            layers=AdapterLayers(),
             folder=Path(config.run.dir) / "adapters",
             shares_base=config.bridge.name == "shared",
             ranks=ranks,

@@ -206,8 +206,8 @@ class EngineController:
         body = {"adapter": dict(adapter), "policy_version": policy_version, "timeout_seconds": timeout_seconds}
         return self._order("/syncline/stage", 2 * timeout_seconds, **body)["parameters"]
 
-    def switch(self, receipt: Receipt) -> Receipt:
-        return _receipt(self._order("/syncline/switch", **asdict(receipt)))
+    def switch(self, receipt: Receipt, *, resume: bool = False) -> Receipt:
+        return _receipt(self._order("/syncline/switch", expected=asdict(receipt), resume=resume))
 
     def restart(self, path: str, *, policy_version: int, timeout_seconds: float) -> Receipt:
         deadline = time.monotonic() + timeout_seconds

@@ -4,7 +4,7 @@ vLLM adds B·A·x of plain linear layers and of fused experts and nothing else, 
 (DoRA's magnitudes, embeddings, biases, whole modules) is refused by name here, before a token is sampled without it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,34 @@ def frozen_base(folder: Path) -> tuple[Base, Stored]:
     return unpacked, lambda model: stored_layers(base_parameters(model), folder)
 
 
-def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Each adapted layer by its name in the checkpoint, gathered where ranks have parts.
+class AdapterLayers:
+    """Each adapted layer of a model by its name in the checkpoint, gathered where ranks have parts.
 
-    Raises `SyncError` naming what is trained beside them.
+    Raises `SyncError` naming what is trained beside them. Which modules are adapted is noted: to look through those of
+    a 7B takes longer than to send its adapter.
     """
-    named = causal_lm(model).named_modules()
-    layers = {_name(name, module): layer for name, module in named if (layer := _plain_lora(module))}
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._modules: dict[str, nn.Module] = {}
+
+    def __call__(self, model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+        pairs = _pairs(self._modules)
+        if model is not self._model or len(pairs) < len(self._modules):
+            named = causal_lm(model).named_modules()
+            modules = {_name(name, module): module for name, module in named if _plain_lora(module)}
+            pairs = _pairs(modules)
+            _refuse_others(model, pairs)
+            self._model, self._modules = model, modules
+        for name, pair in pairs.items():
+            yield name, LoraLayer(gathered(pair.a), gathered(pair.b), pair.scaling)
+
+
+def _pairs(modules: Mapping[str, nn.Module]) -> dict[str, LoraLayer]:
+    return {name: pair for name, module in modules.items() if (pair := _plain_lora(module))}
+
+
+def _refuse_others(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
     _refuse_half_adapted_experts(layers)
     tensors = [tensor for layer in layers.values() for tensor in (layer.a, layer.b)]
     pairs = {id(tensor._base if tensor.dim() == EXPERT_DIM else tensor) for tensor in tensors}
@@ -68,8 +89,6 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             "vLLM serves LoRA pairs of linear layers alone; train without what follows, or set bridge.name to "
             f"restart, which merges DoRA and biases:\n{listed(others or ['the model has no LoRA layer'])}"
         )
-    for name, layer in layers.items():
-        yield name, LoraLayer(gathered(layer.a), gathered(layer.b), layer.scaling)
 
 
 def _plain_lora(module: Any) -> LoraLayer | None:

@@ -20,7 +20,7 @@ def layer(rank: int, num_inputs: int, num_outputs: int, *, scaling: float = 1.5,
 def packed(layers: dict[str, LoraLayer], dtype: str = "bfloat16") -> tuple[AdapterLayout, torch.Tensor]:
     layout = AdapterLayout.of(layers, dtype)
     buffer = layout.new_buffer(CPU)
-    layout.pack(layers, buffer)
+    layout.on(buffer).pack(layers)
     return layout, buffer
 
 
@@ -42,14 +42,14 @@ def test_the_digests_are_the_receipts_of_the_words_for_any_number_of_blocks() ->
     layout, buffer = packed(layers)
     for name, view in layout.views(buffer).items():
         words = view.reshape(-1).view(torch.int64)
-        assert layout.digests(buffer)[name] == f"{kind_of(view)}:{tensor_digest(words):016x}"
+        assert layout.on(buffer).digests()[name] == f"{kind_of(view)}:{tensor_digest(words):016x}"
 
 
 def test_rows_that_are_no_whole_words_have_a_digest_that_tells_them_apart() -> None:
     layout, buffer = packed({"odd": layer(1, 7, 3)})
-    before = layout.digests(buffer)
+    before = layout.on(buffer).digests()
     layout.views(buffer)["odd.lora_B.weight"][2] += 1
-    changed = {name for name, digest in layout.digests(buffer).items() if digest != before[name]}
+    changed = {name for name, digest in layout.on(buffer).digests().items() if digest != before[name]}
     assert changed == {"odd.lora_B.weight"}
 
 
@@ -58,20 +58,21 @@ def test_swapped_tensors_of_one_shape_have_other_digests() -> None:
     one, buffer = packed(layers)
     two, swapped = packed({"k": layers["v"], "v": layers["k"]})
     assert one.shapes == two.shapes
-    assert all(one.digests(buffer)[name] != two.digests(swapped)[name] for name in one.shapes)
+    assert all(one.on(buffer).digests()[name] != two.on(swapped).digests()[name] for name in one.shapes)
 
 
 def test_the_wire_form_builds_the_same_layout() -> None:
     layout, buffer = packed({"q": layer(4, 24, 40), "v": layer(2, 24, 12)})
     wire = layout.wire()
-    assert AdapterLayout(wire["shapes"], wire["dtype"]).digests(buffer) == layout.digests(buffer)
+    assert AdapterLayout(wire["shapes"], wire["dtype"]).on(buffer).digests() == layout.on(buffer).digests()
 
 
 def test_an_adapter_that_is_not_finite_is_named() -> None:
     bad = layer(4, 8, 8)
     bad.b[3, 1] = float("nan")
+    layout, buffer = packed({"good": layer(4, 8, 8), "bad": bad})
     with pytest.raises(SyncError, match=r"bad\.lora_B\.weight is not finite \(1 of 4 tensors\)"):
-        packed({"good": layer(4, 8, 8), "bad": bad})
+        layout.on(buffer).digests()
 
 
 def test_what_an_engine_cannot_hold_is_named() -> None:

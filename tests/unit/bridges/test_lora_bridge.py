@@ -80,14 +80,17 @@ class FakeEngine:
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
         self._called("stage")
         layout = AdapterLayout(adapter["shapes"], adapter["dtype"])
-        buffer = Receiver(CPU).receive(adapter["source"], layout).clone()
+        buffer, sent = layout.new_buffer(CPU), Receiver(CPU).receive(adapter["source"], layout)
+        for name, view in layout.views(buffer).items():
+            view.copy_(sent[name])
         if self.tampers:
             layout.views(buffer)["w.lora_B.weight"].add_(1)
-        self.held.append(layout.digests(buffer))
+        self.held.append(layout.on(buffer).digests())
         return self.held[-1]
 
-    def switch(self, receipt: Receipt) -> Receipt:
+    def switch(self, receipt: Receipt, *, resume: bool = False) -> Receipt:
         self._called("switch")
+        self.paused = self.paused and not resume
         self.serves = next(held for held in self.held if model_digest(self.base | held) == receipt.digest)
         self.version = receipt.policy_version
         return self.receipt()
@@ -132,6 +135,25 @@ def test_an_unchanged_adapter_is_not_sent_again(engines: list[FakeEngine], tmp_p
     assert report.num_bytes == 0
     assert [engine.calls.count("stage") for engine in engines] == [1, 1]
     assert [engine.version for engine in engines] == [1, 1]
+
+
+def test_engines_are_asked_what_they_serve_where_the_last_publish_does_not_tell(
+    engines: list[FakeEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge, model = attached(engines, tmp_path)
+    asked: list[int] = []
+    monkeypatch.setattr(bridge._fleet, "receipts", lambda: asked.append(1) or [e.receipt() for e in engines])
+
+    def publish(version: int, *, changed: bool = True) -> int:
+        asked.clear()
+        model.layers["w"].b.add_(float(changed))
+        bridge.publish(model, policy_version=version)
+        return len(asked)
+
+    assert [publish(5), publish(6), publish(7, changed=False), publish(8)] == [1, 0, 1, 0]
+    with pytest.raises(SyncError, match="policy_version 3 is older than 8, which engine first already serves"):
+        publish(3)
+    assert publish(9) == 1, "whatever the failed one left behind"
 
 
 def test_an_engine_that_started_again_gets_the_adapter_again(engines: list[FakeEngine], tmp_path: Path) -> None:

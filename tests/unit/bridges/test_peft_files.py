@@ -9,7 +9,7 @@ from peft import get_peft_model_state_dict
 from syncline.bridges.adapter import AdapterLayout
 from syncline.bridges.peft_files import file_name, from_file, to_file
 from syncline.config.schema import Lora
-from syncline.learner.adapter import adapter_layers
+from syncline.learner.adapter import AdapterLayers
 from syncline.learner.model import add_lora
 
 
@@ -22,10 +22,10 @@ def test_names_and_values_are_those_of_peft_and_come_back(tmp_path: Path) -> Non
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.normal_()
-    layers = dict(adapter_layers(model))
+    layers = dict(AdapterLayers()(model))
     layout = AdapterLayout.of(layers, "float32")
     buffer = layout.new_buffer(torch.device("cpu"))
-    layout.pack(layers, buffer)
+    layout.on(buffer).pack(layers)
     written = {file_name(n, v.dim()): to_file(n, v) for n, v in layout.views(buffer).items()}
     expected = get_peft_model_state_dict(model)
     assert written.keys() == expected.keys()

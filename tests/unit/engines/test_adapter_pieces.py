@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from rank_digests import combined_together
 
 from syncline.bridges.adapter import AdapterLayout, LoraLayer
-from syncline.bridges.blocks import digested
-from syncline.bridges.receipt import combined
 from syncline.engines.vllm.adapter_pieces import adaptable
-from syncline.engines.vllm.slots import read, sizes, whole
+from syncline.engines.vllm.expert_slots import stacks
+from syncline.engines.vllm.slots import Slots, whole
 from syncline.errors import SyncError
 
 pytest.importorskip("vllm")
@@ -78,8 +78,9 @@ def expected(layers: dict[str, LoraLayer]) -> tuple[AdapterLayout, dict[str, str
     """The learner's digests."""
     layout = AdapterLayout.of(layers, "bfloat16")
     buffer = layout.new_buffer(torch.device("cpu"))
-    layout.pack(layers, buffer)
-    return layout, layout.digests(buffer)
+    packed = layout.on(buffer)
+    packed.pack(layers)
+    return layout, packed.digests()
 
 
 def held(
@@ -98,9 +99,11 @@ def held(
         mine = manager(packed, fully_sharded=fully_sharded)
         fill(mine, layers)
         spoil(rank, mine.modules)
-        assert sizes(adaptable(mine)) == {n: [len(layer.a.T), len(layer.b)] for n, layer in layers.items()}
-        ranks.append(digested(read(mine, adaptable(mine), 77, layout)))
-    return combined(ranks)
+        slots = Slots(mine, adaptable(mine))
+        assert slots.sizes == {n: [len(layer.a.T), len(layer.b)] for n, layer in layers.items()}
+        slots.read(slots.held(77, layout))
+        ranks.append(slots.held(77, layout).pieces)
+    return combined_together(ranks)
 
 
 def test_stages_of_a_pipeline_hold_their_own_layers_of_the_adapter(on_rank: OnRank) -> None:
@@ -115,10 +118,10 @@ def test_stages_of_a_pipeline_hold_their_own_layers_of_the_adapter(on_rank: OnRa
             mine.modules = {
                 n: module for n, module in mine.modules.items() if (n in ("qkv_proj", "o_proj")) == (stage == 0)
             }
-            ranks.append(digested(read(mine, adaptable(mine), 77, layout)))
-    assert combined(ranks, num_stages=2) == whole
+            ranks.append(Slots(mine, adaptable(mine)).held(77, layout).pieces)
+    assert combined_together(ranks, num_stages=2) == whole
     with pytest.raises(SyncError, match="lacks it, rank 0 holds it"):
-        combined(ranks, num_stages=1)
+        combined_together(ranks, num_stages=1)
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["sharded", "fully sharded"])
@@ -132,11 +135,50 @@ def test_the_ranks_pieces_add_up_to_the_adapter(
     assert held(on_rank, num_ranks, layers, packed=packed, fully_sharded=fully_sharded) == expected(layers)[1]
 
 
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["sharded", "fully sharded"])
+@pytest.mark.parametrize("packed", [APART, TOGETHER], ids=["apart", "fused in the checkpoint"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_a_slot_is_filled_as_vllm_fills_it(
+    on_rank: OnRank, num_ranks: int, packed: dict[str, list[str]], fully_sharded: bool
+) -> None:
+    """Bit for bit, over an adapter of a larger rank that was there before."""
+    layers = adapter(packed)
+    layout = expected(layers)[0]
+    buffer = layout.new_buffer(torch.device("cpu"))
+    layout.on(buffer).pack(layers)
+    for rank in range(num_ranks):
+        on_rank(rank, num_ranks)
+        theirs, ours = (manager(packed, fully_sharded=fully_sharded) for _ in range(2))
+        fill(theirs, layers)
+        fill(ours, adapter(packed, MAX_RANK))
+        ours.lora_index_to_id[SLOT] = None
+        activated(ours)
+        Slots(ours, adaptable(ours)).load(77, layout, layout.views(buffer))
+        for name, module in theirs.modules.items():
+            pairs = zip(stacks(module), stacks(ours.modules[name]), strict=True)
+            for (a, b), (own_a, own_b) in pairs:
+                torch.testing.assert_close(own_a[SLOT], a[SLOT], rtol=0, atol=0)
+                torch.testing.assert_close(own_b[SLOT], b[SLOT], rtol=0, atol=0)
+
+
+def activated(manager: Any) -> None:
+    """What vLLM's manager does of an adapter whose layers are none of these: every one is zeroed."""
+
+    def activate(adapter_id: int) -> None:
+        manager.lora_index_to_id[SLOT] = adapter_id
+        for module in manager.modules.values():
+            module.reset_lora(SLOT)
+
+    manager.device, manager.activate_adapter = torch.device("cpu"), activate
+    manager.add_adapter = manager.pin_adapter = lambda adapter: None
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_slot_whose_adapter_is_not_known_is_told_to_its_largest_rank(on_rank: OnRank, num_ranks: int) -> None:
     layers = adapter(APART, MAX_RANK)
     on_rank(0, num_ranks)
-    layout = whole(manager(APART))
+    mine = manager(APART)
+    layout = whole(Slots(mine, adaptable(mine)))
     assert set(layout.shapes.items()) == set(expected(layers)[0].shapes.items())
     assert layout.dtype == torch.bfloat16
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from rank_digests import combined_together
 
 from syncline.bridges.adapter import AdapterLayout, LoraLayer
-from syncline.bridges.blocks import digested
-from syncline.bridges.receipt import combined
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.adapter_pieces import adaptable
-from syncline.engines.vllm.slots import read, sizes
+from syncline.engines.vllm.slots import Slots
 from syncline.errors import SyncError
 
 pytest.importorskip("vllm")
@@ -55,7 +54,7 @@ def manager(rank: int = 0, ranks: int = 1, *, padded_hidden: int = HIDDEN, padde
 def fill(manager: Any) -> None:
     """As the bridge's `load` and vLLM's activation do it together."""
     buffer = LAYOUT.new_buffer(torch.device("cpu"))
-    LAYOUT.pack(LAYERS, buffer)
+    LAYOUT.on(buffer).pack(LAYERS)
     views = LAYOUT.views(buffer)
     pairs = [(views[f"{name}.lora_A.weight"], views[f"{name}.lora_B.weight"]) for name in LAYERS]
     weights = compat.new_adapter(77, {NAME: pairs}).loras[NAME]
@@ -63,9 +62,9 @@ def fill(manager: Any) -> None:
 
 
 def expected() -> dict[str, str]:
-    buffer = LAYOUT.new_buffer(torch.device("cpu"))
-    LAYOUT.pack(LAYERS, buffer)
-    return LAYOUT.digests(buffer)
+    packed = LAYOUT.on(LAYOUT.new_buffer(torch.device("cpu")))
+    packed.pack(LAYERS)
+    return packed.digests()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -75,27 +74,29 @@ def test_the_ranks_pieces_add_up_to_the_adapter(ranks: int) -> None:
     for rank in range(ranks):
         mine = manager(rank, ranks)
         fill(mine)
-        assert sizes(adaptable(mine)) == {
+        assert Slots(mine, adaptable(mine)).sizes == {
             f"{NAME}.gate_up_proj": [EXPERTS, HIDDEN, 2 * INNER],
             f"{NAME}.down_proj": [EXPERTS, INNER, HIDDEN],
         }
-        found.append(digested(read(mine, adaptable(mine), 77, LAYOUT)))
-    assert combined(found) == expected()
+        found.append(Slots(mine, adaptable(mine)).held(77, LAYOUT).pieces)
+    assert combined_together(found) == expected()
 
 
 def test_what_the_kernels_pad_is_beside_the_adapter() -> None:
     mine = manager(padded_hidden=64, padded_inner=64)
     fill(mine)
-    assert combined([digested(read(mine, adaptable(mine), 77, LAYOUT))]) == expected()
+    slots = Slots(mine, adaptable(mine))
+    slots.read(slots.held(77, LAYOUT))
+    assert combined_together([slots.held(77, LAYOUT).pieces]) == expected()
     mine.modules[NAME].w2_lora_a_stacked[0][SLOT, 2, 0, INNER] = 1
     with pytest.raises(SyncError, match=r"down_proj: the engine's slot holds more"):
-        read(mine, adaptable(mine), 77, LAYOUT)
+        slots.read(slots.held(77, LAYOUT))
 
 
 def test_padded_experts_on_several_ranks_are_refused_because_vllm_cuts_their_adapters_elsewhere() -> None:
     mine = manager(1, 2, padded_inner=32)
     with pytest.raises(SyncError, match=r"pads a rank's 24 columns of the experts to 32.*tensor_parallel_size to 1"):
-        read(mine, adaptable(mine), 77, LAYOUT)
+        Slots(mine, adaptable(mine)).held(77, LAYOUT)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_one_experts_spoilt_value_changes_that_tensor_alone(stack: str) -> None:
     mine = manager()
     fill(mine)
     getattr(mine.modules[NAME], stack)[0][SLOT, 3, 1, 1] += 1
-    found = combined([digested(read(mine, adaptable(mine), 77, LAYOUT))])
+    found = combined_together([Slots(mine, adaptable(mine)).held(77, LAYOUT).pieces])
     matrix = "gate_up_proj" if "w13" in stack else "down_proj"
     side = "A" if "_a_" in stack else "B"
     assert [name for name in found if found[name] != expected()[name]] == [f"{NAME}.{matrix}.lora_{side}.weight"]

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from gpt_oss_models import recipe
+from rank_digests import combined_together
 from real_engine import run_values
 from safetensors.torch import load_file
 
-from syncline.bridges.blocks import digested
-from syncline.bridges.receipt import combined, parameter_digests
+from syncline.bridges.receipt import parameter_digests
 from syncline.config import resolve
 from syncline.engines.vllm.arguments import Start, _options
 from syncline.engines.vllm.names import CheckpointNames
@@ -49,8 +49,8 @@ def test_every_ranks_bytes_are_in_the_digest(ranks: int) -> None:
             module = experts(rank, ranks)
             if rank == spoilt:
                 module.w13_weight.data[1, 2, 7] += 1
-            found.append(digested(list(repacked_pieces(NAME, module.w13_weight.data, module))))
-        return combined(found)
+            found.append(list(repacked_pieces(NAME, module.w13_weight.data, module)))
+        return combined_together(found)
 
     assert list(measured()) == [f"repacked:{NAME}"]
     assert f"uint8[{ranks}, 2, 3, 32]" in measured()[f"repacked:{NAME}"]

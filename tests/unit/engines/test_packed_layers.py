@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from packed_models import SETTINGS, make_packed_model
+from rank_digests import combined_together
 from safetensors.torch import load_file
 
-from syncline.bridges.blocks import digested
-from syncline.bridges.receipt import combined, parameter_digests
+from syncline.bridges.receipt import parameter_digests
 from syncline.engines.vllm.packed_experts import handed_to, witnessed
 from syncline.engines.vllm.packed_layers import packed_layer_pieces
 from syncline.errors import SyncError
@@ -41,8 +41,8 @@ def test_every_ranks_bytes_are_in_the_digest(ranks: int) -> None:
             module = layer(rank, ranks)
             if rank == spoilt:
                 module.qweight.data[2, 7] += 1
-            found.append(digested(list(packed_layer_pieces(NAME, module.qweight.data, module))))
-        return combined(found)
+            found.append(list(packed_layer_pieces(NAME, module.qweight.data, module)))
+        return combined_together(found)
 
     assert list(measured()) == [f"repacked:{NAME}"]
     assert len({str(measured(spoilt)) for spoilt in (None, *range(ranks))}) == ranks + 1

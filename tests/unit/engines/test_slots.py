@@ -10,7 +10,7 @@ import torch
 from syncline.bridges.adapter import AdapterLayout
 from syncline.engines.vllm.adapter_pieces import AdaptedSlice
 from syncline.engines.vllm.layout import Part
-from syncline.engines.vllm.slots import read, sizes
+from syncline.engines.vllm.slots import Slots
 from syncline.errors import SyncError
 
 pytest.importorskip("vllm")
@@ -34,22 +34,28 @@ def manager(on_rank: Callable[[int, int], None]) -> Any:
     return SimpleNamespace(modules={"qk": fused, "embed": embedding}, lora_index_to_id=[None, 77])
 
 
-def held(manager: Any) -> dict[str, torch.Tensor]:
+@pytest.fixture
+def slots(manager: Any) -> Slots:
     rows = (Part(6, 0, 6, counted=True),)
-    layers = {name: AdaptedSlice(name, manager.modules["qk"], i, rows) for i, name in enumerate("qk")}
-    assert sizes(layers) == {"q": [8, 6], "k": [8, 6]}
-    return {name: shard.tensor for name, shard in read(manager, layers, 77, LAYOUT)}
+    found = Slots(manager, {name: AdaptedSlice(name, manager.modules["qk"], i, rows) for i, name in enumerate("qk")})
+    assert found.sizes == {"q": [8, 6], "k": [8, 6]}
+    return found
 
 
-def test_the_adapters_own_slice_and_rank_are_read(manager: Any) -> None:
-    pieces = held(manager)
+def held(slots: Slots) -> dict[str, torch.Tensor]:
+    slots.read(slots.held(77, LAYOUT))
+    return {name: shard.tensor for name, shard in slots.held(77, LAYOUT).pieces}
+
+
+def test_the_adapters_own_slice_and_rank_are_read(slots: Slots) -> None:
+    pieces = held(slots)
     torch.testing.assert_close(pieces["k.lora_A.weight"], torch.full((2, 8), 1.0))
     torch.testing.assert_close(pieces["k.lora_B.weight"], torch.full((6, 2), 2.0))
 
 
-def test_another_slot_may_hold_another_adapter(manager: Any) -> None:
-    manager.modules["qk"].lora_a_stacked[0][0] = 5.0
-    assert held(manager)["k.lora_A.weight"].unique().tolist() == [1.0]
+def test_another_slot_may_hold_another_adapter(slots: Slots) -> None:
+    slots.manager.modules["qk"].lora_a_stacked[0][0] = 5.0
+    assert held(slots)["k.lora_A.weight"].unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,29 @@ def test_another_slot_may_hold_another_adapter(manager: Any) -> None:
     ],
     ids=["padding of A", "padding of B", "a slice that is not adapted", "a layer that is not adapted"],
 )
-def test_what_lies_beside_the_adapter_is_noticed(manager: Any, write: Any, named: str) -> None:
-    write(manager.modules)
+def test_what_lies_beside_the_adapter_is_noticed(slots: Slots, write: Any, named: str) -> None:
+    slots.read(slots.held(77, LAYOUT))
+    write(slots.manager.modules)
     with pytest.raises(SyncError, match=rf"^{named}: the engine's slot holds more"):
-        held(manager)
+        slots.read(slots.held(77, LAYOUT))
+
+
+def test_what_a_slot_holds_is_read_anew_each_time_wherever_its_stacks_have_moved(slots: Slots) -> None:
+    """Views of it are kept from one reading to the next."""
+    first, layer = slots.read(slots.held(77, LAYOUT)), slots.manager.modules["qk"]
+    layer.lora_a_stacked[1][SLOT, 0, 0, 0] = 7.0
+    second = slots.read(slots.held(77, LAYOUT))
+    layer.lora_a_stacked = tuple(stack.clone() for stack in layer.lora_a_stacked)
+    assert slots.read(slots.held(77, LAYOUT)) == second
+    layer.lora_a_stacked[1][SLOT, 0, 0, 0] = 1.0
+    assert slots.read(slots.held(77, LAYOUT)) == first != second
+
+
+def test_a_slot_that_another_adapter_takes_is_read_as_that_one(slots: Slots) -> None:
+    other = AdapterLayout({"k.lora_A.weight": (1, 8), "k.lora_B.weight": (6, 1)}, "float32")
+    first, layer = slots.read(slots.held(77, LAYOUT)), slots.manager.modules["qk"]
+    layer.lora_a_stacked[1][SLOT, 0, 1:] = 0.0
+    layer.lora_b_stacked[1][SLOT, 0, :, 1:] = 0.0
+    slots.manager.lora_index_to_id[SLOT] = 78
+    assert slots.read(slots.held(78, other)).layout != first.layout
+    assert [list(shard.tensor.shape) for _, shard in slots.held(78, other).pieces] == [[1, 8], [6, 1]]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from syncline.config.schema import Lora
 from syncline.errors import SyncError
-from syncline.learner.adapter import adapter_layers, base_parameters
+from syncline.learner.adapter import AdapterLayers, base_parameters
 from syncline.learner.model import add_lora, checkpoint_parameters
 
 
@@ -41,7 +41,7 @@ def test_the_base_has_the_checkpoints_names_and_the_tensors_that_are_trained_aro
 def test_layers_have_the_checkpoints_names_and_their_own_scaling(
     model_path: Path, rslora: bool, scaling: float
 ) -> None:
-    layers = dict(adapter_layers(add_lora(plain(model_path), Lora(rank=4, alpha=8, rslora=rslora))))
+    layers = dict(AdapterLayers()(add_lora(plain(model_path), Lora(rank=4, alpha=8, rslora=rslora))))
     assert len(layers) == 2 * 7
     assert layers["model.layers.1.self_attn.v_proj"].scaling == scaling
     assert layers["model.layers.1.mlp.down_proj"].a.shape == (4, 256)
@@ -60,12 +60,33 @@ def test_layers_have_the_checkpoints_names_and_their_own_scaling(
 )
 def test_what_vllm_would_drop_is_refused_by_name(model_path: Path, options: dict, named: str) -> None:
     with pytest.raises(SyncError, match=rf"(?s)LoRA pairs of linear layers alone.*restart.*{named}"):
-        dict(adapter_layers(peft(model_path, **options)))
+        dict(AdapterLayers()(peft(model_path, **options)))
+
+
+def test_layers_found_once_are_yielded_as_they_are_now(model_path: Path) -> None:
+    model, layers = add_lora(plain(model_path), Lora(rank=4)), AdapterLayers()
+    first, name = dict(layers(model)), "model.layers.0.mlp.up_proj"
+    module = model.get_base_model().get_submodule(name)  # type: ignore[operator]
+    module.lora_A["default"].weight = torch.nn.Parameter(torch.ones(4, 128))
+    assert dict(layers(model))[name].a is module.lora_A["default"].weight
+    assert dict(layers(model)).keys() == first.keys()
+
+
+def test_another_model_or_another_adapter_is_looked_through_again(model_path: Path) -> None:
+    model, layers = add_lora(plain(model_path), Lora(rank=4)), AdapterLayers()
+    assert len(dict(layers(model))) == 2 * 7
+    assert len(dict(layers(peft(model_path)))) == 2 * 2
+    model.add_adapter("wide", LoraConfig(r=8, target_modules=["q_proj"]))  # type: ignore[operator]
+    dict(layers(model))
+    model.set_adapter("wide")  # type: ignore[operator]
+    assert {name: tuple(layer.b.shape) for name, layer in layers(model)} == {
+        f"model.layers.{i}.self_attn.q_proj": (128, 8) for i in range(2)
+    }
 
 
 def test_a_model_without_an_adapter_is_refused(model_path: Path) -> None:
     with pytest.raises(SyncError, match=r"the model has no LoRA layer|LoRA pairs of linear layers alone"):
-        dict(adapter_layers(plain(model_path)))
+        dict(AdapterLayers()(plain(model_path)))
 
 
 def test_dora_is_merged_with_its_magnitudes(model_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from syncline.bridges.receipt import parameter_digests
 from syncline.config.schema import Learner, Lora, Model, Recomputation
 from syncline.errors import ConfigError, SyncError
-from syncline.learner.adapter import adapter_layers, base_parameters, plain_parameters
+from syncline.learner.adapter import AdapterLayers, base_parameters, plain_parameters
 from syncline.learner.model import checkpoint_parameters, load_model, trainable_parameters
 from syncline.learner.mxfp4 import is_expert, stored_experts
 
@@ -68,7 +68,7 @@ def test_the_base_has_the_checkpoints_names(path: Path) -> None:
 
 def test_layers_of_experts_have_a_pair_an_expert_of_which_peft_computes_the_same(path: Path) -> None:
     model = moved(load(path))
-    layers = dict(adapter_layers(model))
+    layers = dict(AdapterLayers()(model))
     assert len(layers) == 2 * (4 + 2)
     layer = layers["model.layers.1.mlp.experts.gate_up_proj"]
     assert (tuple(layer.a.shape), tuple(layer.b.shape), layer.scaling) == ((4, 4, 256), (4, 256, 4), 2.0)
@@ -81,7 +81,7 @@ def test_layers_of_experts_have_a_pair_an_expert_of_which_peft_computes_the_same
 def test_experts_of_which_one_matrix_is_adapted_are_refused(path: Path, only: str) -> None:
     other = next(name for name in EXPERTS if name != only).rpartition(".")[2]
     with pytest.raises(SyncError, match=rf"{only}: vLLM serves adapters of both.*add model\.layers.*{other}"):
-        dict(adapter_layers(load(path, Lora(rank=4, target_parameters=(only,)))))
+        dict(AdapterLayers()(load(path, Lora(rank=4, target_parameters=(only,)))))
 
 
 def test_merged_experts_are_what_peft_merges(path: Path) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 from fastapi import APIRouter, HTTPException
 from pydantic import Field
 
-from syncline.bridges.receipt import combined, model_digest
+from syncline.bridges.receipt import model_digest
 from syncline.engines.vllm.adapters import Adapter
 from syncline.engines.vllm.routes import Body, Order, Route
 from syncline.engines.vllm.served import Served
 from syncline.errors import EngineError, SyncError
+from syncline.protocols import Receipt
 
 LOAD_TIMEOUT_SECONDS = 300.0
 """For requests under an adapter whose slot a load by hand needs."""
@@ -37,8 +38,8 @@ class StageBody(Order):
 
 
 class SwitchBody(Order):
-    policy_version: int = Field(ge=0)
-    digest: str
+    expected: Receipt
+    resume: bool
 
 
 class LoadBody(Body):
@@ -68,14 +69,18 @@ def adapter_routes(served: Served) -> APIRouter:
     @router.post("/syncline/switch")
     async def switch(body: SwitchBody) -> dict[str, Any]:
         served.refuse_late(body.pause)
-        served.refuse_backwards(body.policy_version)
+        version, digest = body.expected.policy_version, body.expected.digest
+        served.refuse_backwards(version)
         base = served.base_parameters()
-        proved = [a for a in served.adapters.held if model_digest(base | a.parameters) == body.digest]
-        if not proved:
-            raise EngineError(f"no adapter here has digest {body.digest[:12]} with the base; stage it first")
-        served.adapters.policy, served.adapters.by_hand = proved[-1], None
-        served.gate.policy_version = body.policy_version
+        held = reversed(served.adapters.held)
+        proved = next((a for a in held if model_digest(base | a.parameters) == digest), None)
+        if proved is None:
+            raise EngineError(f"no adapter here has digest {digest[:12]} with the base; stage it first")
+        served.adapters.policy, served.adapters.by_hand = proved, None
+        served.gate.policy_version = version
         served.sample_from_current()
+        if body.resume:
+            await served.resume(body.expected)
         return served.receipt()
 
     return router
@@ -89,7 +94,7 @@ async def _load(served: Served, adapter: Adapter, method: str, *content: Any, ti
         drop = await served.adapters.room(timeout_seconds=timeout_seconds)
         try:
             found = await served.each_rank(method, adapter.id, *content, drop)
-            adapter.parameters = combined(found, num_stages=served.num_stages)
+            adapter.parameters = await served.digests_of(adapter.id, found)
         except SyncError:
             await served.each_rank("syncline_drop", [adapter.id])
             raise

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from syncline.bridges.adapter import is_adapter_name
-from syncline.bridges.measure import Reading
-from syncline.bridges.receipt import Combination, Piece, combined, model_digest
+from syncline.bridges.measure import Reading, Wholes
+from syncline.bridges.receipt import model_digest
 from syncline.engines.vllm import compat
 from syncline.engines.vllm.adapters import Adapters
 from syncline.engines.vllm.gate import UNPUBLISHED, Gate
@@ -47,9 +47,8 @@ class Served:
     """Of the learner's process group the workers are in; empty: in none."""
     torn: str | None = None
     """Why the weights are of no version: somebody began to replace them. Naming them ends it, nothing else does."""
-    layouts: list[str] = field(default_factory=list)
-    combination: Combination = field(default_factory=lambda: Combination([]))
-    """Of the pieces that the ranks measured last, which `layouts` tells."""
+    wholes: Wholes = field(default_factory=Wholes)
+    adapter_wholes: Wholes = field(default_factory=Wholes)
     num_asked: int = 0
     """Calls that the ranks have not answered yet."""
     _core: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -57,17 +56,21 @@ class Served:
 
     async def measured(self, method: str = "syncline_measure", *args: Any) -> dict[str, str]:
         """What the next request would be sampled from: the weights, and the adapter that is current."""
-        readings = [Reading(*answer) for answer in await self.each_rank(method, *args)]
-        layouts = [reading.layout for reading in readings]
-        if layouts != self.layouts:
-            ranks = await self.each_rank("syncline_pieces")
-            pieces = [[Piece(*piece) for piece in rank] for rank in ranks]
-            self.combination = Combination(pieces, num_stages=self.num_stages)
-            self.layouts = layouts
-        measured = self.combination.digests([reading.digests for reading in readings]) | self.handed
+        measured = await self._digests(self.wholes, await self.each_rank(method, *args), "syncline_pieces")
         if current := self.adapters.current:
-            measured |= combined(await self.each_rank("syncline_held", current.id), num_stages=self.num_stages)
-        return measured
+            measured |= await self.digests_of(current.id, await self.each_rank("syncline_held", current.id))
+        return measured | self.handed
+
+    async def digests_of(self, adapter_id: int, answers: list[Any]) -> dict[str, str]:
+        """Of an adapter, from what every rank read of its slot."""
+        return await self._digests(self.adapter_wholes, answers, "syncline_held_pieces", adapter_id)
+
+    async def _digests(self, wholes: Wholes, answers: list[Any], pieces: str, *args: Any) -> dict[str, str]:
+        """From every rank's reading. `pieces` is what tells of which pieces, asked where they are others than before"""
+        readings = [Reading(*answer) for answer in answers]
+        if not wholes.knows(readings):
+            wholes.learn(readings, await self.each_rank(pieces, *args), num_stages=self.num_stages)
+        return wholes.digests(readings)
 
     @property
     def num_stages(self) -> int:
