@@ -105,4 +105,5 @@ def _in_words(name: str, shard: Shard) -> Places:
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Many small tensors in few kernels; one by one, a GPU would wait for Python."""
-    torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]

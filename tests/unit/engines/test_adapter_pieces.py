@@ -161,6 +161,22 @@ def test_a_slot_is_filled_as_vllm_fills_it(
                 torch.testing.assert_close(own_b[SLOT], b[SLOT], rtol=0, atol=0)
 
 
+def test_a_stage_that_has_no_layer_of_the_adapter_holds_none_of_it(on_rank: OnRank) -> None:
+    on_rank(0, 1)
+    layers = {"fc": adapter(APART)["fc"]}
+    layout = expected(layers)[0]
+    mine = manager(APART)
+    fill(mine, adapter(APART, MAX_RANK))
+    mine.modules = {name: module for name, module in mine.modules.items() if name != "fc"}
+    activated(mine)
+    slots = Slots(mine, adaptable(mine))
+    buffer = layout.new_buffer(torch.device("cpu"))
+    layout.on(buffer).pack(layers)
+    held = slots.load(77, layout, layout.views(buffer))
+    assert (held.pieces, slots.read(held).digests) == ([], [])
+    assert not any(stack[SLOT].any() for module in mine.modules.values() for pair in stacks(module) for stack in pair)
+
+
 def activated(manager: Any) -> None:
     """What vLLM's manager does of an adapter whose layers are none of these: every one is zeroed."""
 

@@ -9,11 +9,11 @@ from syncline.bridges.invitation import Invitation
 from syncline.bridges.manifest import Shard
 from syncline.bridges.measure import Measure
 from syncline.engines.vllm import compat
+from syncline.engines.vllm.adapter_extension import AdapterExtension
 from syncline.engines.vllm.answer import answer
 from syncline.engines.vllm.layout import checkpoint_views, refuse_copies
 from syncline.engines.vllm.packed_experts import handed_to
 from syncline.engines.vllm.receiver import Member
-from syncline.engines.vllm.slots import AdapterExtension
 from syncline.errors import SyncError
 
 
