@@ -84,8 +84,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     if on_gpu:
         vllm |= {"vllm_mode": "server" if args.server else "colocate", "vllm_gpu_memory_utilization": 0.3}
         vllm |= {"vllm_max_model_length": args.prompt_tokens + args.max_tokens}
-        server = {"vllm_server_base_url": args.server, "vllm_group_port": free_port()}  # TRL's own is one for all
-        vllm |= server if args.server else {}
+        if args.server:  # TRL's own port for the group is one for all
+            vllm |= {"vllm_server_base_url": args.server, "vllm_group_port": free_port()}
         vllm |= {"generation_kwargs": {"ignore_eos": True}}
     return vllm | {
         "output_dir": tempfile.mkdtemp(prefix="trl-"),

@@ -93,6 +93,16 @@ def experts_differ(config: Any, theirs: Any, manager: Any, learner: Any) -> dict
     }
 
 
+def slots_differ(slots: Slots, layout: AdapterLayout, layers: dict[str, Any]) -> list[str]:
+    """What a slot holds otherwise than the learner does, once it is loaded."""
+    buffer = layout.new_buffer(torch.device("cpu"))
+    packed = layout.on(buffer)
+    packed.pack(layers)
+    held = slots.load(SLOT_ID, layout, layout.views(buffer))
+    slots.read(held)
+    return differences(packed.digests(), combined_together([held.pieces]))
+
+
 def packed_by_a_reload(config: Any, model: Any) -> list[str]:
     """Layers that no longer compute from their parameters once vLLM has processed loaded weights again."""
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
@@ -114,19 +124,12 @@ def main(path: Path) -> dict[str, Any]:
         learner = learners(path, target_parameters=EXPERTS)
         base = parameter_digests(plain_parameters(learner)) | stored_experts(dict(base_parameters(learner)), path)
         layers = dict(AdapterLayers()(learner))
-        layout = AdapterLayout.of(layers, "bfloat16")
-        buffer = layout.new_buffer(torch.device("cpu"))
-        packed = layout.on(buffer)
-        packed.pack(layers)
-        slots = Slots(manager, adaptable(manager))
-        slots.load(SLOT_ID, layout, layout.views(buffer))
-        slots.read(slots.held(SLOT_ID, layout))
-        held = combined_together([slots.held(SLOT_ID, layout).pieces])
+        slots, layout = Slots(manager, adaptable(manager)), AdapterLayout.of(layers, "bfloat16")
         return {
             "base": differences(base, {name: digest for name, digest in told.items() if not is_repacked(name)}),
             "repacked": sorted(name.rpartition(".")[2] for name in told if is_repacked(name)),
             "cannot": what_cannot_be_held(layout.shapes, {"modules": slots.sizes, "max_rank": 8}),
-            "slots": differences(packed.digests(), held),
+            "slots": slots_differ(slots, layout, layers),
             "experts": experts_differ(config, model, manager, learner),
             "packed": packed_by_a_reload(config, model),
         }

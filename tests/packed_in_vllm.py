@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpt_oss_in_vllm import SLOT_ID, TOKENS, learners, settings, vllms
-from rank_digests import combined_together
+from gpt_oss_in_vllm import SLOT_ID, TOKENS, learners, settings, slots_differ, vllms
 
 from syncline.bridges.adapter import AdapterLayout
 from syncline.bridges.measure import Measure
@@ -61,18 +60,11 @@ def shown(path: Path) -> dict[str, Any]:
         plain, stored = frozen_base(path)
         base = parameter_digests(plain(learner)) | dict(stored(learner))
         layers = dict(AdapterLayers()(learner))
-        layout = AdapterLayout.of(layers, "bfloat16")
-        buffer = layout.new_buffer(torch.device("cpu"))
-        packed = layout.on(buffer)
-        packed.pack(layers)
-        slots = Slots(manager, adaptable(manager))
-        slots.load(SLOT_ID, layout, layout.views(buffer))
-        slots.read(slots.held(SLOT_ID, layout))
-        held = combined_together([slots.held(SLOT_ID, layout).pieces])
+        slots, layout = Slots(manager, adaptable(manager)), AdapterLayout.of(layers, "bfloat16")
         return {
             "base": differences(base, {name: digest for name, digest in told.items() if not is_repacked(name)}),
             "repacked": sorted({name.rpartition(".")[2] for name in told if is_repacked(name)}),
-            "slots": differences(packed.digests(), held),
+            "slots": slots_differ(slots, layout, layers),
             "layers": layers_differ(config, model, manager, learner),
         }
 

@@ -117,8 +117,10 @@ class LoraBridge(CopyingBridge):
         """Whether an engine lacks the adapter: asked where the last publish does not tell. Raises `SyncError` for a
         version older than what is served."""
         last, self._last = self._last, None
-        tells = last and last.digest != expected.digest
-        served = [last] * len(self._fleet.engines) if last and tells else self._fleet.receipts()
+        if last is None or last.digest == expected.digest:
+            served = self._fleet.receipts()
+        else:
+            served = [last] * len(self._fleet.engines)
         self._fleet.refuse_backwards(expected.policy_version, served)
         return any(receipt.digest != expected.digest for receipt in served)
 

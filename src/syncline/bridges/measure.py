@@ -29,6 +29,7 @@ class Reading(NamedTuple):
 
 
 def layout_of(pieces: Sequence[Piece]) -> str:
+    """By what a reading tells which pieces it is of."""
     return hashlib.sha256(repr(pieces).encode()).hexdigest()
 
 

@@ -314,9 +314,9 @@ class Bridge(Section):
     in_flight: Literal["drain", "keep", "abort"] = "drain"
     """What happens to running requests when the weights move: they end first, they freeze and go on under the new
     version (every token keeps the version it was sampled under), or they end at once as aborted. With
-    `run.max_staleness` above 0 requests are always running: `keep` is the fastest then, and drops groups that outlive
-    so many publishes, where `drain` waits for the longest. An adapter's requests `drain` without anybody waiting for
-    them: they end under the adapter they began with."""
+    `run.max_staleness` above 0 requests are always running: `keep` goes on with them, and groups that outlive more
+    publishes than that are dropped, where `drain` waits for the longest. An adapter's requests `drain` without
+    anybody waiting for them: they end under the adapter they began with."""
     frozen_kv: Literal["recompute", "reuse"] = "recompute"
     """With `in_flight: keep`, what becomes of a frozen request's keys and values. `recompute`: its context is computed
     again under the new weights, so that a token's logprob is exactly its version's (AReaL and verl's partial rollouts

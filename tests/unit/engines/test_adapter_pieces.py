@@ -124,9 +124,14 @@ def test_stages_of_a_pipeline_hold_their_own_layers_of_the_adapter(on_rank: OnRa
         combined_together(ranks, num_stages=1)
 
 
-@pytest.mark.parametrize("fully_sharded", [False, True], ids=["sharded", "fully sharded"])
-@pytest.mark.parametrize("packed", [APART, TOGETHER], ids=["apart", "fused in the checkpoint"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def every_cut(test: Callable[..., None]) -> Callable[..., None]:
+    """With `num_ranks`, `packed` and `fully_sharded`."""
+    test = pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])(test)
+    test = pytest.mark.parametrize("packed", [APART, TOGETHER], ids=["apart", "fused in the checkpoint"])(test)
+    return pytest.mark.parametrize("fully_sharded", [False, True], ids=["sharded", "fully sharded"])(test)
+
+
+@every_cut
 def test_the_ranks_pieces_add_up_to_the_adapter(
     on_rank: OnRank, num_ranks: int, packed: dict[str, list[str]], fully_sharded: bool
 ) -> None:
@@ -135,9 +140,7 @@ def test_the_ranks_pieces_add_up_to_the_adapter(
     assert held(on_rank, num_ranks, layers, packed=packed, fully_sharded=fully_sharded) == expected(layers)[1]
 
 
-@pytest.mark.parametrize("fully_sharded", [False, True], ids=["sharded", "fully sharded"])
-@pytest.mark.parametrize("packed", [APART, TOGETHER], ids=["apart", "fused in the checkpoint"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+@every_cut
 def test_a_slot_is_filled_as_vllm_fills_it(
     on_rank: OnRank, num_ranks: int, packed: dict[str, list[str]], fully_sharded: bool
 ) -> None:

@@ -48,7 +48,9 @@ class Served:
     torn: str | None = None
     """Why the weights are of no version: somebody began to replace them. Naming them ends it, nothing else does."""
     wholes: Wholes = field(default_factory=Wholes)
+    """Of the weights that the ranks measure."""
     adapter_wholes: Wholes = field(default_factory=Wholes)
+    """Of the last adapter whose slots they read."""
     num_asked: int = 0
     """Calls that the ranks have not answered yet."""
     _core: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -66,7 +68,7 @@ class Served:
         return await self._digests(self.adapter_wholes, answers, "syncline_held_pieces", adapter_id)
 
     async def _digests(self, wholes: Wholes, answers: list[Any], pieces: str, *args: Any) -> dict[str, str]:
-        """From every rank's reading. `pieces` is what tells of which pieces, asked where they are others than before"""
+        """From every rank's reading. `pieces`: what tells of which pieces, asked where these are others than before."""
         readings = [Reading(*answer) for answer in answers]
         if not wholes.knows(readings):
             wholes.learn(readings, await self.each_rank(pieces, *args), num_stages=self.num_stages)
