@@ -4,9 +4,9 @@ vLLM adds B·A·x of plain linear layers and of fused experts and nothing else, 
 (DoRA's magnitudes, embeddings, biases, whole modules) is refused by name here, before a token is sampled without it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -55,28 +55,32 @@ def frozen_base(folder: Path) -> tuple[Base, Stored]:
 class AdapterLayers:
     """Each adapted layer of a model by its name in the checkpoint, gathered where ranks have parts.
 
-    Raises `SyncError` naming what is trained beside them. Which modules are adapted is noted: to look through those of
-    a 7B takes longer than to send its adapter.
+    Raises `SyncError` naming what is trained beside them. Which modules are adapted is noted for as long as their
+    adapters are the same ones: to look through those of a 7B takes longer than to send its adapter.
     """
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None
-        self._modules: dict[str, nn.Module] = {}
+        self._adapted: dict[str, _Adapted] = {}
 
     def __call__(self, model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-        pairs = _pairs(self._modules)
-        if model is not self._model or len(pairs) < len(self._modules):
+        if model is not self._model or any(one.module.active_adapter != one.active for one in self._adapted.values()):
             named = causal_lm(model).named_modules()
-            modules = {_name(name, module): module for name, module in named if _plain_lora(module)}
-            pairs = _pairs(modules)
-            _refuse_others(model, pairs)
-            self._model, self._modules = model, modules
-        for name, pair in pairs.items():
-            yield name, LoraLayer(gathered(pair.a), gathered(pair.b), pair.scaling)
+            found = ((_name(name, module), module, _pair(module)) for name, module in named)
+            adapted = {name: _Adapted(module, module.active_adapter, pair) for name, module, pair in found if pair}
+            _refuse_others(model, {name: one.pair() for name, one in adapted.items()})
+            self._model, self._adapted = model, adapted
+        for name, one in self._adapted.items():
+            a, b, scaling = one.pair()
+            yield name, LoraLayer(gathered(a), gathered(b), scaling)
 
 
-def _pairs(modules: Mapping[str, nn.Module]) -> dict[str, LoraLayer]:
-    return {name: pair for name, module in modules.items() if (pair := _plain_lora(module))}
+class _Adapted(NamedTuple):
+    module: Any
+    active: str | list[str]
+    """Its `active_adapter` when it was found."""
+    pair: Callable[[], LoraLayer]
+    """As it is when asked."""
 
 
 def _refuse_others(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
@@ -91,19 +95,19 @@ def _refuse_others(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
         )
 
 
-def _plain_lora(module: Any) -> LoraLayer | None:
-    """The layer's one active pair; `None` for any other module, and for LoRA that is not of a linear layer."""
+def _pair(module: Any) -> Callable[[], LoraLayer] | None:
+    """Reads the layer's one active pair; `None` for any other module, and for LoRA that is not of a linear layer."""
     from peft.tuners.lora import Linear
 
     if is_expert_lora(module):
-        return LoraLayer(*expert_pair(module))
+        return lambda: LoraLayer(*expert_pair(module))
     if not isinstance(module, Linear) or len(module.active_adapters) != 1:
         return None
     [adapter] = module.active_adapters
-    if adapter not in module.lora_A:
+    a, b, scaling = module.lora_A, module.lora_B, module.scaling
+    if adapter not in a:
         return None
-    scaling: float = module.scaling[adapter]
-    return LoraLayer(module.lora_A[adapter].weight, module.lora_B[adapter].weight, scaling)  # pyright: ignore
+    return lambda: LoraLayer(a[adapter].weight, b[adapter].weight, scaling[adapter])  # pyright: ignore
 
 
 def _name(name: str, module: Any) -> str:
