@@ -220,7 +220,7 @@ class EngineControl(Protocol):
 
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
         """Loads an adapter beside the one that is sampled from; name → dtype, shape and digest of what it then holds.
-        `adapter`: its `dtype`, `shapes` by name, and the `source` to read it from (`bridges.carriers`)."""
+        `adapter`: its `layout`, an `AdapterLayout.text`, and the `source` to read it from (`bridges.carriers`)."""
         ...
 
     def switch(self, receipt: Receipt, *, resume: bool = False) -> Receipt:

@@ -126,7 +126,7 @@ def test_an_adapter_of_other_modules_is_refused_by_the_engine(side: Side, tmp_pa
     layers = {"model.layers.0.mlp.gate": LoraLayer(torch.zeros(4, 128), torch.zeros(8, 4), 1.0)}
     layout = AdapterLayout.of(layers, str(DTYPE).removeprefix("torch."))
     carrier = Carrier(layout, ["memory"], device=torch.device("cpu"), folder=tmp_path)
-    adapter = layout.wire() | {"source": carrier.send(0)[0]}
+    adapter = {"layout": layout.text, "source": carrier.send(0)[0]}
     with pytest.raises(EngineError, match=r"answered 409.*mlp\.gate: the engine cannot adapt this module") as told:
         side.engine.stage(adapter, policy_version=side.next_version(), timeout_seconds=30)
     noticed("wrong adapter", "lora", by="engine, before it loads", told=told.value)

@@ -5,9 +5,9 @@ Both sides hold it as the engine computes with it: in the engine's type, B alrea
 The learner's is whole; a tensor-parallel engine's ranks hold pieces of it, whose digests add up (`blocks.py`).
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ from syncline.errors import SyncError
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
-@dataclass(frozen=True, slots=True)
-class LoraLayer:
+class LoraLayer(NamedTuple):
     """One adapted linear layer: y = W x + scaling · B (A x). Of fused experts all at once: their number comes first."""
 
     a: torch.Tensor
@@ -40,6 +39,8 @@ class AdapterLayout:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._blocks = Blocks(list(self.shapes.values()), self.dtype)
         self.num_bytes, self.buffer_words = self._blocks.num_bytes, self._blocks.buffer_words
+        self.text = json.dumps([dtype, self.shapes])
+        """As one string, which passes from process to process without being taken apart."""
 
     @classmethod
     def of(cls, layers: Mapping[str, LoraLayer], dtype: str) -> "AdapterLayout":
@@ -48,12 +49,14 @@ class AdapterLayout:
             shapes |= {name + A: layer.a.shape, name + B: layer.b.shape}
         return cls(shapes, dtype)
 
-    def wire(self) -> dict[str, Any]:
-        return {"dtype": str(self.dtype).removeprefix("torch."), "shapes": {n: list(s) for n, s in self.shapes.items()}}
-
-    def has(self, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bool:
-        """Whether it is the layout of these, in their order."""
-        return str(self.dtype) == f"torch.{dtype}" and list(self.shapes.items()) == list(shapes.items())
+    @classmethod
+    def from_text(cls, text: str) -> "AdapterLayout":
+        """Raises `SyncError` for what no layout says of itself."""
+        try:
+            dtype, shapes = json.loads(text)
+            return cls(shapes, dtype)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise SyncError(f"not the layout of an adapter ({error}): {text[:100]}") from error
 
     def modules(self) -> list[str]:
         return [name.removesuffix(A) for name in self.shapes if name.endswith(A)]

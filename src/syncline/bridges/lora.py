@@ -128,10 +128,10 @@ class LoraBridge(CopyingBridge):
         """Every engine holds the new adapter beside the old one, and has proved it."""
         sent = self._ranks.from_first(lambda: carrier.send(policy_version))
         sources = dict(zip(self._fleet.all, sent, strict=True))
-        wire, timeout = carrier.layout.wire(), self._config.timeout_seconds
+        timeout = self._config.timeout_seconds
 
         def stage(engine: EngineControl) -> None:
-            wanted = wire | {"source": sources[engine]}
+            wanted = {"layout": carrier.layout.text, "source": sources[engine]}
             held = engine.stage(wanted, policy_version=policy_version, timeout_seconds=timeout)
             if faults := differences(adapter, held):
                 lines = "\n".join(faults)

@@ -61,10 +61,17 @@ def test_swapped_tensors_of_one_shape_have_other_digests() -> None:
     assert all(one.on(buffer).digests()[name] != two.on(swapped).digests()[name] for name in one.shapes)
 
 
-def test_the_wire_form_builds_the_same_layout() -> None:
+def test_its_text_builds_the_same_layout() -> None:
     layout, buffer = packed({"q": layer(4, 24, 40), "v": layer(2, 24, 12)})
-    wire = layout.wire()
-    assert AdapterLayout(wire["shapes"], wire["dtype"]).on(buffer).digests() == layout.on(buffer).digests()
+    same = AdapterLayout.from_text(layout.text)
+    assert same.on(buffer).digests() == layout.on(buffer).digests()
+    assert same.text == layout.text
+
+
+@pytest.mark.parametrize("text", ["", "{}", '["bfloat16"]', '["load", {"a": [1]}]', '["bfloat16", {"a": ["1"]}]'])
+def test_what_is_no_layout_is_refused(text: str) -> None:
+    with pytest.raises(SyncError, match="not the layout of an adapter"):
+        AdapterLayout.from_text(text)
 
 
 def test_an_adapter_that_is_not_finite_is_named() -> None:

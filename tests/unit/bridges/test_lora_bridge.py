@@ -79,7 +79,7 @@ class FakeEngine:
 
     def stage(self, adapter: Mapping[str, Any], *, policy_version: int, timeout_seconds: float) -> Mapping[str, str]:
         self._called("stage")
-        layout = AdapterLayout(adapter["shapes"], adapter["dtype"])
+        layout = AdapterLayout.from_text(adapter["layout"])
         buffer, sent = layout.new_buffer(CPU), Receiver(CPU).receive(adapter["source"], layout)
         for name, view in layout.views(buffer).items():
             view.copy_(sent[name])

@@ -34,9 +34,9 @@ SIZES = {
 }
 
 
-def adapter(packed: dict[str, list[str]], rank: int = RANK) -> dict[str, LoraLayer]:
+def adapter(packed: dict[str, list[str]], rank: int = RANK, *, seed: int = 0) -> dict[str, LoraLayer]:
     """A pair for every layer, in the checkpoint's names."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     found = dict(SIZES)
     for layer, names in packed.items():
         if names == [layer]:
@@ -180,16 +180,47 @@ def test_a_stage_that_has_no_layer_of_the_adapter_holds_none_of_it(on_rank: OnRa
     assert not any(stack[SLOT].any() for module in mine.modules.values() for pair in stacks(module) for stack in pair)
 
 
-def activated(manager: Any) -> None:
-    """What vLLM's manager does of an adapter whose layers are none of these: every one is zeroed."""
+def activated(manager: Any) -> list[int]:
+    """What vLLM's manager does of an adapter whose layers are none of these: every one is zeroed. Returns a list of
+    those that it will have activated."""
+    ids: list[int] = []
 
     def activate(adapter_id: int) -> None:
+        ids.append(adapter_id)
         manager.lora_index_to_id[SLOT] = adapter_id
         for module in manager.modules.values():
             module.reset_lora(SLOT)
 
-    manager.device, manager.activate_adapter = torch.device("cpu"), activate
+    def remove(adapter_id: int) -> None:
+        manager.lora_index_to_id = [None if held == adapter_id else held for held in manager.lora_index_to_id]
+
+    manager.device, manager.activate_adapter, manager.remove_adapter = torch.device("cpu"), activate, remove
     manager.add_adapter = manager.pin_adapter = lambda adapter: None
+    return ids
+
+
+def test_the_next_version_is_written_over_the_last_one_of_the_slot(on_rank: OnRank) -> None:
+    """vLLM activates an adapter again where the slot has lost it, or would hold more than the new one."""
+    on_rank(0, 1)
+    mine = manager(APART)
+    mine.lora_index_to_id[SLOT] = None
+    ids, slots = activated(mine), Slots(mine, adaptable(mine))
+
+    def loaded(layers: dict[str, LoraLayer], layout: AdapterLayout) -> int:
+        buffer = layout.new_buffer(torch.device("cpu"))
+        packed = layout.on(buffer)
+        packed.pack(layers)
+        held = slots.load(77, layout, layout.views(buffer))
+        assert slots.read(held).layout == held.told
+        assert combined_together([held.pieces]) == packed.digests()
+        return len(ids)
+
+    first, second, smaller = adapter(APART), adapter(APART, seed=1), adapter(APART, RANK - 1)
+    layout, other = expected(first)[0], expected(smaller)[0]
+    assert [loaded(first, layout), loaded(second, layout), loaded(first, layout)] == [1, 1, 1]
+    assert [loaded(smaller, other), loaded(second, layout)] == [2, 3]
+    mine.remove_adapter(77)
+    assert loaded(first, layout) == 4
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -82,7 +82,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
 HELD = Core().held(3)
 RENAMED = Receipt(4, HELD.digest)
 NEXT = Receipt(4, "4" * 64)
-ADAPTER = {"dtype": "float32", "shapes": {}, "source": {}}
+ADAPTER = {"layout": "", "source": {}}
 ORDERS: dict[str, Callable[[EngineController], object]] = {
     "resume": lambda learner: learner.resume(HELD),
     "adopt": lambda learner: learner.adopt(RENAMED, resume=True),

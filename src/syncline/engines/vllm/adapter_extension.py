@@ -35,23 +35,24 @@ class AdapterExtension:
         }
         return answer(lambda: about)
 
-    def syncline_stage(self, adapter_id: int, adapter: dict[str, Any], drop: list[int]) -> dict[str, Any]:
-        """Drops adapters, loads one; what this rank's slot then holds, a `measure.Reading`.
+    def syncline_stage(self, adapter_id: int, layout_text: str, source: dict[str, Any]) -> dict[str, Any]:
+        """Loads one, in place of what has the id; what this rank's slot then holds, a `measure.Reading`.
 
         After a fault of any rank, `syncline_drop` makes them alike again."""
 
         def fill(slots: Slots) -> Held:
-            layout = self._layout(adapter, slots)
+            layout = self._layout(layout_text, slots)
             self._receiver = self._receiver or Receiver(self.device)
-            return slots.load(adapter_id, layout, self._receiver.receive(adapter["source"], layout))
+            return slots.load(adapter_id, layout, self._receiver.receive(source, layout))
 
-        return self._added(adapter_id, drop, fill)
+        return self._added(adapter_id, fill)
 
-    def syncline_load_folder(self, adapter_id: int, name: str, path: str, drop: list[int]) -> dict[str, Any]:
+    def syncline_load_folder(self, adapter_id: int, name: str, path: str) -> dict[str, Any]:
         """As `syncline_stage`, from any PEFT folder, by vLLM's own loader and checks."""
         from vllm.lora.request import LoRARequest
 
         def fill(slots: Slots) -> Held:
+            self.syncline_drop([adapter_id])
             try:
                 self.model_runner.add_lora(LoRARequest(name, adapter_id, path))
             except (ValueError, OSError, KeyError) as error:
@@ -59,7 +60,7 @@ class AdapterExtension:
             slots.manager.pin_adapter(adapter_id)
             return slots.held(adapter_id, whole(slots))
 
-        return self._added(adapter_id, drop, fill)
+        return self._added(adapter_id, fill)
 
     def syncline_held(self, adapter_id: int) -> dict[str, Any]:
         """An adapter's slot, read again."""
@@ -76,9 +77,7 @@ class AdapterExtension:
         self._layouts = {i: layout for i, layout in (self._layouts or {}).items() if i not in adapter_ids}
         return {"value": None}
 
-    def _added(self, adapter_id: int, drop: list[int], fill: Callable[[Slots], Held]) -> dict[str, Any]:
-        self.syncline_drop(drop)
-
+    def _added(self, adapter_id: int, fill: Callable[[Slots], Held]) -> dict[str, Any]:
         def added() -> Reading:
             slots = self._own_slots()
             held = fill(slots)
@@ -96,13 +95,12 @@ class AdapterExtension:
             self._slots = Slots(manager, adaptable(manager))
         return self._slots
 
-    def _layout(self, adapter: dict[str, Any], slots: Slots) -> AdapterLayout:
+    def _layout(self, text: str, slots: Slots) -> AdapterLayout:
         """The one in use, where a new version has it too; otherwise one that the slots can hold."""
-        shapes = {name: tuple(shape) for name, shape in adapter["shapes"].items()}
         for layout in (self._layouts or {}).values():
-            if layout.has(shapes, adapter["dtype"]):
+            if layout.text == text:
                 return layout
-        layout = AdapterLayout(shapes, adapter["dtype"])
+        layout = AdapterLayout.from_text(text)
         _refuse(slots, layout, stages=self.parallel_config.pipeline_parallel_size)
         return layout
 

@@ -24,10 +24,9 @@ LOAD_TIMEOUT_SECONDS = 300.0
 
 
 class SourceBody(Body):
-    """`bridges.adapter.AdapterLayout.wire`, and where a `bridges.carriers.Carrier` put it."""
+    """`bridges.adapter.AdapterLayout.text`, and where a `bridges.carriers.Carrier` put it."""
 
-    dtype: str
-    shapes: dict[str, tuple[int, ...]]
+    layout: str
     source: dict[str, Any]
 
 
@@ -61,9 +60,8 @@ def adapter_routes(served: Served) -> APIRouter:
     async def stage(body: StageBody) -> dict[str, Any]:
         served.refuse_late(body.pause)
         served.refuse_backwards(body.policy_version)
-        adapter = served.adapters.new(f"policy-v{body.policy_version}")
-        content = body.adapter.model_dump(mode="json")
-        await _load(served, adapter, "syncline_stage", content, timeout_seconds=body.timeout_seconds)
+        adapter, sent = served.adapters.new(f"policy-v{body.policy_version}"), body.adapter
+        await _load(served, adapter, "syncline_stage", sent.layout, sent.source, timeout_seconds=body.timeout_seconds)
         return {"parameters": adapter.parameters}
 
     @router.post("/syncline/switch")
@@ -91,9 +89,9 @@ async def _load(served: Served, adapter: Adapter, method: str, *content: Any, ti
     async with served.adapters.loading:
         if method == "syncline_stage":
             _stop_by_hand(served)
-        drop = await served.adapters.room(timeout_seconds=timeout_seconds)
+        adapter.id = await served.adapters.room(timeout_seconds=timeout_seconds)
         try:
-            found = await served.each_rank(method, adapter.id, *content, drop)
+            found = await served.each_rank(method, adapter.id, *content)
             adapter.parameters = await served.digests_of(adapter.id, found)
         except SyncError:
             await served.each_rank("syncline_drop", [adapter.id])
@@ -158,7 +156,8 @@ def by_hand_routes(served: Served) -> APIRouter:
 def _stop_by_hand(served: Served) -> Adapter | None:
     """New requests get the bridge's adapter again; what they got is answered."""
     previous, served.adapters.by_hand = served.adapters.by_hand, None
-    served.sample_from_current()
+    if previous is not None:
+        served.sample_from_current()
     return previous
 
 

@@ -51,25 +51,32 @@ class Slots:
         """The last of each slot."""
 
     def load(self, adapter_id: int, layout: AdapterLayout, tensors: Mapping[str, torch.Tensor]) -> Held:
-        """Fills a free slot and pins it. The tensors, on the slots' device, may be written again once that has caught
-        up.
+        """Fills the adapter's slot, or a free one, and pins it. The tensors, on the slots' device, may be written again
+        once that has caught up.
 
         vLLM zeroes the slot and fills those of experts; the pieces of linear layers are copied into it here, all at
-        once. Other stages' layers are left out."""
+        once. Where they alone are what the slot held last, vLLM has nothing to do. Other stages' layers are left out.
+        """
         experts = [name for name in layout.modules() if isinstance(self.layers.get(name), AdaptedExperts)]
         pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for name in sorted(experts, key=lambda name: self.layers[name].index):
             pairs.setdefault(self.layers[name].name, []).append((tensors[name + A], tensors[name + B]))
-        adapter = compat.new_adapter(adapter_id, pairs or self._zeros())
+        held = None if pairs else self._known(adapter_id, layout)
+        if held is None:
+            self._activate(adapter_id, pairs or self._zeros())
+            held = self.held(adapter_id, layout)
+        apart = {name + end for name in experts for end in (A, B)}
+        pieces = [(name, shard) for name, shard in held.pieces if name not in apart]
+        copy_all([shard.tensor for _, shard in pieces], [_part(tensors[name], shard) for name, shard in pieces])
+        return held
+
+    def _activate(self, adapter_id: int, pairs: Mapping[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> None:
+        self.manager.remove_adapter(adapter_id)
+        adapter = compat.new_adapter(adapter_id, pairs)
         self.manager.add_adapter(adapter)
         self.manager.activate_adapter(adapter_id)
         self.manager.pin_adapter(adapter_id)
         adapter.loras.clear()  # views of a buffer that will hold the next version
-        apart = {name + end for name in experts for end in (A, B)}
-        held = self.held(adapter_id, layout)
-        pieces = [(name, shard) for name, shard in held.pieces if name not in apart]
-        copy_all([shard.tensor for _, shard in pieces], [_part(tensors[name], shard) for name, shard in pieces])
-        return held
 
     def _zeros(self) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
         """A pair of one linear layer: vLLM takes no adapter that has none."""
@@ -88,15 +95,21 @@ class Slots:
 
     def held(self, adapter_id: int, layout: AdapterLayout) -> Held:
         """Where the adapter lies."""
-        lie = tuple(one.data_ptr() for module in self.manager.modules.values() for s in stacks(module) for one in s)
-        if lie != self._lie:
-            self._lie, self._held = lie, {}
-        slot = self.manager.lora_index_to_id.index(adapter_id)
-        found = self._held.get(slot)
-        if found is None or found.layout is not layout:
+        found = self._known(adapter_id, layout)
+        if found is None:
+            slot = self.manager.lora_index_to_id.index(adapter_id)
             self._held.pop(slot, None)
             found = self._held[slot] = self._found(slot, layout)
         return found
+
+    def _known(self, adapter_id: int, layout: AdapterLayout) -> Held | None:
+        """What the adapter's slot held last, if that was of this layout and lies where it lay."""
+        lie = tuple(one.data_ptr() for module in self.manager.modules.values() for s in stacks(module) for one in s)
+        if lie != self._lie:
+            self._lie, self._held = lie, {}
+        ids = self.manager.lora_index_to_id
+        found = self._held.get(ids.index(adapter_id)) if adapter_id in ids else None
+        return found if found is not None and found.layout is layout else None
 
     def _found(self, slot: int, layout: AdapterLayout) -> Held:
         pieces: list[tuple[str, Shard]] = []
