@@ -95,7 +95,7 @@ class PackedAdapter:
         values, num_broken = self._packed.sums()
         if any(num_broken):
             bad = [name for name, number in zip(self.layout.shapes, num_broken, strict=True) if number]
-            raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(num_broken)} tensors); nothing was published")
+            raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(num_broken)} tensors); it is never published")
         kind = str(self.layout.dtype).removeprefix("torch.")
         found = zip(self.layout.shapes.items(), values, strict=True)
         return {name: f"{kind}{list(shape)}:{value:016x}" for (name, shape), value in found}

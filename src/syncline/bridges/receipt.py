@@ -81,7 +81,7 @@ def refuse_broken(ranks: Sequence[Sequence[Piece]], num_broken: Sequence[Sequenc
         for piece, number in zip(pieces, numbers, strict=True):
             counts[piece.name] += number
     if bad := [name for name, count in counts.items() if count]:
-        raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(counts)} parameters); nothing was published")
+        raise SyncError(f"{bad[0]} is not finite ({len(bad)} of {len(counts)} parameters); it is never published")
 
 
 class Combination:

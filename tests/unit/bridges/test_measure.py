@@ -80,7 +80,7 @@ def test_weights_that_became_infinite_are_refused_by_name(model: nn.Module) -> N
     with torch.no_grad():
         model[1].weight[3, 3] = math.inf
     for _ in range(2):
-        with pytest.raises(SyncError, match=r"1\.weight is not finite \(1 of 4 parameters\); nothing was published"):
+        with pytest.raises(SyncError, match=r"1\.weight is not finite \(1 of 4 parameters\); it is never published"):
             digests.of(model)
 
 
